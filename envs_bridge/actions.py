@@ -1,0 +1,21 @@
+"""From a model's answer to a command: the projection of the published ALFWorld and WebShop runs.
+
+The text is only ever compared and cut, never evaluated.
+"""
+
+ALFWORLD_TAIL, WEBSHOP_TAIL = 30, 20
+
+
+def project(answer: str, tail: int = ALFWORLD_TAIL) -> tuple[str, bool]:
+    """(command, valid): the lower-cased text of the first action tag; without one, the last `tail` characters.
+
+    Valid needs both action tags (any case), both think tags as written, and no CJK ideograph. Admissibility in
+    the world is another question. Source: the official code's projections (spec, 'The published recipe').
+    """
+    text = answer.lower()
+    start, end = text.find("<action>"), text.find("</action>")
+    if start < 0 or end < 0:
+        return text[-tail:], False
+    command = text[start + len("<action>") : end].strip()
+    thought = "<think>" in answer and "</think>" in answer
+    return command, thought and not any("\u4e00" <= c <= "\u9fff" for c in answer)

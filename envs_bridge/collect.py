@@ -1,0 +1,246 @@
+"""The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from envs_bridge.actions import project
+from envs_bridge.household.engine import Household
+from envs_bridge.household.expert import demonstrate
+from envs_bridge.pool import Pool
+from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
+from proxmo_jax.buffers import Buffer, clear, write
+from proxmo_jax.embeddings import Vocabulary, bucket
+from proxmo_jax.policy import PolicyConfig
+from proxmo_jax.sampling import sample
+from proxmo_jax.sharding import split
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that make shapes static: turns per episode, tokens per prompt and response, words per observation."""
+
+    turns: int = 16
+    prompt: int = 128
+    response: int = 8
+    words: int = 64
+    past_commands: int = 12
+
+
+@dataclass
+class Rollout:
+    """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
+
+    prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; transcripts: per episode
+    (observation, answer) pairs; rates over all turns.
+    """
+
+    buffer: Buffer | None
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    won: np.ndarray
+    transcripts: list[list[tuple[str, str]]]
+    tasks: list[str]
+    valid: float = 0.0
+    admissible: float = 0.0
+
+
+@dataclass
+class Player:
+    """The policy as the loop sees it: prompts in, sampled tokens out."""
+
+    tokenizer: PreTrainedTokenizerFast
+    config: PolicyConfig
+    limits: Limits
+    mesh: Mesh
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    anchors: dict[str, int] = field(default_factory=dict)
+
+    def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
+        """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
+        texts = [compact(memory, commands=self.limits.past_commands) for memory in memories]
+        rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        for i, ids in enumerate(rows):
+            shorter = shortened(memories[i], self.limits.past_commands)
+            while len(ids) > self.limits.prompt:
+                text = next(shorter, None)
+                if text is None:
+                    raise ValueError(
+                        f"prompt: task and furniture alone have {len(ids)} tokens, need at most {self.limits.prompt}"
+                        " (--max-prompt-tokens)"
+                    )
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
+            rows[i] = ids
+        return rows
+
+    def pad(self, rows: Sequence[list[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
+        longest = max(map(len, rows))
+        width = min(self.limits.prompt, -(-longest // 32) * 32)
+        prompts = np.full((batch, width), self.tokenizer.pad_token_id, np.int32)
+        lengths = np.zeros(batch, np.int32)
+        for i, ids in enumerate(rows):
+            prompts[i, width - len(ids) :] = ids
+            lengths[i] = len(ids)
+        return prompts, lengths
+
+    def observe(self, texts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
+        """Word counts and anchor ids of a turn's observations, padded to `batch` rows."""
+        width = self.limits.words
+        ids, counts = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.float32)
+        anchor = np.zeros(batch, np.int32)
+        for i, text in enumerate(texts):
+            word_ids, word_counts = self.vocabulary.count(text)
+            if len(word_ids) > width:
+                raise ValueError(f"an observation has {len(word_ids)} different words, need at most {width}")
+            ids[i, : len(word_ids)], counts[i, : len(word_ids)] = word_ids, word_counts
+            anchor[i] = self.anchors.setdefault(text, len(self.anchors))
+        return {"word_ids": ids, "word_counts": counts, "anchor": anchor}
+
+
+def collect(
+    player: Player,
+    params,
+    pool: Pool,
+    games: Sequence[str],
+    key: jax.Array,
+    *,
+    temperature: float,
+    buffer: Buffer | None = None,
+    reward_scale: float = 10.0,
+    penalise_inadmissible: bool = False,
+    on_turn: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Play one episode of every game to its end or the turn limit, all side by side.
+
+    games: one file per episode (a group's members name the same file, group after group). With a buffer, every
+    turn is written into it; it comes back in the rollout, the one given is consumed. `on_turn(turn, active)` is
+    told of the progress.
+    """
+    limits, count = player.limits, len(games)
+    if buffer is not None:
+        buffer = clear(buffer)
+    started = pool.reset(list(enumerate(games)))
+    memories = [Memory(task, seen.text, seen.text) for seen, task in started]
+    admissible = [seen.admissible for seen, _ in started]
+    shape = (count, limits.turns)
+    rollout = Rollout(
+        buffer, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool), [[] for _ in games],
+        [memory.task for memory in memories],
+    )  # fmt: skip
+    active = np.arange(count)
+    valid_turns = admissible_turns = 0
+    for turn in range(limits.turns):
+        if on_turn:
+            on_turn(turn, len(active))
+        batch = min(bucket(len(active)), bucket(count))
+        rows = player.encode([memories[e] for e in active])
+        prompts, lengths = player.pad(rows, batch)
+        samples = sample(
+            params,
+            *split(player.mesh, (prompts, lengths)),
+            jax.random.fold_in(key, turn),
+            jnp.float32(temperature),
+            config=player.config,
+            max_tokens=limits.response,
+            stop_id=player.tokenizer.eos_token_id,
+            pad_id=player.tokenizer.pad_token_id,
+        )
+        seen_texts = [memories[e].now for e in active]
+        tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
+        answers = player.tokenizer.backend_tokenizer.decode_batch(
+            [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
+            skip_special_tokens=False,
+        )
+        projected = [project(ANSWER_START + answer) for answer in answers]
+        seen = pool.step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
+
+        reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
+        for i, e in enumerate(active):
+            command, well_formed = projected[i]
+            possible = command in admissible[e]
+            valid_turns += well_formed
+            admissible_turns += possible
+            reward[i] = reward_scale * seen[i].won
+            valid[i] = well_formed and (possible or not penalise_inadmissible)
+            rollout.transcripts[e].append((memories[e].now, command))
+            rollout.won[e] = seen[i].won
+            memories[e].remember(command, seen[i].text)
+            admissible[e] = seen[i].admissible
+        rollout.prompt_lengths[active, turn] = lengths[: len(active)]
+        rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
+        if buffer is not None:
+            episodes = np.full(batch, count, np.int32)  # rows past the active ones fall off the end
+            episodes[: len(active)] = active
+            fields = {
+                "prompts": prompts,
+                "responses": samples.tokens,
+                "log_probs": samples.log_probs,
+                "reward": reward,
+                "action_valid": valid,
+                "mask": np.ones(batch, bool),
+                **player.observe(seen_texts, batch),
+            }
+            buffer = write(buffer, episodes, jnp.int32(turn), fields)
+        active = active[[not s.done for s in seen]]
+        if len(active) == 0:
+            break
+    turns = max(int((rollout.response_lengths > 0).sum()), 1)
+    rollout.buffer, rollout.valid, rollout.admissible = buffer, valid_turns / turns, admissible_turns / turns
+    return rollout
+
+
+def demonstrations(
+    games: Sequence[str], *, seed: int, wrong_turn_rate: float, max_turns: int
+) -> list[list[tuple[Memory, str]]]:
+    """Expert episodes with wrong turns mixed in: per turn what the policy would read, and what was done."""
+    episodes = []
+    for i, game in enumerate(games):
+        world = Household.load(game)
+        turns = demonstrate(
+            world, random.Random(f"{seed}/{i}"), wrong_turn_rate=wrong_turn_rate, max_turns=max_turns
+        )
+        memory = Memory(world.task, turns[0][0].text, turns[0][0].text)
+        episode = []
+        for t, (_, command) in enumerate(turns):
+            episode.append((Memory(memory.task, memory.first, memory.now, list(memory.past)), command))
+            if t + 1 < len(turns):
+                memory.remember(command, turns[t + 1][0].text)
+        episodes.append(episode)
+    return episodes
+
+
+def demonstration_buffer(player: Player, episodes: Sequence[Sequence[tuple[Memory, str]]]) -> Rollout:
+    """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does."""
+    limits = player.limits
+    count = sum(map(len, episodes))
+    memories = [memory for episode in episodes for memory, _ in episode]
+    answers = [f"{command}{player.tokenizer.eos_token}" for episode in episodes for _, command in episode]
+    prompts = player.encode(memories)
+    responses = [
+        e.ids for e in player.tokenizer.backend_tokenizer.encode_batch(answers, add_special_tokens=False)
+    ]
+    longest = max(map(len, responses))
+    if longest > limits.response:
+        raise ValueError(f"response: a command has {longest} tokens, need at most {limits.response} (--max-response-tokens)")
+    prompt_array = np.zeros((count, 1, limits.prompt), np.int32)
+    response_array = np.zeros((count, 1, limits.response), np.int32)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        prompt_array[i, 0, limits.prompt - len(prompt) :] = prompt
+        response_array[i, 0, : len(response)] = response
+    empty = Buffer.empty(count, 1, 1, limits.response, 1)
+    buffer = Buffer(**{**empty.__dict__, "prompts": jnp.asarray(prompt_array), "responses": jnp.asarray(response_array)})
+    return Rollout(
+        buffer,
+        np.array([[len(p)] for p in prompts], np.int32),
+        np.array([[len(r)] for r in responses], np.int32),
+        np.ones(count, bool),
+        [],
+        [],
+    )

@@ -1,0 +1,35 @@
+"""What an environment is to the bridge: five values a turn, as in Gymnasium, without auto-reset.
+
+An environment has `reset() -> Observation` and `step(command) -> Observation`. Nothing here imports JAX.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the world answers.
+
+    text        the raw environment text: the anchor observation, by which steps are compared
+    admissible  commands that would do something now, sorted
+    reward      the environment's own reward of this turn (before any reward scale)
+    done        the episode is over; the caller resets
+    won         the task is solved
+    """
+
+    text: str
+    admissible: tuple[str, ...]
+    reward: float = 0.0
+    done: bool = False
+    won: bool = False
+
+
+class Environment(Protocol):
+    """One text world. `task` is the instruction in words, known after `reset`."""
+
+    task: str
+
+    def reset(self) -> Observation: ...
+
+    def step(self, command: str) -> Observation: ...

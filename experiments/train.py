@@ -1,0 +1,448 @@
+"""Train a language-model agent on household games with ProxMO, from nothing to a learning curve.
+
+    proxmo train                          # the defaults: a few minutes on two CPU cores
+    proxmo train --method gigpo --out runs/gigpo --seed 1
+    proxmo train --out runs/household --resume
+
+Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollout, estimate, update) -> report.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from envs_bridge.collect import Limits, Player, Rollout, collect, demonstration_buffer, demonstrations
+from envs_bridge.household import lexicon
+from envs_bridge.household.game import TASK_TYPES
+from envs_bridge.household.generate import LEVELS, generate_games
+from envs_bridge.pool import Pool
+from envs_bridge.prompts import compact
+from proxmo_jax.advantages import PRESETS
+from proxmo_jax.buffers import Buffer
+from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
+from proxmo_jax.learner import (
+    LossSettings,
+    TrainState,
+    cloning_step,
+    estimate,
+    gather_rows,
+    make_optimizer,
+    pack_turns,
+    policy_step,
+    row_log_probs,
+    take,
+)
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
+from proxmo_jax.sharding import data_mesh, replicate, split
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run. Published values are the defaults where a small model on a CPU can use them."""
+
+    out: Path = Path("runs/household")
+    """Folder of the run; must be new, or hold this run and be given with --resume."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with the settings stored there."""
+    config: Path | None = None
+    """TOML file with settings of these names; options on the command line win."""
+    method: str = "proxmo"
+    """Estimator: one of grpo, dr_grpo, rloo, gigpo, proxmo, proxmo_without_modulation, proxmo_without_proximity, official."""
+    seed: int = 0
+
+    level: str = "easy"
+    """Size of the generated houses: easy, medium or hard."""
+    train_games: int = 600
+    eval_games: int = 96
+    """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
+
+    iterations: int = 150
+    groups: int = 8
+    members: int = 8
+    max_turns: int = 16
+    temperature: float = 1.0
+    reward_scale: float = 10.0
+    penalise_inadmissible: bool = False
+    """Take the invalid-action penalty from well-formed commands that do nothing, too."""
+
+    learning_rate: float = 1e-3
+    epochs: int = 1
+    rows_per_batch: int = 32
+    row_length: int = 160
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    kl_weight: float = 0.01
+    entropy_weight: float = 0.001
+
+    warm_start_steps: int = 800
+    warm_start_rate: float = 2e-3
+    wrong_turn_rate: float = 0.2
+    """Share of random commands in the demonstrations of the warm start."""
+    warm_start_from: Path | None = None
+    """Take the warm start (and tokenizer) of another run's folder instead of making one."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 8
+
+    workers: int = 2
+    eval_every: int = 25
+    eval_temperature: float = 0.4
+    save_every: int = 25
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, one clear sentence each (ValueError)."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    need(config.method in PRESETS, f"--method must be one of {', '.join(PRESETS)}; got {config.method!r}")
+    need(config.level in LEVELS, f"--level must be one of {', '.join(LEVELS)}; got {config.level!r}")
+    need(config.members >= 2, f"--members must be at least 2, got {config.members}: a group compares attempts at one task")
+    for name in ("train_games", "eval_games", "groups", "iterations", "max_turns", "workers", "eval_every", "save_every",
+                 "rows_per_batch", "epochs", "warm_start_steps", "max_response_tokens"):  # fmt: skip
+        option = f"--{name.replace('_', '-')}"
+        need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
+    need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    need(config.row_length >= longest, f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}")
+    devices = jax.device_count()
+    for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
+        need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
+
+
+def main(config: Config, console: Console | None = None) -> Path:
+    """Run, or resume, one training run; returns its folder."""
+    console = console or Console()
+    began = time.time()
+    if config.resume:
+        config = stored_config(config)
+    check(config)
+    open_folder(config)
+    stop = StopOnSignal(console)
+    mesh = data_mesh()
+
+    # Games, tokenizer, policy.
+    train_games, eval_games = make_games(config)
+    console.print(
+        f"[bold]{config.method}[/] on {len(train_games)} {config.level} household games,"
+        f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
+    )
+    demos = demonstrations(
+        train_games, seed=config.seed, wrong_turn_rate=config.wrong_turn_rate, max_turns=config.max_turns
+    )
+    tokenizer = make_tokenizer(config, demos)
+    policy = PolicyConfig(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // 32,
+        num_key_value_heads=config.hidden_size // 32,
+        head_dim=32,
+    )
+    limits = Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
+    player = Player(tokenizer, policy, limits, mesh=mesh)
+    key = jax.random.key(config.seed)
+    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
+    fresh = replicate(mesh, init_params(policy, jax.random.fold_in(key, 0)))
+    state = TrainState(fresh, optimizer.init(fresh))
+
+    with Pool(config.workers) as pool:
+        # Warm start, or the checkpoint of a run that was cut off.
+        warm = config.out / "warm_start"
+        if not (warm / "config.json").exists():
+            source = config.warm_start_from and config.warm_start_from / "warm_start"
+            params = load_params(source, fresh) if source else warm_start(config, player, demos, fresh, console, stop)
+            if stop:
+                console.print("Stopped during the warm start: nothing to resume; start again.")
+                return config.out
+            save_params(warm, params, policy.to_dict())
+        reference = load_params(warm, fresh)
+        checkpoints = Checkpoints(config.out / "checkpoints")
+        first = checkpoints.latest() or 0
+        if first:
+            state, _ = checkpoints.restore(state)
+        else:
+            state = TrainState(jax.tree.map(jnp.copy, reference), optimizer.init(reference))
+        metrics = Metrics(config.out / "metrics.jsonl", keep_until=first if first else None)
+
+        evaluation = Evaluation(config, player, pool, eval_games)
+        if not first:
+            metrics.write({"iteration": 0, **evaluation.run(state.params, console, "warm start", "episodes_before.txt")})
+        loop = Loop(config, player, pool, train_games, mesh, optimizer, reference)
+        with progress_bar(console) as bar:
+            task = bar.add_task("training", total=config.iterations, completed=first, note="")
+            for iteration in range(first + 1, config.iterations + 1):
+                state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
+                last = iteration == config.iterations
+                if iteration % config.eval_every == 0 or last:
+                    row |= evaluation.run(state.params, console, f"iteration {iteration}", last and "episodes_after.txt")
+                metrics.write({"iteration": iteration, **row})
+                bar.update(task, advance=1, note=note(row))
+                if iteration % config.save_every == 0 or last or stop:
+                    checkpoints.save(iteration, state, {"iteration": iteration})
+                if stop:
+                    break
+        checkpoints.close()
+
+    rows = read_metrics(config.out / "metrics.jsonl")
+    learning_curve(config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {config.level} household")
+    done = checkpoints_done(rows, config)
+    went = f"{time.time() - began:.0f} s"
+    if done:
+        console.print(
+            f"Done in {went}: {config.out}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
+            " episodes_after.txt and checkpoints."
+            f" Longer: proxmo train --out {config.out} --resume --iterations {2 * config.iterations}"
+        )
+    else:
+        console.print(f"Stopped and saved after {went}. Go on with: proxmo train --out {config.out} --resume")
+    return config.out
+
+
+def checkpoints_done(rows: list[dict], config: Config) -> bool:
+    return bool(rows) and rows[-1]["iteration"] >= config.iterations
+
+
+class StopOnSignal:
+    """True once Ctrl-C (or SIGTERM) was seen: the iteration under way is finished and saved. A second one interrupts."""
+
+    def __init__(self, console: Console):
+        self._console, self._asked = console, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.print("Stopping after this iteration; its state is saved. Again to stop at once.")
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+
+def stored_config(config: Config) -> Config:
+    """The settings of the run to resume; `iterations` may be raised on the command line."""
+    path = config.out / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
+    stored = json.loads(path.read_text())
+    paths = {"out", "config", "warm_start_from"}
+    values = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
+    iterations = max(values["iterations"], config.iterations)
+    return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
+
+
+def open_folder(config: Config) -> None:
+    """Make the run's folder and note its settings. Raises ValueError if another run lives there."""
+    path = config.out / "config.json"
+    if path.exists() and not config.resume:
+        raise ValueError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
+    if config.out.exists() and not config.resume and any(config.out.iterdir()):
+        raise ValueError(f"--out: {config.out} is not empty; name a new folder")
+    config.out.mkdir(parents=True, exist_ok=True)
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**values, "resume": False}, indent=1))
+    temporary.replace(path)
+
+
+def make_games(config: Config) -> tuple[list[str], list[str]]:
+    """Training games, and held-out ones: half new games in known houses, half in houses never trained in."""
+    folder = config.out / "games"
+    seen = config.eval_games // 2
+
+    def write(split: str, count: int) -> list[str]:
+        if count == 0:
+            return []
+        return [str(p) for p in generate_games(folder, split=split, count=count, seed=config.seed, level=config.level)]
+
+    held_out = write("valid_seen", seen) + write("valid_unseen", config.eval_games - seen)
+    return write("train", config.train_games), held_out
+
+
+def make_tokenizer(config: Config, demos):
+    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
+    folder = config.out / "tokenizer"
+    if folder.exists():
+        return load_tokenizer(folder)
+    if config.warm_start_from:
+        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+    texts = [f"{compact(memory)} {command}" for episode in demos for memory, command in episode]
+    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
+    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
+
+
+def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
+    """Shuffled mini-batches of packed rows from a rollout, one shape; the last is filled up with empty rows."""
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
+    turns, offsets = pack_turns(lengths, config.row_length, rng.permutation(np.flatnonzero(lengths)))
+    size = config.rows_per_batch
+    short = -len(turns) % size
+    turns = np.pad(turns, ((0, short), (0, 0)), constant_values=-1)
+    offsets = np.pad(offsets, ((0, short), (0, 0)))
+    for start in range(0, len(turns), size):
+        part = split(mesh, (turns[start : start + size], offsets[start : start + size]))
+        yield gather_rows(rollout.buffer, rollout.prompt_lengths, advantage, *part)
+
+
+def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
+    """Behaviour cloning on the demonstrations."""
+    rollout = demonstration_buffer(player, demos)
+    rollout.buffer = replicate(player.mesh, rollout.buffer)
+    optimizer = make_optimizer(config.warm_start_rate, config.weight_decay, config.max_grad_norm, warmup=20)
+    state = TrainState(params, optimizer.init(params))
+    rng = np.random.default_rng(config.seed)
+    zero = jnp.zeros(rollout.prompt_lengths.shape)
+    step = 0
+    with progress_bar(console) as bar:
+        task = bar.add_task("warm start", total=config.warm_start_steps, note="")
+        while step < config.warm_start_steps and not stop:
+            for rows in batches(config, player.mesh, rollout, zero, rng):
+                state, loss = cloning_step(state, rows, config=player.config, optimizer=optimizer)
+                step += 1
+                if step % 50 == 0:
+                    bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
+                if step == config.warm_start_steps or stop:
+                    break
+    return state.params
+
+
+@dataclass
+class Evaluation:
+    """Success on the held-out games, at the evaluation temperature and with the same random numbers each time."""
+
+    config: Config
+    player: Player
+    pool: Pool
+    games: list[str]
+
+    def run(self, params, console: Console, label: str, episodes: str | bool = False) -> dict:
+        began = time.time()
+        key = jax.random.key(self.config.seed + 1)
+        rollout = collect(
+            self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature
+        )
+        wins, count = int(rollout.won.sum()), len(self.games)
+        row = {
+            "eval/success_rate": wins / count,
+            "eval/games": count,
+            "eval/turns": float((rollout.prompt_lengths > 0).sum(1).mean()),
+            "time/eval": time.time() - began,
+        }
+        kinds = np.array([next(t for t in TASK_TYPES if t in game) for game in self.games])
+        for kind in TASK_TYPES:
+            if (kinds == kind).any():
+                row[f"eval/success_rate/{kind}"] = float(rollout.won[kinds == kind].mean())
+        low, high = wilson(wins, count)
+        console.print(f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})")
+        if episodes:
+            shown = [i for i in (0, count // 3, 2 * count // 3) if i < count]
+            write_episodes(
+                self.config.out / episodes,
+                [rollout.tasks[i] for i in shown],
+                [rollout.transcripts[i] for i in shown],
+                [bool(rollout.won[i]) for i in shown],
+            )
+        return row
+
+
+class Loop:
+    """One iteration: rollout -> advantages -> reference log-probs -> policy updates. Everything large stays on device."""
+
+    def __init__(self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference):
+        self.config, self.player, self.pool, self.games = config, player, pool, games
+        self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
+        self.settings = PRESETS[config.method]()
+        self.loss = LossSettings(clip=config.clip, kl_weight=config.kl_weight, entropy_weight=config.entropy_weight)
+        limits, episodes = player.limits, config.groups * config.members
+        self.buffer = replicate(
+            mesh, Buffer.empty(episodes, limits.turns, limits.prompt, limits.response, limits.words)
+        )
+
+    def iteration(self, state: TrainState, iteration: int, key: jax.Array) -> tuple[TrainState, dict]:
+        config = self.config
+        rng = np.random.default_rng([config.seed, iteration])
+        chosen = rng.choice(len(self.games), config.groups, replace=len(self.games) < config.groups)
+        games = [self.games[i] for i in chosen for _ in range(config.members)]
+
+        began = time.time()
+        rollout = collect(
+            self.player, state.params, self.pool, games, key, temperature=config.temperature, buffer=self.buffer,
+            reward_scale=config.reward_scale, penalise_inadmissible=config.penalise_inadmissible,
+        )  # fmt: skip
+        jax.block_until_ready(rollout.buffer)
+        played = time.time()
+
+        answer = estimate(
+            rollout.buffer, rollout.won, self.player.vocabulary.alphabetical(), self.settings,
+            members=config.members, max_features=1024,
+        )  # fmt: skip
+        advantage = jax.block_until_ready(answer.joint).reshape(rollout.prompt_lengths.shape)
+        estimated = time.time()
+
+        parts = []
+        temperature = jnp.float32(config.temperature)
+        mini = list(batches(config, self.mesh, rollout, advantage, rng))
+        mini = [
+            dataclasses.replace(
+                rows, reference=row_log_probs(self.reference, rows, temperature, config=self.player.config)
+            )
+            for rows in mini
+        ]
+        for _ in range(config.epochs):
+            for rows in mini:
+                state, part = policy_step(
+                    state, rows, temperature, config=self.player.config, optimizer=self.optimizer, settings=self.loss
+                )
+                parts.append(part)
+        jax.block_until_ready(state)
+        updated = time.time()
+        self.buffer = rollout.buffer
+
+        total = updated - began
+        mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
+        turns = (rollout.prompt_lengths > 0).sum(1)
+        return state, {
+            "train/success_rate": float(rollout.won.mean()),
+            "train/reward": float(config.reward_scale * rollout.won.mean()),
+            "train/valid_action_rate": rollout.valid,
+            "train/admissible_rate": rollout.admissible,
+            "train/turns": float(turns.mean()),
+            "train/mixed_groups": float(np.mean([0 < w.mean() < 1 for w in rollout.won.reshape(-1, config.members)])),
+            "train/advantage_size": float(jnp.abs(advantage).sum() / turns.sum()),
+            **{f"loss/{name}": value for name, value in mean._asdict().items()},
+            "loss/steps": len(parts),
+            "time/rollout": played - began,
+            "time/estimator": estimated - played,
+            "time/update": updated - estimated,
+            "time/iteration": total,
+        }
+
+
+def note(row: dict) -> str:
+    """The progress line's measurements."""
+    total = row["time/iteration"]
+    shares = " ".join(f"{name} {row[f'time/{name}'] / total:.1%}" for name in ("rollout", "estimator", "update"))
+    return (
+        f"success {row['train/success_rate']:.0%} reward {row['train/reward']:.1f}"
+        f" valid {row['train/valid_action_rate']:.0%} | {shares}"
+    )

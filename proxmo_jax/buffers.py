@@ -1,0 +1,70 @@
+"""The rollout buffer: a rectangle `[episode, turn]` that lives on the device and is written in place, turn by turn.
+
+Episodes are group-major, so `[G * M, T]` is `[G, M, T]` without moving anything.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from proxmo_jax.types import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Buffer:
+    """Everything a rollout leaves behind. `E` episodes, `T` turns, `P` prompt and `R` response tokens, `K` words.
+
+    prompts int32 [E, T, P] left-padded; responses int32 [E, T, R]; log_probs float32 [E, T, R] at rollout;
+    word_ids int32, word_counts float32 [E, T, K] and anchor int32 [E, T] of the anchor observation;
+    reward float32 [E, T]; action_valid, mask bool [E, T].
+    """
+
+    prompts: jax.Array
+    responses: jax.Array
+    log_probs: jax.Array
+    word_ids: jax.Array
+    word_counts: jax.Array
+    anchor: jax.Array
+    reward: jax.Array
+    action_valid: jax.Array
+    mask: jax.Array
+
+    @classmethod
+    def empty(cls, episodes: int, turns: int, prompt: int, response: int, words: int) -> "Buffer":
+        shape = (episodes, turns)
+        return cls(
+            prompts=jnp.zeros((*shape, prompt), jnp.int32),
+            responses=jnp.zeros((*shape, response), jnp.int32),
+            log_probs=jnp.zeros((*shape, response), jnp.float32),
+            word_ids=jnp.zeros((*shape, words), jnp.int32),
+            word_counts=jnp.zeros((*shape, words), jnp.float32),
+            anchor=jnp.zeros(shape, jnp.int32),
+            reward=jnp.zeros(shape, jnp.float32),
+            action_valid=jnp.zeros(shape, bool),
+            mask=jnp.zeros(shape, bool),
+        )
+
+
+@partial(jax.jit, donate_argnums=0)
+def clear(buffer: Buffer) -> Buffer:
+    """The same memory with no turn in it."""
+    return jax.tree.map(jnp.zeros_like, buffer)
+
+
+@partial(jax.jit, donate_argnums=0)
+def write(buffer: Buffer, episodes: jax.Array, turn: jax.Array, rows: dict[str, jax.Array]) -> Buffer:
+    """Write turn `turn` of `episodes` [B] in place. Episode ids past the end (batch padding) are dropped.
+
+    Prompts may be narrower than the buffer's: they are right-aligned, as they are left-padded.
+    """
+    fields = dict(buffer.__dict__)
+    for name, values in rows.items():
+        field = fields[name]
+        if name == "prompts":
+            fields[name] = field.at[episodes, turn, -values.shape[-1] :].set(values, mode="drop")
+        else:
+            fields[name] = field.at[episodes, turn].set(values, mode="drop")
+    return Buffer(**fields)

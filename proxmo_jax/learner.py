@@ -1,0 +1,224 @@
+"""One update of the policy: active turns packed into token rows, reference log-probs, PPO mini-batches.
+
+Turns are short and differ in length, so several share one row, kept apart by segment ids: no compute on padding,
+and one compiled shape for warm start and reinforcement alike.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from proxmo_jax.advantages import advantages
+from proxmo_jax.buffers import Buffer
+from proxmo_jax.embeddings import WordCounts, tfidf
+from proxmo_jax.losses import PolicyLoss, policy_loss, token_log_probs, token_mean
+from proxmo_jax.policy import Policy, PolicyConfig
+from proxmo_jax.types import Advantages, Group, Settings, pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Rows:
+    """Token rows `[B, L]`; position i predicts `targets` i where `mask` is set (a response token follows).
+
+    tokens, targets, positions, segments int32; segment 0 is padding. mask bool. advantage, old, reference float32:
+    of the target token.
+    """
+
+    tokens: Any
+    targets: Any
+    positions: Any
+    segments: Any
+    mask: Any
+    advantage: Any
+    old: Any
+    reference: Any
+
+
+class TrainState(NamedTuple):
+    """Parameters and optimiser state; donated to every update."""
+
+    params: Any
+    opt_state: Any
+
+
+def pack_turns(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First-fit packing of turns into rows, on the host.
+
+    lengths [N] tokens per turn, taken in `order`. Returns (turn, offset) int32 [rows, row_length]: which turn and
+    which of its tokens stands at each place; turn -1 is padding. Raises ValueError for a turn longer than a row.
+    """
+    if len(lengths) and int(lengths.max()) > row_length:
+        raise ValueError(f"a turn has {int(lengths.max())} tokens, need at most {row_length} (the row length)")
+    room: list[int] = []
+    first_open = 0
+    places: list[tuple[int, int, int]] = []
+    shortest = int(lengths.min()) if len(lengths) else 0
+    for turn in order.tolist():
+        length = int(lengths[turn])
+        for row in range(first_open, len(room)):
+            if room[row] >= length:
+                break
+        else:
+            row = len(room)
+            room.append(row_length)
+        places.append((turn, row, row_length - room[row]))
+        room[row] -= length
+        while first_open < len(room) and room[first_open] < shortest:
+            first_open += 1
+    turns = np.full((len(room), row_length), -1, np.int32)
+    offsets = np.zeros((len(room), row_length), np.int32)
+    for turn, row, start in places:
+        length = int(lengths[turn])
+        turns[row, start : start + length] = turn
+        offsets[row, start : start + length] = np.arange(length)
+    return turns, offsets
+
+
+@jax.jit
+def gather_rows(
+    buffer: Buffer, prompt_lengths: jax.Array, advantage: jax.Array, turns: jax.Array, offsets: jax.Array
+) -> Rows:
+    """Build token rows on the device from the buffer. prompt_lengths int32 [E, T], advantage [E, T].
+
+    turns index the flattened `[E * T]`, as `pack_turns` gives them.
+    """
+    width = buffer.prompts.shape[-1]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
+    prompt = prompt_lengths.reshape(-1)
+    turn = jnp.maximum(turns, 0)
+    real = turns >= 0
+
+    def token(offset):
+        """Token at `offset` of its turn; response tokens follow the prompt's."""
+        answer = offset - prompt[turn]
+        read = flat.prompts[turn, jnp.clip(width - prompt[turn] + offset, 0, width - 1)]
+        written = flat.responses[turn, jnp.clip(answer, 0, flat.responses.shape[-1] - 1)]
+        return jnp.where(answer < 0, read, written)
+
+    # The next place in the row holds this turn's next token, unless the turn ends here.
+    follows = jnp.pad(turns[:, 1:] == turns[:, :-1], ((0, 0), (0, 1))) & real
+    answer = jnp.clip(offsets + 1 - prompt[turn], 0, flat.responses.shape[-1] - 1)
+    mask = follows & (offsets + 1 >= prompt[turn])
+    boundary = jnp.pad(turns[:, 1:] != turns[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return Rows(
+        tokens=jnp.where(real, token(offsets), 0),
+        targets=jnp.where(mask, token(offsets + 1), 0),
+        positions=offsets,
+        segments=jnp.where(real, jnp.cumsum(boundary, axis=1), 0),
+        mask=mask,
+        advantage=jnp.where(mask, advantage.reshape(-1)[turn], 0.0),
+        old=jnp.where(mask, flat.log_probs[turn, answer], 0.0),
+        reference=jnp.zeros(turns.shape, jnp.float32),
+    )
+
+
+def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
+    """Logits [B, L, V]; a token sees the earlier tokens of its own segment."""
+    length = rows.tokens.shape[1]
+    same = rows.segments[:, :, None] == rows.segments[:, None, :]
+    mask = same & jnp.tril(jnp.ones((length, length), bool))
+    return Policy(config).apply({"params": params}, rows.tokens, rows.positions, mask)[0]
+
+
+@partial(jax.jit, static_argnames=("config",))
+def row_log_probs(params, rows: Rows, temperature: jax.Array, *, config: PolicyConfig) -> jax.Array:
+    """Log-probs of the targets [B, L], at the rollout's temperature."""
+    return token_log_probs(row_logits(params, rows, config) / temperature, rows.targets)[0]
+
+
+def make_optimizer(learning_rate: float, weight_decay: float, max_norm: float, warmup: int) -> optax.GradientTransformation:
+    """AdamW with gradient clipping and a short linear warm-up to a constant rate."""
+    schedule = optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def take(rows: Rows, indices: np.ndarray) -> Rows:
+    """Rows at `indices` [B]."""
+    return jax.tree.map(lambda x: x[indices], rows)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss's constants; published values are the defaults."""
+
+    clip: float = 0.2
+    dual_clip: float = 3.0
+    kl_weight: float = 0.01
+    entropy_weight: float = 0.001
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer", "settings"), donate_argnums=0)
+def policy_step(
+    state: TrainState,
+    rows: Rows,
+    temperature: jax.Array,
+    *,
+    config: PolicyConfig,
+    optimizer: optax.GradientTransformation,
+    settings: LossSettings,
+) -> tuple[TrainState, PolicyLoss]:
+    """One optimiser step on one mini-batch of rows."""
+
+    def loss(params):
+        parts = policy_loss(
+            row_logits(params, rows, config) / temperature,
+            rows.targets,
+            rows.mask,
+            rows.advantage,
+            rows.old,
+            rows.reference,
+            clip=settings.clip,
+            dual_clip=settings.dual_clip,
+            kl_weight=settings.kl_weight,
+            entropy_weight=settings.entropy_weight,
+        )
+        return parts.loss, parts
+
+    gradient, parts = jax.grad(loss, has_aux=True)(state.params)
+    return _apply(state, gradient, optimizer), parts
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=0)
+def cloning_step(
+    state: TrainState, rows: Rows, *, config: PolicyConfig, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """One step of behaviour cloning: the mean negative log-likelihood of the answer tokens."""
+
+    def loss(params):
+        return -token_mean(token_log_probs(row_logits(params, rows, config), rows.targets)[0], rows.mask)
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    return _apply(state, gradient, optimizer), value
+
+
+def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation) -> TrainState:
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), opt_state)
+
+
+@partial(jax.jit, static_argnames=("members", "max_features"))
+def estimate(
+    buffer: Buffer, success: jax.Array, alphabetical: jax.Array, settings: Settings, *, members: int, max_features: int
+) -> Advantages:
+    """The estimator on a rollout: `[E, T]` episodes as `[G, M, T]` groups. success bool [E] -> Advantages [G, M, T]."""
+    grouped = jax.tree.map(lambda x: x.reshape(-1, members, *x.shape[1:]), buffer)
+    embedding, comparable = None, True
+    if settings.aggregation == "soft":
+        words = WordCounts(grouped.word_ids, grouped.word_counts, alphabetical)
+        embedding, comparable = tfidf(words, grouped.mask, max_features=max_features)
+    group = Group(
+        reward=grouped.reward,
+        mask=grouped.mask,
+        success=success.reshape(-1, members),
+        action_valid=grouped.action_valid,
+        anchor=grouped.anchor,
+        embedding=embedding,
+        comparable=jnp.broadcast_to(comparable, grouped.mask.shape[:1]),
+    )
+    return jax.vmap(advantages, (0, None))(group, settings)

@@ -1,0 +1,36 @@
+"""A word-level tokenizer for small policies, saved as an ordinary Hugging Face tokenizer folder."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
+SPECIAL = (PAD, UNKNOWN, "<think>", "</think>", "<action>", STOP)
+
+
+def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
+    """One token per word or punctuation mark of `texts`, lower-cased; written to `folder`."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=STOP,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder. Raises ValueError if there is none."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}: holds no tokenizer.json")
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,5 +1,6 @@
 """The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from envs_bridge.actions import project
 from envs_bridge.household.engine import Household
-from envs_bridge.household.expert import demonstrate
+from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.pool import Pool
 from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
 from proxmo_jax.buffers import Buffer, clear, write
@@ -30,7 +31,6 @@ class Limits:
     prompt: int = 128
     response: int = 8
     words: int = 64
-    past_commands: int = 12
 
 
 @dataclass
@@ -64,15 +64,15 @@ class Player:
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
-        texts = [compact(memory, commands=self.limits.past_commands) for memory in memories]
+        texts = [compact(memory) for memory in memories]
         rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
         for i, ids in enumerate(rows):
-            shorter = shortened(memories[i], self.limits.past_commands)
+            shorter = shortened(memories[i])
             while len(ids) > self.limits.prompt:
                 text = next(shorter, None)
                 if text is None:
                     raise ValueError(
-                        f"prompt: task and furniture alone have {len(ids)} tokens, need at most {self.limits.prompt}"
+                        f"prompt: task and places alone have {len(ids)} tokens, need at most {self.limits.prompt}"
                         " (--max-prompt-tokens)"
                     )
                 ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -127,7 +127,8 @@ def collect(
     if buffer is not None:
         buffer = clear(buffer)
     started = pool.reset(list(enumerate(games)))
-    memories = [Memory(task, seen.text, seen.text) for seen, task in started]
+    memories = [Memory.start(task, seen.text) for seen, task in started]
+    latest = [seen.text for seen, _ in started]
     admissible = [seen.admissible for seen, _ in started]
     shape = (count, limits.turns)
     rollout = Rollout(
@@ -152,7 +153,7 @@ def collect(
             stop_id=player.tokenizer.eos_token_id,
             pad_id=player.tokenizer.pad_token_id,
         )
-        seen_texts = [memories[e].now for e in active]
+        seen_texts = [latest[e] for e in active]
         tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
@@ -169,10 +170,10 @@ def collect(
             admissible_turns += possible
             reward[i] = reward_scale * seen[i].won
             valid[i] = well_formed and (possible or not penalise_inadmissible)
-            rollout.transcripts[e].append((memories[e].now, command))
+            rollout.transcripts[e].append((latest[e], command))
             rollout.won[e] = seen[i].won
             memories[e].remember(command, seen[i].text)
-            admissible[e] = seen[i].admissible
+            admissible[e], latest[e] = seen[i].admissible, seen[i].text
         rollout.prompt_lengths[active, turn] = lengths[: len(active)]
         rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
         if buffer is not None:
@@ -196,51 +197,51 @@ def collect(
     return rollout
 
 
-def demonstrations(
-    games: Sequence[str], *, seed: int, wrong_turn_rate: float, max_turns: int
-) -> list[list[tuple[Memory, str]]]:
-    """Expert episodes with wrong turns mixed in: per turn what the policy would read, and what was done."""
-    episodes = []
+@dataclass(frozen=True)
+class Example:
+    """One turn to clone: what the policy would read, and what to answer."""
+
+    memory: Memory
+    command: str
+
+
+def demonstrations(games: Sequence[str], *, seed: int, habits: Habits, max_turns: int) -> list[Example]:
+    """The turns of one demonstrated episode per game. Mistakes are remembered but not cloned."""
+    examples = []
     for i, game in enumerate(games):
         world = Household.load(game)
-        turns = demonstrate(
-            world, random.Random(f"{seed}/{i}"), wrong_turn_rate=wrong_turn_rate, max_turns=max_turns
-        )
-        memory = Memory(world.task, turns[0][0].text, turns[0][0].text)
-        episode = []
-        for t, (_, command) in enumerate(turns):
-            episode.append((Memory(memory.task, memory.first, memory.now, list(memory.past)), command))
+        turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
+        memory = Memory.start(world.task, turns[0].seen.text)
+        for t, turn in enumerate(turns):
+            if turn.worthy:
+                examples.append(Example(memory.copy(), turn.command))
             if t + 1 < len(turns):
-                memory.remember(command, turns[t + 1][0].text)
-        episodes.append(episode)
-    return episodes
+                memory.remember(turn.command, turns[t + 1].seen.text)
+    return examples
 
 
-def demonstration_buffer(player: Player, episodes: Sequence[Sequence[tuple[Memory, str]]]) -> Rollout:
-    """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does."""
-    limits = player.limits
-    count = sum(map(len, episodes))
-    memories = [memory for episode in episodes for memory, _ in episode]
-    answers = [f"{command}{player.tokenizer.eos_token}" for episode in episodes for _, command in episode]
-    prompts = player.encode(memories)
-    responses = [
-        e.ids for e in player.tokenizer.backend_tokenizer.encode_batch(answers, add_special_tokens=False)
-    ]
+def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout:
+    """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does.
+
+    Raises ValueError for a command longer than the response limit.
+    """
+    limits, count = player.limits, len(examples)
+    prompts = player.encode([example.memory for example in examples])
+    answers = [f"{example.command}{player.tokenizer.eos_token}" for example in examples]
+    backend = player.tokenizer.backend_tokenizer
+    responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
     longest = max(map(len, responses))
     if longest > limits.response:
-        raise ValueError(f"response: a command has {longest} tokens, need at most {limits.response} (--max-response-tokens)")
+        raise ValueError(
+            f"response: a command has {longest} tokens, need at most {limits.response} (--max-response-tokens)"
+        )
     prompt_array = np.zeros((count, 1, limits.prompt), np.int32)
     response_array = np.zeros((count, 1, limits.response), np.int32)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         prompt_array[i, 0, limits.prompt - len(prompt) :] = prompt
         response_array[i, 0, : len(response)] = response
     empty = Buffer.empty(count, 1, 1, limits.response, 1)
-    buffer = Buffer(**{**empty.__dict__, "prompts": jnp.asarray(prompt_array), "responses": jnp.asarray(response_array)})
-    return Rollout(
-        buffer,
-        np.array([[len(p)] for p in prompts], np.int32),
-        np.array([[len(r)] for r in responses], np.int32),
-        np.ones(count, bool),
-        [],
-        [],
-    )
+    buffer = dataclasses.replace(empty, prompts=jnp.asarray(prompt_array), responses=jnp.asarray(response_array))
+    prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
+    response_lengths = np.array([[len(r)] for r in responses], np.int32)
+    return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), [], [])

@@ -1,52 +1,101 @@
-"""What the policy reads at a turn. A prompt is rebuilt every turn from the task and a short memory.
+"""What the policy reads at a turn. A prompt is rebuilt every turn from the task and notes kept of the episode.
 
-Length is cut where it hurts least: first the oldest commands, then the end of a long observation.
+The notes are read off the household's texts alone: which places were not visited yet, what was seen in the others,
+what is in hand. Length is cut where it hurts least: first the notes on the places seen longest ago, then the end of
+a long observation; the task is never cut.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # The thought is closed before the answer begins, so a small policy answers with a command alone.
 ANSWER_START = "<think></think><action>"
+NOTHING = "Nothing happens."
 _ROOM = re.compile(r"Looking quickly around you, you see (.*?)\.(?:\n|$)", re.S)
-_ARTICLE = re.compile(r"\b(?:an?|and) |,")
+_CONTENTS = re.compile(r"(?:On the [^,.]+|In it), you see ([^.]*)\.")
+_TAKEN = re.compile(r"You pick up the (.+) from the ")
+_PLACED = re.compile(r"You (?:move|put) the (.+) (?:to|in/on) the ")
+_CHANGED = re.compile(r"You (heat|clean|cool) the (.+) using the ")
+_STATES = {"heat": "hot", "clean": "clean", "cool": "cool"}
+
+
+def _things(listing: str) -> list[str]:
+    """['mug 1', 'pen 2'] from 'a mug 1, and a pen 2'; [] from 'nothing'."""
+    words = (part.strip().removeprefix("and ").removeprefix("a ") for part in listing.split(","))
+    return [word for word in words if word and word != "nothing"]
 
 
 @dataclass
 class Memory:
-    """What one trajectory has seen so far. `past` holds (command, answer) per turn, oldest first."""
+    """Notes on one trajectory. `places` maps each place to what was last seen there (None: not visited yet)."""
 
     task: str
-    first: str
     now: str
-    past: list[tuple[str, str]] = field(default_factory=list)
+    places: dict[str, list[str] | None] = field(default_factory=dict)
+    here: str = ""
+    hand: str = ""
+    last: str = ""
+
+    @classmethod
+    def start(cls, task: str, first: str) -> "Memory":
+        """Notes before the first turn, from the first observation."""
+        room = _ROOM.search(first)
+        places = dict.fromkeys(_things(room.group(1))) if room else {}
+        return cls(task, "You are in the middle of a room.", places)
 
     def remember(self, command: str, observation: str) -> None:
-        self.past.append((command, observation))
+        """Note what was done and what came of it."""
+        self.last = command
+        if observation == NOTHING:  # the world is as it was: what was seen before still holds
+            self.last += " failed"
+            return
         self.now = observation
+        if command.startswith("go to "):
+            self.here = command.removeprefix("go to ")
+            self.places[self.here] = self.places.pop(self.here, None) or []
+        contents = _CONTENTS.search(observation)
+        if contents and self.here and not command.startswith(("look", "examine")):
+            self.places[self.here] = _things(contents.group(1))
+        around = self.places.get(self.here) or []
+        if taken := _TAKEN.match(observation):
+            self.hand = taken.group(1)
+            self.places[self.here] = [thing for thing in around if thing != self.hand]
+        elif placed := _PLACED.match(observation):
+            self.places[self.here] = [*around, placed.group(1)]
+            self.hand = ""
+        elif changed := _CHANGED.match(observation):
+            self.hand = f"{_STATES[changed.group(1)]} {changed.group(2)}"
+
+    def copy(self) -> "Memory":
+        return Memory(self.task, self.now, dict(self.places), self.here, self.hand, self.last)
 
 
-def compact(memory: Memory, *, commands: int = 12, words: int | None = None) -> str:
-    """A short prompt for small policies: task, the room's furniture, past commands, what is seen now.
+def compact(memory: Memory, *, notes: int | None = None, words: int | None = None) -> str:
+    """A short prompt for small policies: task, notes, what is seen now.
 
-    `commands`: how many of the latest commands are listed; one that did nothing is marked. `words`: how many words
-    of the current observation are kept (all by default).
+    `notes`: how many of the places seen before are described (all by default, the latest first to stay). `words`:
+    how many words of the current observation are kept (all by default).
     """
-    furniture = _ROOM.search(memory.first)
-    places = " ".join(_ARTICLE.sub(" ", furniture.group(1)).split()) if furniture else ""
-    past = memory.past[-commands:] if commands else []
-    done = " ; ".join(command + (" failed" if answer == "Nothing happens." else "") for command, answer in past)
-    now = memory.now if memory.past else "You are in the middle of a room."
-    if words is not None:
-        now = " ".join(now.split()[:words])
-    return f"task: {memory.task}\nplaces: {places}\ndone: {done}\nnow: {now}\n{ANSWER_START}"
+    new = " ".join(place for place, things in memory.places.items() if things is None)
+    seen = [
+        f"{place} : {' '.join(things) or 'nothing'}"
+        for place, things in memory.places.items()
+        if things is not None and place != memory.here
+    ]
+    kept = seen if notes is None else seen[len(seen) - notes :]
+    now = memory.now if words is None else " ".join(memory.now.split()[:words])
+    return (
+        f"task : {memory.task}\nnew : {new}\nseen : {' ; '.join(kept)}\nhand : {memory.hand}\n"
+        f"last : {memory.last}\nnow : {now}\n{ANSWER_START}"
+    )
 
 
-def shortened(memory: Memory, commands: int):
-    """Ever shorter prompts: fewer past commands, then fewer words of the observation. The task is never cut."""
-    for kept in range(commands - 1, -1, -1):
-        yield compact(memory, commands=kept)
+def shortened(memory: Memory) -> Iterator[str]:
+    """Ever shorter prompts: fewer notes on places, then fewer words of the observation."""
+    for notes in range(len(memory.places), -1, -1):
+        yield compact(memory, notes=notes)
     words = len(memory.now.split())
     while words > 0:
         words //= 2
-        yield compact(memory, commands=0, words=words)
+        yield compact(memory, notes=0, words=words)

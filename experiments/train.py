@@ -21,6 +21,7 @@ from rich.console import Console
 
 from envs_bridge.collect import Limits, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.household import lexicon
+from envs_bridge.household.expert import Habits
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.pool import Pool
@@ -38,7 +39,6 @@ from proxmo_jax.learner import (
     pack_turns,
     policy_step,
     row_log_probs,
-    take,
 )
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
@@ -62,7 +62,7 @@ class Config:
 
     level: str = "easy"
     """Size of the generated houses: easy, medium or hard."""
-    train_games: int = 600
+    train_games: int = 2000
     eval_games: int = 96
     """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
 
@@ -72,12 +72,16 @@ class Config:
     max_turns: int = 16
     temperature: float = 1.0
     reward_scale: float = 10.0
-    penalise_inadmissible: bool = False
-    """Take the invalid-action penalty from well-formed commands that do nothing, too."""
+    invalid_penalty: float = 1.0
+    """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""
+    penalise_inadmissible: bool = True
+    """Commands that do nothing count as invalid, too; published: only ill-formed answers do."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     epochs: int = 1
     rows_per_batch: int = 32
+    micro_batches: int = 2
+    """Parts a mini-batch is computed in, to save memory; the result is the same."""
     row_length: int = 160
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -85,10 +89,14 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 800
-    warm_start_rate: float = 2e-3
-    wrong_turn_rate: float = 0.2
-    """Share of random commands in the demonstrations of the warm start."""
+    warm_start_steps: int = 1000
+    warm_start_rate: float = 4e-3
+    search_rate: float = 0.6
+    """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
+    wrong_turn_rate: float = 0.35
+    """Share of its turns that lead nowhere; cloned, so that there is something left to learn."""
+    mistake_rate: float = 0.05
+    """Share of its turns that are plain mistakes, to show recovery; not cloned."""
     warm_start_from: Path | None = None
     """Take the warm start (and tokenizer) of another run's folder instead of making one."""
 
@@ -123,6 +131,8 @@ def check(config: Config) -> None:
     devices = jax.device_count()
     for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
         need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
+    part = config.micro_batches * devices
+    need(config.rows_per_batch % part == 0, f"--rows-per-batch must be a multiple of micro-batches x devices = {part}")
 
 
 def main(config: Config, console: Console | None = None) -> Path:
@@ -142,18 +152,18 @@ def main(config: Config, console: Console | None = None) -> Path:
         f"[bold]{config.method}[/] on {len(train_games)} {config.level} household games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    demos = demonstrations(
-        train_games, seed=config.seed, wrong_turn_rate=config.wrong_turn_rate, max_turns=config.max_turns
-    )
+    habits = Habits(config.search_rate, config.wrong_turn_rate, config.mistake_rate)
+    demos = demonstrations(train_games, seed=config.seed, habits=habits, max_turns=2 * config.max_turns)
     tokenizer = make_tokenizer(config, demos)
     policy = PolicyConfig(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=config.hidden_size,
-        intermediate_size=2 * config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
         num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden_size // 32,
+        num_attention_heads=config.hidden_size // 16,
         num_key_value_heads=config.hidden_size // 32,
-        head_dim=32,
+        head_dim=16,
+        initializer_range=0.15,
     )
     limits = Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
     player = Player(tokenizer, policy, limits, mesh=mesh)
@@ -286,7 +296,7 @@ def make_tokenizer(config: Config, demos):
         tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
         tokenizer.save_pretrained(folder)
         return tokenizer
-    texts = [f"{compact(memory)} {command}" for episode in demos for memory, command in episode]
+    texts = [f"{compact(example.memory)} {example.command}" for example in demos]
     words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
     return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
 
@@ -308,7 +318,7 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
     """Behaviour cloning on the demonstrations."""
     rollout = demonstration_buffer(player, demos)
     rollout.buffer = replicate(player.mesh, rollout.buffer)
-    optimizer = make_optimizer(config.warm_start_rate, config.weight_decay, config.max_grad_norm, warmup=20)
+    optimizer = make_optimizer(config.warm_start_rate, config.weight_decay, config.max_grad_norm, warmup=20, decay_steps=config.warm_start_steps)
     state = TrainState(params, optimizer.init(params))
     rng = np.random.default_rng(config.seed)
     zero = jnp.zeros(rollout.prompt_lengths.shape)
@@ -317,7 +327,7 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
         task = bar.add_task("warm start", total=config.warm_start_steps, note="")
         while step < config.warm_start_steps and not stop:
             for rows in batches(config, player.mesh, rollout, zero, rng):
-                state, loss = cloning_step(state, rows, config=player.config, optimizer=optimizer)
+                state, loss = cloning_step(state, rows, config=player.config, optimizer=optimizer, micro_batches=config.micro_batches)
                 step += 1
                 if step % 50 == 0:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
@@ -371,7 +381,7 @@ class Loop:
     def __init__(self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference):
         self.config, self.player, self.pool, self.games = config, player, pool, games
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
-        self.settings = PRESETS[config.method]()
+        self.settings = PRESETS[config.method](invalid_penalty=config.invalid_penalty)
         self.loss = LossSettings(clip=config.clip, kl_weight=config.kl_weight, entropy_weight=config.entropy_weight)
         limits, episodes = player.limits, config.groups * config.members
         self.buffer = replicate(
@@ -411,7 +421,8 @@ class Loop:
         for _ in range(config.epochs):
             for rows in mini:
                 state, part = policy_step(
-                    state, rows, temperature, config=self.player.config, optimizer=self.optimizer, settings=self.loss
+                    state, rows, temperature, config=self.player.config, optimizer=self.optimizer, settings=self.loss,
+                    micro_batches=config.micro_batches,
                 )
                 parts.append(part)
         jax.block_until_ready(state)

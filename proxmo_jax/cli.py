@@ -32,9 +32,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from proxmo_jax.sharding import prepare_cpu
+    from proxmo_jax.sharding import keep_freed_memory
 
-    prepare_cpu()
+    keep_freed_memory()
     import tyro
 
     from experiments import train

@@ -132,15 +132,13 @@ def row_log_probs(params, rows: Rows, temperature: jax.Array, *, config: PolicyC
     return token_log_probs(row_logits(params, rows, config) / temperature, rows.targets)[0]
 
 
-def make_optimizer(learning_rate: float, weight_decay: float, max_norm: float, warmup: int) -> optax.GradientTransformation:
-    """AdamW with gradient clipping and a short linear warm-up to a constant rate."""
-    schedule = optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
-    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(schedule, weight_decay=weight_decay))
-
-
-def take(rows: Rows, indices: np.ndarray) -> Rows:
-    """Rows at `indices` [B]."""
-    return jax.tree.map(lambda x: x[indices], rows)
+def make_optimizer(
+    learning_rate: float, weight_decay: float, max_norm: float, warmup: int, decay_steps: int | None = None
+) -> optax.GradientTransformation:
+    """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it."""
+    rate = optax.cosine_decay_schedule(learning_rate, decay_steps, 0.1) if decay_steps else lambda _: learning_rate
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), rate], [warmup])
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class LossSettings:
     entropy_weight: float = 0.001
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer", "settings"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("config", "optimizer", "settings", "micro_batches"), donate_argnums=0)
 def policy_step(
     state: TrainState,
     rows: Rows,
@@ -162,39 +160,64 @@ def policy_step(
     config: PolicyConfig,
     optimizer: optax.GradientTransformation,
     settings: LossSettings,
+    micro_batches: int = 1,
 ) -> tuple[TrainState, PolicyLoss]:
-    """One optimiser step on one mini-batch of rows."""
+    """One optimiser step on one mini-batch of rows, its gradient summed over `micro_batches` parts."""
 
-    def loss(params):
+    def loss(params, part: Rows, total):
         parts = policy_loss(
-            row_logits(params, rows, config) / temperature,
-            rows.targets,
-            rows.mask,
-            rows.advantage,
-            rows.old,
-            rows.reference,
-            clip=settings.clip,
-            dual_clip=settings.dual_clip,
-            kl_weight=settings.kl_weight,
-            entropy_weight=settings.entropy_weight,
+            row_logits(params, part, config) / temperature,
+            part.targets,
+            part.mask,
+            part.advantage,
+            part.old,
+            part.reference,
+            total,
+            **vars(settings),
         )
         return parts.loss, parts
 
-    gradient, parts = jax.grad(loss, has_aux=True)(state.params)
+    gradient, parts = _gradient(loss, state.params, rows, micro_batches)
     return _apply(state, gradient, optimizer), parts
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("config", "optimizer", "micro_batches"), donate_argnums=0)
 def cloning_step(
-    state: TrainState, rows: Rows, *, config: PolicyConfig, optimizer: optax.GradientTransformation
+    state: TrainState,
+    rows: Rows,
+    *,
+    config: PolicyConfig,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
 ) -> tuple[TrainState, jax.Array]:
     """One step of behaviour cloning: the mean negative log-likelihood of the answer tokens."""
 
-    def loss(params):
-        return -token_mean(token_log_probs(row_logits(params, rows, config), rows.targets)[0], rows.mask)
+    def loss(params, part: Rows, total):
+        log_probs, _ = token_log_probs(row_logits(params, part, config), part.targets)
+        value = -token_mean(log_probs, part.mask, total)
+        return value, value
 
-    value, gradient = jax.value_and_grad(loss)(state.params)
+    gradient, value = _gradient(loss, state.params, rows, micro_batches)
     return _apply(state, gradient, optimizer), value
+
+
+def _gradient(loss, params, rows: Rows, micro_batches: int):
+    """Gradient and report of `loss(params, rows, total tokens)`, added up over micro-batches one after the other.
+
+    Small parts keep the temporaries in cache: on two CPU cores 2 x 16 rows are half again as fast as 1 x 32.
+    """
+    total = rows.mask.sum()
+    gradient = jax.grad(loss, has_aux=True)
+    if micro_batches == 1:
+        return gradient(params, rows, total)
+    # Interleaved, so that a batch axis split over devices stays split in every part.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), rows)
+
+    def add(so_far, part):
+        return jax.tree.map(jnp.add, so_far, gradient(params, part, total)), None
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, rows, total))
+    return jax.lax.scan(add, start, parts)[0]
 
 
 def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation) -> TrainState:

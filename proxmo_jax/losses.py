@@ -34,9 +34,14 @@ def token_log_probs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ja
     return chosen, -(jnp.exp(log_probs) * log_probs).sum(-1)
 
 
-def token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the tokens under the mask (0 if there are none): every token weighs the same."""
-    return jnp.where(mask, values, 0.0).sum() / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+def token_mean(values: jax.Array, mask: jax.Array, total: jax.Array | None = None) -> jax.Array:
+    """Mean over the tokens under the mask (0 if there are none): every token weighs the same.
+
+    `total` is the token count of the whole mini-batch when `values` is one of its micro-batches, whose means then
+    add up to the global one.
+    """
+    count = jnp.maximum(mask.sum() if total is None else total, 1).astype(jnp.float32)
+    return jnp.where(mask, values, 0.0).sum() / count
 
 
 class PolicyLoss(NamedTuple):
@@ -57,6 +62,7 @@ def policy_loss(
     advantage: jax.Array,
     old: jax.Array,
     reference: jax.Array,
+    total: jax.Array | None = None,
     *,
     clip: float,
     dual_clip: float,
@@ -66,18 +72,18 @@ def policy_loss(
     """Token mean of [surrogate + kl_weight * KL - entropy_weight * entropy] over the response tokens.
 
     logits [..., V]; the others [...]: sampled tokens, response mask, advantage, log-probs at rollout and of the
-    reference.
+    reference. `total` as in `token_mean`.
     """
     log_prob, entropy = token_log_probs(logits, tokens)
     log_ratio = jnp.where(mask, log_prob - old, 0.0)
-    policy = token_mean(clipped_surrogate(log_ratio, advantage, clip=clip, dual_clip=dual_clip), mask)
-    kl = token_mean(low_var_kl(log_prob, jnp.where(mask, reference, log_prob)), mask)
-    entropy = token_mean(entropy, mask)
+    policy = token_mean(clipped_surrogate(log_ratio, advantage, clip=clip, dual_clip=dual_clip), mask, total)
+    kl = token_mean(low_var_kl(log_prob, jnp.where(mask, reference, log_prob)), mask, total)
+    entropy = token_mean(entropy, mask, total)
     return PolicyLoss(
         loss=policy + kl_weight * kl - entropy_weight * entropy,
         policy=policy,
         kl=kl,
         entropy=entropy,
-        clip_fraction=token_mean((jnp.abs(jnp.expm1(log_ratio)) > clip).astype(jnp.float32), mask),
-        approx_kl=token_mean(-log_ratio, mask),
+        clip_fraction=token_mean((jnp.abs(jnp.expm1(log_ratio)) > clip).astype(jnp.float32), mask, total),
+        approx_kl=token_mean(-log_ratio, mask, total),
     )

@@ -25,6 +25,7 @@ class PolicyConfig:
     head_dim: int = 16
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -106,7 +107,7 @@ class Policy(nn.Module):
         logits alone, [B, 1, V].
         """
         c = self.config
-        embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
+        embedding = self.param("embedding", nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size))
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},

@@ -1,24 +1,17 @@
 """Devices as one mesh: batches are split along `data`, parameters are on every device."""
 
 import ctypes
-import os
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def prepare_cpu(cores: int | None = None) -> None:
-    """Make a CPU worth training on; call before JAX first touches a device. Changes nothing on an accelerator.
+def keep_freed_memory() -> None:
+    """Tell the C library to keep freed memory; on a CPU this makes a training step up to 1.8 times faster.
 
-    One virtual device per core: XLA's fused loops run on one thread, so two half batches beat one (1.7 times on two
-    cores). Freed memory is kept: else every step's temporaries come as fresh pages from the kernel (1.8 times).
+    XLA allocates a step's temporaries anew each time, and by default each comes as fresh pages from the kernel.
     """
-    count = cores or len(os.sched_getaffinity(0))
-    flag = "--xla_force_host_platform_device_count"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        # Batches are powers of two, so the number of devices is one as well.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={1 << (min(count, 8).bit_length() - 1)}"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3

@@ -3,18 +3,20 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
+# A thing with its number ('desk 2') is one word: naming it is then one choice, not two.
+WORD = r"[a-z]+ [0-9]+|\w+|[^\w\s]"
 SPECIAL = (PAD, UNKNOWN, "<think>", "</think>", "<action>", STOP)
 
 
 def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
-    """One token per word or punctuation mark of `texts`, lower-cased; written to `folder`."""
+    """One token per word, numbered thing or punctuation mark of `texts`, lower-cased; written to `folder`."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     trainer = trainers.WordLevelTrainer(special_tokens=list(SPECIAL), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(

@@ -5,6 +5,7 @@ recover from wrong turns.
 """
 
 import random
+from dataclasses import dataclass
 
 from envs_bridge.household.engine import Household
 from envs_bridge.turn import Observation
@@ -101,16 +102,87 @@ def _put(world: Household, o: int, r: int) -> str:
     return f"move {thing} to {place}" if world.game.wording == "move" else f"put {thing} in/on {place}"
 
 
+@dataclass(frozen=True)
+class Demonstrated:
+    """One turn of a demonstration: what was seen, what was done, and whether it is worth imitating."""
+
+    seen: Observation
+    command: str
+    worthy: bool
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How far a demonstrator falls short of the expert; all 0 is the walkthrough.
+
+    search_rate   how little it knows of where things are: at 1 it looks in places at random until it sees what it
+                  wants, never twice in the same; at 0 it always knows
+    wrong_turn_rate  share of turns spent on something admissible that leads nowhere: looking around, checking the
+                  inventory, examining, walking off
+    mistake_rate  share of turns with a command that mostly does nothing here; shown so that recovery can be learned,
+                  not to be imitated
+    """
+
+    search_rate: float = 0.0
+    wrong_turn_rate: float = 0.0
+    mistake_rate: float = 0.0
+
+
 def demonstrate(
-    world: Household, rng: random.Random, *, wrong_turn_rate: float = 0.0, max_turns: int = 50
-) -> list[tuple[Observation, str]]:
-    """Play one episode: (what was seen, what was done) per turn. A wrong turn is a random admissible command."""
-    seen, turns = world.reset(), []
+    world: Household, rng: random.Random, habits: Habits | None = None, *, max_turns: int = 50
+) -> list[Demonstrated]:
+    """Play one episode; the expert goes on from wherever a bad habit led."""
+    habits = habits or Habits()
+    game, seen, turns = world.game, world.reset(), []
+    looked_in: set[int] = set()
     for _ in range(max_turns):
-        wrong = rng.random() < wrong_turn_rate
-        command = rng.choice(seen.admissible) if wrong else next_command(world)
-        turns.append((seen, command))
+        here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
+        looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
+        draw = rng.random()
+        mistake = draw < habits.mistake_rate
+        if mistake:
+            command = rng.choice(_misplaced(world) or list(seen.admissible))
+        elif draw < habits.mistake_rate + habits.wrong_turn_rate:
+            idle = [c for c in seen.admissible if c.startswith(("look", "inventory", "examine"))]
+            walks = [c for c in seen.admissible if c.startswith("go to ")]
+            command = rng.choice(walks if rng.random() < 0.25 and walks else idle)
+        else:
+            command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)
+        turns.append(Demonstrated(seen, command, not mistake))
         seen = world.step(command)
         if seen.done:
             break
     return turns
+
+
+def _search(world: Household, looked_in: set[int], rng: random.Random, rate: float) -> str:
+    """Look in a place that was not looked in yet, if what is wanted was not seen yet; else nothing."""
+    command = next_command(world)
+    game = world.game
+    wanted = {game.goal.object_type, game.goal.lamp_type}
+    places = {r for o, kind in enumerate(game.object_type) if kind in wanted for r in world.inside[o]}
+    unknown = [r for r in range(len(game.receptacles)) if r not in looked_in]
+    if not any(command == f"go to {game.receptacles[r]}" and r in unknown for r in places):
+        return ""
+    here = [r for r in unknown if game.receptacle_location[r] == world.location]
+    if here:  # walked to and found shut
+        return f"open {game.receptacles[here[0]]}"
+    others = [r for r in unknown if r not in places]
+    if rng.random() < rate * len(others) / len(unknown) and others:
+        return f"go to {game.receptacles[rng.choice(others)]}"
+    return ""
+
+
+def _misplaced(world: Household) -> list[str]:
+    """Commands that would be right somewhere else: using or taking what the goal wants where it is not."""
+    game = world.game
+    here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
+    places = [game.receptacles[r] for r in here] or list(game.receptacles)
+    wanted = [
+        game.objects[o]
+        for o, kind in enumerate(game.object_type)
+        if kind in (game.goal.object_type, game.goal.lamp_type)
+    ]
+    commands = [f"take {thing} from {place}" for thing in wanted for place in places]
+    commands += [f"use {thing}" for thing in wanted] + [f"open {place}" for place in places]
+    return [command for command in commands if command not in world.commands]

@@ -31,7 +31,7 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(receptacles=(5, 7), objects=(4, 7), copies=(1, 2)),
+    "easy": Level(receptacles=(4, 5), objects=(3, 5), copies=(1, 1)),
     "medium": Level(receptacles=(8, 12), objects=(8, 14), copies=(1, 2)),
     "hard": Level(receptacles=(14, 24), objects=(20, 40), copies=(1, 3)),
 }
@@ -79,7 +79,7 @@ def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> 
         "solvable": True,
     }
     world = Household(parse_game(json.dumps(game)))
-    game["walkthrough"] = [command for _, command in demonstrate(world, rng)]
+    game["walkthrough"] = [turn.command for turn in demonstrate(world, rng)]
     if not world.done:
         raise AssertionError(f"generated game {split}/{index} of seed {seed} is not won by its walkthrough")
     lamp = task_type == "look_at_obj_in_light"

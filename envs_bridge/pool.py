@@ -3,6 +3,7 @@
 Workers are started by interpreter path, never forked: a process that holds JAX must not be forked.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -29,14 +30,13 @@ class Pool:
         root = str(Path(__file__).resolve().parent.parent)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         self._buffers = [bytearray() for _ in range(workers)]
-        self._processes = [
+        processes = [
             subprocess.Popen(
                 [python, "-m", "envs_bridge.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
             for _ in range(workers)
         ]
-        for process in self._processes:
-            os.set_blocking(process.stdout.fileno(), False)
+        self._processes = [(p, p.stdin, p.stdout) for p in processes if p.stdin and p.stdout]
         for hello in self._receive(range(workers)).values():
             if hello != {"version": VERSION}:
                 self.close()
@@ -49,15 +49,16 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        for process in self._processes:
-            process.stdin.close()
-        for process in self._processes:
+        for _, requests, _ in self._processes:
+            with contextlib.suppress(BrokenPipeError):
+                requests.close()
+        for process, _, answers in self._processes:
             try:
                 process.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            answers.close()
 
     def reset(self, games: Sequence[tuple[int, str]]) -> list[tuple[Observation, str]]:
         """Start (slot, game file) pairs; answers (observation, task) in the same order."""
@@ -74,14 +75,16 @@ class Pool:
         for worker, positions in shares.items():
             message = json.dumps({verb: [entries[p] for p in positions]}) + "\n"
             try:
-                self._processes[worker].stdin.write(message.encode())
-                self._processes[worker].stdin.flush()
+                requests = self._processes[worker][1]
+                requests.write(message.encode())
+                requests.flush()
             except BrokenPipeError:
                 raise WorkerError(self._obituary(worker)) from None
         answers: list = [None] * len(entries)
         for worker, replies in self._receive(shares).items():
-            if isinstance(replies, dict):
-                raise WorkerError(replies.get("error", f"a worker answered {replies}"))
+            if not isinstance(replies, list) or len(replies) != len(shares[worker]):
+                error = replies.get("error") if isinstance(replies, dict) else None
+                raise WorkerError(error or f"worker {worker} answered {str(replies)[:200]!r}")
             for position, (text, admissible, reward, done, won, task) in zip(shares[worker], replies, strict=True):
                 answers[position] = Observation(text, tuple(admissible), reward, done, won), task
         return answers
@@ -95,7 +98,7 @@ class Pool:
         answers: dict[int, object] = {}
         with selectors.DefaultSelector() as selector:
             for worker in workers:
-                selector.register(self._processes[worker].stdout, selectors.EVENT_READ, worker)
+                selector.register(self._processes[worker][2], selectors.EVENT_READ, worker)
             while selector.get_map():
                 events = selector.select(self.timeout)
                 if not events:
@@ -113,5 +116,5 @@ class Pool:
         return answers
 
     def _obituary(self, worker: int) -> str:
-        code = self._processes[worker].poll()
+        code = self._processes[worker][0].poll()
         return f"worker {worker} ended unexpectedly (exit status {code})"

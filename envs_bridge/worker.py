@@ -39,7 +39,7 @@ def main() -> None:
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
     for line in sys.stdin:
         try:
-            reply = answer(json.loads(line), worlds)
+            reply: object = answer(json.loads(line), worlds)
         except Exception as error:  # the trainer decides what to do about it; the worker lives on
             reply = {"error": str(error) or type(error).__name__}
         print(json.dumps(reply), file=pipe, flush=True)

@@ -13,6 +13,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class Config:
     config: Path | None = None
     """TOML file with settings of these names; options on the command line win."""
     method: str = "proxmo"
-    """Estimator: one of grpo, dr_grpo, rloo, gigpo, proxmo, proxmo_without_modulation, proxmo_without_proximity, official."""
+    """Estimator: grpo, dr_grpo, rloo, gigpo, proxmo, proxmo_without_modulation, proxmo_without_proximity, official."""
     seed: int = 0
 
     level: str = "easy"
@@ -66,10 +67,10 @@ class Config:
     eval_games: int = 96
     """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
 
-    iterations: int = 150
-    groups: int = 8
+    iterations: int = 80
+    groups: int = 16
     members: int = 8
-    max_turns: int = 16
+    max_turns: int = 10
     temperature: float = 1.0
     reward_scale: float = 10.0
     invalid_penalty: float = 1.0
@@ -89,11 +90,11 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 1000
+    warm_start_steps: int = 450
     warm_start_rate: float = 4e-3
     search_rate: float = 0.6
     """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
-    wrong_turn_rate: float = 0.35
+    wrong_turn_rate: float = 0.0
     """Share of its turns that lead nowhere; cloned, so that there is something left to learn."""
     mistake_rate: float = 0.05
     """Share of its turns that are plain mistakes, to show recovery; not cloned."""
@@ -106,9 +107,15 @@ class Config:
     max_response_tokens: int = 8
 
     workers: int = 2
-    eval_every: int = 25
+    eval_every: int = 20
     eval_temperature: float = 0.4
-    save_every: int = 25
+    save_every: int = 20
+
+
+AT_LEAST_ONE = (
+    "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
+    " epochs warm_start_steps max_response_tokens"
+).split()
 
 
 def check(config: Config) -> None:
@@ -120,14 +127,19 @@ def check(config: Config) -> None:
 
     need(config.method in PRESETS, f"--method must be one of {', '.join(PRESETS)}; got {config.method!r}")
     need(config.level in LEVELS, f"--level must be one of {', '.join(LEVELS)}; got {config.level!r}")
-    need(config.members >= 2, f"--members must be at least 2, got {config.members}: a group compares attempts at one task")
-    for name in ("train_games", "eval_games", "groups", "iterations", "max_turns", "workers", "eval_every", "save_every",
-                 "rows_per_batch", "epochs", "warm_start_steps", "max_response_tokens"):  # fmt: skip
+    need(
+        config.members >= 2,
+        f"--members must be at least 2, got {config.members}: a group compares attempts at one task",
+    )
+    for name in AT_LEAST_ONE:
         option = f"--{name.replace('_', '-')}"
         need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
     need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
     longest = config.max_prompt_tokens + config.max_response_tokens
-    need(config.row_length >= longest, f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}")
+    need(
+        config.row_length >= longest,
+        f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}",
+    )
     devices = jax.device_count()
     for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
         need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
@@ -193,7 +205,9 @@ def main(config: Config, console: Console | None = None) -> Path:
 
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
-            metrics.write({"iteration": 0, **evaluation.run(state.params, console, "warm start", "episodes_before.txt")})
+            metrics.write(
+                {"iteration": 0, **evaluation.run(state.params, console, "warm start", "episodes_before.txt")}
+            )
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
@@ -201,7 +215,9 @@ def main(config: Config, console: Console | None = None) -> Path:
                 state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
                 last = iteration == config.iterations
                 if iteration % config.eval_every == 0 or last:
-                    row |= evaluation.run(state.params, console, f"iteration {iteration}", last and "episodes_after.txt")
+                    row |= evaluation.run(
+                        state.params, console, f"iteration {iteration}", "episodes_after.txt" if last else None
+                    )
                 metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
                 if iteration % config.save_every == 0 or last or stop:
@@ -211,7 +227,9 @@ def main(config: Config, console: Console | None = None) -> Path:
         checkpoints.close()
 
     rows = read_metrics(config.out / "metrics.jsonl")
-    learning_curve(config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {config.level} household")
+    learning_curve(
+        config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {config.level} household"
+    )
     done = checkpoints_done(rows, config)
     went = f"{time.time() - began:.0f} s"
     if done:
@@ -230,7 +248,7 @@ def checkpoints_done(rows: list[dict], config: Config) -> bool:
 
 
 class StopOnSignal:
-    """True once Ctrl-C (or SIGTERM) was seen: the iteration under way is finished and saved. A second one interrupts."""
+    """True once Ctrl-C or SIGTERM was seen: the iteration under way is finished and saved. A second one interrupts."""
 
     def __init__(self, console: Console):
         self._console, self._asked = console, False
@@ -254,7 +272,7 @@ def stored_config(config: Config) -> Config:
         raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
     stored = json.loads(path.read_text())
     paths = {"out", "config", "warm_start_from"}
-    values = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
+    values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     iterations = max(values["iterations"], config.iterations)
     return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
 
@@ -318,7 +336,13 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
     """Behaviour cloning on the demonstrations."""
     rollout = demonstration_buffer(player, demos)
     rollout.buffer = replicate(player.mesh, rollout.buffer)
-    optimizer = make_optimizer(config.warm_start_rate, config.weight_decay, config.max_grad_norm, warmup=20, decay_steps=config.warm_start_steps)
+    optimizer = make_optimizer(
+        config.warm_start_rate,
+        config.weight_decay,
+        config.max_grad_norm,
+        warmup=20,
+        decay_steps=config.warm_start_steps,
+    )
     state = TrainState(params, optimizer.init(params))
     rng = np.random.default_rng(config.seed)
     zero = jnp.zeros(rollout.prompt_lengths.shape)
@@ -327,7 +351,9 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
         task = bar.add_task("warm start", total=config.warm_start_steps, note="")
         while step < config.warm_start_steps and not stop:
             for rows in batches(config, player.mesh, rollout, zero, rng):
-                state, loss = cloning_step(state, rows, config=player.config, optimizer=optimizer, micro_batches=config.micro_batches)
+                state, loss = cloning_step(
+                    state, rows, config=player.config, optimizer=optimizer, micro_batches=config.micro_batches
+                )
                 step += 1
                 if step % 50 == 0:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
@@ -345,12 +371,10 @@ class Evaluation:
     pool: Pool
     games: list[str]
 
-    def run(self, params, console: Console, label: str, episodes: str | bool = False) -> dict:
+    def run(self, params, console: Console, label: str, episodes: str | None = None) -> dict:
         began = time.time()
         key = jax.random.key(self.config.seed + 1)
-        rollout = collect(
-            self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature
-        )
+        rollout = collect(self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature)
         wins, count = int(rollout.won.sum()), len(self.games)
         row = {
             "eval/success_rate": wins / count,
@@ -363,7 +387,9 @@ class Evaluation:
             if (kinds == kind).any():
                 row[f"eval/success_rate/{kind}"] = float(rollout.won[kinds == kind].mean())
         low, high = wilson(wins, count)
-        console.print(f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})")
+        console.print(
+            f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})"
+        )
         if episodes:
             shown = [i for i in (0, count // 3, 2 * count // 3) if i < count]
             write_episodes(
@@ -376,7 +402,7 @@ class Evaluation:
 
 
 class Loop:
-    """One iteration: rollout -> advantages -> reference log-probs -> policy updates. Everything large stays on device."""
+    """One iteration: rollout -> advantages -> reference log-probs -> policy updates; what is large stays on device."""
 
     def __init__(self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference):
         self.config, self.player, self.pool, self.games = config, player, pool, games
@@ -421,7 +447,12 @@ class Loop:
         for _ in range(config.epochs):
             for rows in mini:
                 state, part = policy_step(
-                    state, rows, temperature, config=self.player.config, optimizer=self.optimizer, settings=self.loss,
+                    state,
+                    rows,
+                    temperature,
+                    config=self.player.config,
+                    optimizer=self.optimizer,
+                    settings=self.loss,
                     micro_batches=config.micro_batches,
                 )
                 parts.append(part)

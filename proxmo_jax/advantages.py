@@ -78,9 +78,7 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
         return jnp.zeros_like(score)
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
     if settings.aggregation == "hard":
-        step = hard_advantage(
-            flat, group.anchor.reshape(-1), mask, std=settings.step_std, epsilon=settings.epsilon
-        )
+        step = hard_advantage(flat, group.anchor.reshape(-1), mask, std=settings.step_std, epsilon=settings.epsilon)
     else:
         embedding = group.embedding.reshape(flat.shape[0], -1)
         step = soft_advantage(
@@ -114,9 +112,7 @@ def advantages(group: Group, settings: Settings) -> Advantages:
     else:
         success_rate = group_success_rate(group)
         success = jnp.broadcast_to(group.success[:, None], mask.shape)
-    weight = modulation_weight(
-        success_rate, success, alpha=settings.alpha, modulation_range=settings.modulation_range
-    )
+    weight = modulation_weight(success_rate, success, alpha=settings.alpha, modulation_range=settings.modulation_range)
     weight = jnp.where(mask, weight, 0.0)
 
     episode = weight * episode_advantage(episode_score, mask, settings)
@@ -144,10 +140,9 @@ def _check(group: Group, settings: Settings) -> None:
         if value is None or jnp.shape(value) != want:
             got = "nothing" if value is None else f"shape {jnp.shape(value)}"
             raise ValueError(f"{name}: got {got}, need {want} as reward has; {hint}")
-    if settings.aggregation == "soft":
-        if group.embedding is None or jnp.shape(group.embedding)[:-1] != shape:
-            got = "nothing" if group.embedding is None else f"shape {jnp.shape(group.embedding)}"
-            raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}; {hint}")
+    if settings.aggregation == "soft" and (group.embedding is None or jnp.shape(group.embedding)[:-1] != shape):
+        got = "nothing" if group.embedding is None else f"shape {jnp.shape(group.embedding)}"
+        raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}; {hint}")
 
 
 def grpo(**knobs) -> Settings:

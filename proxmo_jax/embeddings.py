@@ -7,7 +7,7 @@ cut, where scikit-learn follows an unstable sort and we take (higher corpus freq
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ class WordCounts(NamedTuple):
     Unused slots have count 0. `alphabetical` int32 [V]: rank of each word id among all words, for ties.
     """
 
-    ids: np.ndarray
-    counts: np.ndarray
-    alphabetical: np.ndarray
+    ids: Any
+    counts: Any
+    alphabetical: Any
 
 
 def bucket(size: int, smallest: int = 16) -> int:
@@ -46,7 +46,7 @@ class Vocabulary:
         self._memo_limit = memo
         self._ids: dict[str, int] = {}
         self._memo: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._alphabetical = np.zeros(0, np.int32)
+        self._alphabetical, self._ranked = np.zeros(0, np.int32), -1
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -75,9 +75,7 @@ class Vocabulary:
 
     def alphabetical(self) -> np.ndarray:
         """Rank of each word id in sorted order, padded to a bucket with ranks past every word."""
-        if len(self._alphabetical) < len(self._ids) or len(self._alphabetical) == 0:
-            self._ranked = 0
-        if getattr(self, "_ranked", -1) != len(self._ids):
+        if self._ranked != len(self._ids):
             size = bucket(len(self._ids), 256)
             rank = np.arange(size, dtype=np.int32)
             words = sorted(self._ids)

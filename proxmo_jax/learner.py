@@ -231,7 +231,7 @@ def estimate(
 ) -> Advantages:
     """The estimator on a rollout: `[E, T]` episodes as `[G, M, T]` groups. success bool [E] -> Advantages [G, M, T]."""
     grouped = jax.tree.map(lambda x: x.reshape(-1, members, *x.shape[1:]), buffer)
-    embedding, comparable = None, True
+    embedding, comparable = None, jnp.array(True)
     if settings.aggregation == "soft":
         words = WordCounts(grouped.word_ids, grouped.word_counts, alphabetical)
         embedding, comparable = tfidf(words, grouped.mask, max_features=max_features)

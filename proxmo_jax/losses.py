@@ -1,4 +1,4 @@
-"""The policy loss on token rows: PPO clip with dual clip, KL to the reference, entropy. Each reads like its equation."""
+"""The policy loss on token rows: PPO clip with dual clip, KL to the reference, entropy."""
 
 from typing import NamedTuple
 

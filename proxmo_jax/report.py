@@ -70,7 +70,9 @@ def learning_curve(path: Path, runs: Sequence[tuple[str, list[dict]]], title: st
         if trained:
             x, y = zip(*trained, strict=True)
             window = max(1, len(y) // 40)
-            smooth = [sum(y[max(0, k - window + 1) : k + 1]) / len(y[max(0, k - window + 1) : k + 1]) for k in range(len(y))]
+            smooth = [
+                sum(y[max(0, k - window + 1) : k + 1]) / len(y[max(0, k - window + 1) : k + 1]) for k in range(len(y))
+            ]
             axes.plot(x, smooth, color=colour, alpha=0.35, linewidth=1.2, label=f"{label}: training (sampled)")
         tested = [(r["iteration"], r["eval/success_rate"], r["eval/games"]) for r in rows if "eval/success_rate" in r]
         if tested:
@@ -86,7 +88,9 @@ def learning_curve(path: Path, runs: Sequence[tuple[str, list[dict]]], title: st
     plt.close(figure)
 
 
-def write_episodes(path: Path, tasks: Sequence[str], transcripts: Sequence[Sequence[tuple[str, str]]], won: Sequence[bool]) -> None:
+def write_episodes(
+    path: Path, tasks: Sequence[str], transcripts: Sequence[Sequence[tuple[str, str]]], won: Sequence[bool]
+) -> None:
     """Sample episodes as text: what was seen (indented) and what was answered."""
     parts = []
     for task, turns, success in zip(tasks, transcripts, won, strict=True):

@@ -1,7 +1,7 @@
 """Sampling answers: one prefill of left-padded prompts, then decoding with a KV cache until every row has stopped."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def sample(
 
     positions = jnp.maximum(slots[None, :width] - start[:, None], 0)
     mask = real[:, None, :] & (slots[None, None, :] <= slots[None, :width, None])
-    cache = Cache.empty(config, batch, total)
+    cache: Any = Cache.empty(config, batch, total)
     logits, cache = model.apply({"params": params}, prompts, positions, mask, cache, 0, last_only=True)
     key, first = jax.random.split(key)
     token, log_prob = draw(logits[:, -1], first)

@@ -114,7 +114,12 @@ class Household:
         return commands
 
     def _held_commands(self, commands: dict[str, tuple], held: int, r: int, reachable: bool) -> None:
-        game, thing, name, kind = self.game, self.game.objects[held], self.game.receptacles[r], self.game.receptacle_type[r]
+        game, thing, name, kind = (
+            self.game,
+            self.game.objects[held],
+            self.game.receptacles[r],
+            self.game.receptacle_type[r],
+        )
         if reachable and (kind, game.object_type[held]) in game.can_contain:
             words = f"move {thing} to {name}" if game.wording == "move" else f"put {thing} in/on {name}"
             commands[words] = (self._put, held, r)

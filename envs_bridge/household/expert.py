@@ -75,9 +75,7 @@ def _fetch(world: Household, o: int) -> str:
 
 def _put_down(world: Household) -> str:
     game, held = world.game, world.holding
-    places = [
-        r for r, kind in enumerate(game.receptacle_type) if (kind, game.object_type[held]) in game.can_contain
-    ]
+    places = [r for r, kind in enumerate(game.receptacle_type) if (kind, game.object_type[held]) in game.can_contain]
     if not places:
         raise ValueError(f"{game.path}: no receptacle takes {game.objects[held]}")
     place = min(

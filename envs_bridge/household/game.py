@@ -154,11 +154,12 @@ def _parse_lists(text: str) -> list:
 
 def _types_of_objects(items: list) -> dict[str, str]:
     """`a b - t c - u` as {a: t, b: t, c: u}."""
-    types, waiting = {}, []
+    types: dict[str, str] = {}
+    waiting: list[str] = []
     tokens = iter(items)
     for token in tokens:
         if token == "-":
-            kind = next(tokens, None)
+            kind = next(tokens, "")
             for name in waiting:
                 types[name] = kind
             waiting = []
@@ -212,7 +213,7 @@ def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tupl
     object_ids = sorted({o for o in known if types[o] == "object" and o in names})
     location_ids = sorted({part for part in known if types[part] == "location"})
     receptacle = {r: i for i, r in enumerate(receptacle_ids)}
-    thing = {o: i for i, o in enumerate(object_ids)}
+    {o: i for i, o in enumerate(object_ids)}
     location = {x: i for i, x in enumerate(location_ids)}
 
     def at(index: dict[str, int], key: str) -> int:
@@ -278,7 +279,7 @@ def _read_grammar(grammar: str) -> tuple[str, str, str]:
         raise GameFileError("the grammar has neither 'move {o} to {r}' nor 'put {o} in/on {r}'; it is not ALFWorld's")
     task = re.search(r'"rhs":\s*("Your task is to: (?:[^"\\]|\\.)*")', grammar)
     if not task:
-        raise GameFileError("the grammar has no \"Your task is to: ...\" text")
+        raise GameFileError('the grammar has no "Your task is to: ..." text')
     helped = re.search(r'"help\.feedback":\s*\[\s*\{\s*"rhs":\s*("(?:[^"\\]|\\.)*")', grammar)
     # A block of the grammar reaches TextWorld's JSON reader as it stands, so its escapes are JSON's.
     return wording, json.loads(task.group(1)).strip(), json.loads(helped.group(1)) if helped else ""
@@ -295,7 +296,7 @@ def _atoms(form: list | str) -> list[list[str]]:
             raise GameFileError("the goal has an 'exists' without one variable list and one condition")
         return _atoms(form[2])
     if form[0] == "not" and len(form) == 2 and isinstance(form[1], list) and form[1][:1] == ["="]:
-        return [["!="] + form[1][1:]]
+        return [["!=", *form[1][1:]]]
     if not all(isinstance(part, str) for part in form):
         raise GameFileError(f"the goal uses {form[0]!r}, which no ALFWorld task does")
     return [form]
@@ -304,7 +305,9 @@ def _atoms(form: list | str) -> list[list[str]]:
 def _read_goal(goal: list) -> Goal:
     """The goals of ALFWorld's six task types (sliced variants included) as a Goal."""
     atoms = [atom for part in goal for atom in _atoms(part)]
-    kind = {(atom[0], atom[1]): atom[2] for atom in atoms if atom[0] in ("objecttype", "receptacletype") and len(atom) == 3}
+    kind = {
+        (atom[0], atom[1]): atom[2] for atom in atoms if atom[0] in ("objecttype", "receptacletype") and len(atom) == 3
+    }
     names = {atom[0] for atom in atoms}
     odd = names - set(GOAL_STATES) - set(GOAL_ABILITIES) - {
         "objecttype", "receptacletype", "inreceptacle", "holds", "istoggled", "atlocation", "receptacleatlocation", "!="
@@ -321,12 +324,12 @@ def _read_goal(goal: list) -> Goal:
     placed = [atom for atom in atoms if atom[0] == "inreceptacle" and len(atom) == 3]
     if placed and not held and not lamps:
         objects = sorted({atom[1] for atom in placed})
-        target = {kind.get(("objecttype", o)) for o in objects}
-        receptacle = {kind.get(("receptacletype", atom[2])) for atom in placed}
-        if len(target) == len(receptacle) == 1 and None not in target | receptacle and len(objects) <= 2:
+        targets = {kind.get(("objecttype", o), "") for o in objects}
+        receptacles = {kind.get(("receptacletype", atom[2]), "") for atom in placed}
+        if len(targets) == len(receptacles) == 1 and "" not in targets | receptacles and len(objects) <= 2:
             return Goal(
-                object_type=target.pop(),
-                receptacle_type=receptacle.pop(),
+                object_type=targets.pop(),
+                receptacle_type=receptacles.pop(),
                 states=tuple(sorted({OBJECT_FLAGS[a[0]] for a in atoms if a[0] in GOAL_STATES})),
                 abilities=tuple(sorted({a[0] for a in atoms if a[0] in GOAL_ABILITIES})),
                 count=len(objects),

@@ -1,0 +1,37 @@
+"""Stricter than production: silent promotions raise, and several devices are there even on a laptop."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
+settings.load_profile("repeatable")
+
+ALFWORLD = Path(__file__).parents[2] / "shared" / "reference" / "alfworld"
+
+
+@pytest.fixture(scope="session")
+def genuine_games() -> list[Path]:
+    """Game files of the public ALFWorld data set, in the current wording; they are not part of this repository."""
+    games = sorted(ALFWORLD.glob("current/json_2.1.1/*/*/*/game.tw-pddl"))
+    if not games:
+        pytest.skip("the genuine ALFWorld games are not beside this checkout")
+    return games
+
+
+@pytest.fixture(scope="session")
+def games(tmp_path_factory) -> list[str]:
+    """Twelve generated games, two of each task type."""
+    from envs_bridge.household.generate import generate_games
+
+    folder = tmp_path_factory.mktemp("games")
+    return [str(path) for path in generate_games(folder, split="train", count=12, seed=7)]

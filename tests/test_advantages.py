@@ -1,0 +1,202 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxmo_jax.advantages import (
+    PRESETS,
+    advantages,
+    discounted_returns,
+    dr_grpo,
+    gigpo,
+    grpo,
+    modulation_weight,
+    proxmo,
+)
+from proxmo_jax.types import Group, Packing, Settings
+
+
+def random_group(seed: int, members=4, turns=5, features=6, texts=4) -> Group:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, turns + 1, members)
+    mask = np.arange(turns)[None] < lengths[:, None]
+    anchor = rng.integers(0, texts, (members, turns)).astype(np.int32)
+    vectors = rng.random((texts, features))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    success = rng.random(members) < 0.5
+    reward = np.where(np.arange(turns)[None] == lengths[:, None] - 1, 10.0 * success[:, None], 0.0)
+    return Group(
+        reward=reward.astype(np.float32),
+        mask=mask,
+        success=success,
+        action_valid=rng.random((members, turns)) < 0.8,
+        anchor=anchor,
+        embedding=vectors[anchor].astype(np.float32),
+    )
+
+
+def as_steps(group: Group) -> list[dict]:
+    return [
+        {
+            "trajectory": m, "step": t, "reward": float(group.reward[m, t]), "success": bool(group.success[m]),
+            "valid": bool(group.action_valid[m, t]), "text": int(group.anchor[m, t]), "vector": group.embedding[m, t],
+        }
+        for m, t in zip(*np.nonzero(group.mask), strict=True)
+    ]  # fmt: skip
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["soft", "hard", "none"]))
+def test_equals_plain_loops(seed, mode):
+    group = random_group(seed)
+    answer = advantages(group, Settings(aggregation=mode))
+    episode, step, joint = reference.advantages(as_steps(group), mode=mode)
+    at = np.nonzero(group.mask)
+    np.testing.assert_allclose(np.asarray(answer.episode)[at], episode, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(answer.step)[at], step, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(answer.joint)[at], joint, rtol=1e-4, atol=4e-5)
+
+
+def test_by_hand():
+    """Two attempts, the second wins at its second turn; all observations equal."""
+    group = Group(
+        reward=np.array([[0.0, 0.0], [0.0, 1.0]], np.float32),
+        mask=np.array([[True, False], [True, True]]),
+        success=np.array([False, True]),
+        action_valid=np.ones((2, 2), bool),
+        anchor=np.zeros((2, 2), np.int32),
+    )
+    answer = advantages(group, gigpo(discount=0.5))
+    np.testing.assert_allclose(answer.returns, [[0, 0], [0.5, 1]])
+    np.testing.assert_allclose(answer.episode, [[-2 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(answer.step, [[-0.5, 0], [0, 0.5]], atol=1e-7)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(PRESETS)))
+def test_padding_changes_nothing(seed, preset):
+    group, settings = random_group(seed), PRESETS[preset]()
+    rng = np.random.default_rng(seed)
+
+    def pad(x, value):
+        wide = [(0, 2), (0, 3)] + [(0, 0)] * (np.ndim(x) - 2)
+        return np.pad(x, wide, constant_values=value)
+
+    padded = Group(
+        reward=pad(group.reward, 99.0),
+        mask=pad(group.mask, False),
+        success=np.concatenate([group.success, [True, True]]),
+        action_valid=pad(group.action_valid, False),
+        anchor=pad(group.anchor, 0),
+        embedding=pad(group.embedding, float(rng.random())),
+    )
+    small, large = advantages(group, settings), advantages(padded, settings)
+    np.testing.assert_allclose(large.success_rate, small.success_rate, rtol=1e-6)
+    for name in ("returns", "episode", "step", "joint"):
+        inside = np.asarray(getattr(large, name))
+        m, t = group.mask.shape
+        np.testing.assert_allclose(inside[:m, :t], getattr(small, name), rtol=1e-5, atol=1e-5)
+        assert not inside[m:].any()
+        assert not inside[:, t:].any()
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(PRESETS)))
+def test_order_of_members_changes_nothing(seed, preset):
+    group, settings = random_group(seed), PRESETS[preset]()
+    order = np.random.default_rng(seed).permutation(len(group.success))
+    shuffled = jax.tree.map(lambda x: x[order] if np.ndim(x) else x, group)
+    np.testing.assert_allclose(
+        advantages(shuffled, settings).joint, np.asarray(advantages(group, settings).joint)[order], rtol=1e-4, atol=2e-5
+    )
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.floats(0.5, 8), st.floats(0, 0.5))
+def test_modulation_stays_in_range_and_is_monotone(p, q, success, alpha, span):
+    low, high = sorted((p, q))
+    at = [float(modulation_weight(jnp.float32(x), success, alpha=alpha, modulation_range=span)) for x in (low, high)]
+    assert all(1 - span - 1e-5 <= w <= 1 + span + 1e-5 for w in at)
+    assert at[1] <= at[0] + 1e-6
+
+
+def test_temperature_limits():
+    group = random_group(3)
+    mean = advantages(group, proxmo(temperature=1e6)).step
+    score = np.asarray(advantages(group, proxmo()).returns) - 0.1 * ~group.action_valid
+    np.testing.assert_allclose(mean, np.where(group.mask, score - score[group.mask].mean(), 0), atol=1e-4)
+    cold = advantages(group, proxmo(temperature=1e-4)).step
+    np.testing.assert_allclose(cold, advantages(group, gigpo()).step, atol=1e-4)
+
+
+def test_sweeping_settings_is_a_vmap():
+    group = random_group(1)
+    taus = jnp.array([0.05, 0.1, 1.0])
+    swept = jax.jit(jax.vmap(lambda tau: advantages(group, proxmo(temperature=tau)).joint))(taus)
+    for tau, row in zip(taus, swept, strict=True):
+        np.testing.assert_allclose(row, advantages(group, proxmo(temperature=float(tau))).joint, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_flows_and_nothing_is_nan():
+    group = random_group(2)
+    value = jax.grad(lambda r: advantages(Group(**{**group.__dict__, "reward": r}), proxmo()).joint.sum())(group.reward)
+    assert not np.asarray(value).any()
+    empty = Group(**{**group.__dict__, "mask": np.zeros_like(group.mask)})
+    for preset in PRESETS.values():
+        assert np.isfinite(np.asarray(advantages(empty, preset()).joint)).all()
+
+
+def test_a_forgotten_vmap_is_explained():
+    batch = jax.tree.map(lambda x: np.stack([x, x]) if np.ndim(x) else x, random_group(0))
+    with pytest.raises(ValueError, match=r"\(2, 4, 5\).*jax.vmap"):
+        advantages(batch, grpo())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [({"temperature": 0}, "temperature must be > 0"), ({"aggregation": "soggy"}, "aggregation must be one of")],
+)
+def test_bad_settings(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**knobs)
+
+
+def test_returns_skip_padding_between_turns():
+    reward = jnp.array([[1.0, 7.0, 2.0]])
+    mask = jnp.array([[True, False, True]])
+    np.testing.assert_allclose(discounted_returns(reward, mask, 0.5), [[2.0, 0.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("group", "trajectory", "step", "message"),
+    [
+        ([], [], [], "non-empty"),
+        ([0, 0], [1], [0, 1], "trajectory: got shape"),
+        ([0, 1], [5, 5], [0, 1], "stands in two groups"),
+        ([0, 0], [5, 5], [1, 1], "has step 1 twice"),
+    ],
+)
+def test_packing_refuses(group, trajectory, step, message):
+    with pytest.raises(ValueError, match=message):
+        Packing(np.array(group), np.array(trajectory), np.array(step))
+
+
+def test_packing_any_order_and_names():
+    rng = np.random.default_rng(0)
+    rows = [(f"g{g}", f"t{g}-{m}", s) for g in range(3) for m in range(g + 1) for s in range(m + 2)]
+    rng.shuffle(rows)
+    group, trajectory, step = map(np.array, zip(*rows, strict=True))
+    packing = Packing(group, trajectory, step.astype(int))
+    values = np.arange(len(rows)) + 1
+    rectangle = packing.pack(values)
+    assert packing.shape == (3, 3, 4)
+    assert (packing.unpack(rectangle) == values).all()
+    assert (rectangle > 0).sum() == len(rows)
+
+
+def test_grpo_is_dr_grpo_over_the_std():
+    group = random_group(4)
+    plain, scaled = advantages(group, dr_grpo()).episode, advantages(group, grpo()).episode
+    steps = as_steps(group)
+    total = {m: sum(s["reward"] for s in steps if s["trajectory"] == m) for m in range(4)}
+    scores = [total[s["trajectory"]] - 0.1 * (not s["valid"]) for s in steps]
+    np.testing.assert_allclose(scaled, np.asarray(plain) / (np.std(scores, ddof=1) + 1e-6), rtol=1e-4)

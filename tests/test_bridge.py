@@ -1,0 +1,125 @@
+"""Actions, prompts, and the pool with real worker processes."""
+
+import ast
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from envs_bridge.actions import WEBSHOP_TAIL, project
+from envs_bridge.household.engine import Household
+from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "command", "valid"),
+    [
+        ("<think>a</think>\n<action>  GO TO Drawer 2 </action> tail", "go to drawer 2", True),
+        ("<action>look</action>", "look", False),
+        ("<THINK>a</THINK><action>look</action>", "look", False),
+        ("<think>我</think><action>look</action>", "look", False),
+        ("<think>a</think><action>one</action><action>two</action>", "one", True),
+        ("</action><think>r</think><action>look", "", True),
+        ("", "", False),
+    ],
+)
+def test_projection(answer, command, valid):
+    assert project(answer) == (command, valid)
+
+
+def test_projection_falls_back_to_the_tail():
+    long = "no tags and a very long tail: click[< prev] and then something else entirely"
+    assert project(long) == ("d then something else entirely", False)
+    assert project(long, WEBSHOP_TAIL) == ("ething else entirely", False)
+
+
+def test_memory_takes_notes(games):
+    world = Household.load(games[3])  # put a hot thing somewhere
+    seen = world.reset()
+    memory = Memory.start(world.task, seen.text)
+    assert set(memory.places) == set(world.game.receptacles)
+    assert all(things is None for things in memory.places.values())
+    for command in world.game.walkthrough:
+        memory.remember(command, world.step(command).text)
+        if command.startswith("heat"):
+            assert memory.hand == "hot " + world.game.objects[world.holding]
+        elif command.startswith("take"):
+            assert memory.hand == world.game.objects[world.holding]
+    assert memory.hand == ""
+    inside = [world.game.objects[o] for o in world._in(world.game.receptacles.index(memory.here))]
+    assert sorted(memory.places[memory.here]) == sorted(inside)
+    memory.remember("go to mars 1", "Nothing happens.")
+    assert "last : go to mars 1 failed" in compact(memory)
+
+
+def test_a_shortened_prompt_keeps_the_task(games):
+    world = Household.load(games[0])
+    memory = Memory.start(world.task, world.reset().text)
+    for receptacle in world.game.receptacles:
+        memory.remember(f"go to {receptacle}", world.step(f"go to {receptacle}").text)
+    prompts = [compact(memory), *shortened(memory)]
+    assert all(world.task in prompt and prompt.endswith(ANSWER_START) for prompt in prompts)
+    assert len(prompts[-1]) < len(prompts[0])
+
+
+def test_pool_plays_as_the_engine_does(games):
+    worlds = [Household.load(game) for game in games]
+    with Pool(2) as pool:
+        started = pool.reset(list(enumerate(games)))
+        for world, (seen, task) in zip(worlds, started, strict=True):
+            assert (seen, task) == (world.reset(), world.task)
+        answers = pool.step([(i, world.game.walkthrough[0]) for i, world in enumerate(worlds)])
+        for world, seen in zip(worlds, answers, strict=True):
+            assert seen == world.step(world.game.walkthrough[0])
+
+
+def test_a_missing_game_is_reported_and_the_pool_lives_on(games, tmp_path):
+    with Pool(1) as pool:
+        with pytest.raises(WorkerError, match=r"gone\.tw-pddl: cannot be read"):
+            pool.reset([(0, str(tmp_path / "gone.tw-pddl"))])
+        assert pool.reset([(0, games[0])])[0][0].admissible
+
+
+def test_a_killed_worker_is_reported_at_once(games):
+    with Pool(1) as pool:
+        pool.reset([(0, games[0])])
+        process = pool._processes[0][0]
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        began = time.time()
+        with pytest.raises(WorkerError, match="ended unexpectedly"):
+            pool.step([(0, "look")])
+        assert time.time() - began < 5
+
+
+def test_a_hanging_worker_is_given_up(games):
+    with Pool(1, timeout=0.5) as pool:
+        pool.reset([(0, games[0])])
+        os.kill(pool._processes[0][0].pid, signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"did not answer within 0\.5 s"):
+            pool.step([(0, "look")])
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_arrows_run_one_way():
+    estimator = ("types", "advantages", "embeddings", "proximity")
+    for name in estimator:
+        roots = {n.split(".")[0] for n in imports(ROOT / "proxmo_jax" / f"{name}.py")}
+        third_party = roots - {"proxmo_jax", "re", "collections", "typing", "dataclasses", "difflib"}
+        assert third_party <= {"jax", "numpy", "chex"}, name
+    for path in (ROOT / "envs_bridge").rglob("*.py"):
+        if path.name != "collect.py":
+            assert not {n for n in imports(path) if n.split(".")[0] in ("jax", "flax", "proxmo_jax")}, path
+    for path in (ROOT / "proxmo_jax").glob("*.py"):
+        if path.name != "cli.py":
+            assert not {n for n in imports(path) if n.split(".")[0] in ("envs_bridge", "experiments")}, path

@@ -1,0 +1,147 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from envs_bridge.household.engine import NOTHING, Household
+from envs_bridge.household.expert import Habits, demonstrate, next_command
+from envs_bridge.household.game import TASK_TYPES, GameFileError, load_game, parse_game
+from envs_bridge.household.generate import LEVELS, generate_games, make_game
+
+
+def play(world: Household, commands) -> None:
+    seen = world.reset()
+    for command in commands:
+        assert command in seen.admissible, (command, seen.admissible)
+        seen = world.step(command)
+    assert seen.won
+    assert seen.reward == 1.0
+
+
+def test_genuine_games_are_won_by_their_walkthroughs(genuine_games):
+    for path in genuine_games:
+        world = Household.load(str(path))
+        play(world, world.game.walkthrough)
+
+
+def test_genuine_games_in_the_earlier_wording(genuine_games):
+    for path in genuine_games:
+        earlier = Path(str(path).replace("current", "earlier"))
+        world = Household.load(str(earlier))
+        assert world.game.wording == "put"
+        walkthrough = Household.load(str(path)).game.walkthrough
+        put = [
+            c.replace("move ", "put ").replace(" to ", " in/on ") if c.startswith("move") else c for c in walkthrough
+        ]
+        play(world, put)
+
+
+def test_first_words_of_a_genuine_game(genuine_games):
+    path = next(p for p in genuine_games if "Pen-None-DeskLamp" in str(p))
+    world = Household.load(str(path))
+    assert world.text.startswith(
+        "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly"
+    )
+    assert world.text.endswith("Your task is to: look at pen under the desklamp.")
+    assert world.step("go to desk 1").text == (
+        "You arrive at desk 1. On the desk 1, you see a cd 1, a laptop 1, and a pen 1."
+    )
+    assert world.step("look").text == "You are facing the desk 1. Next to it, you see nothing."
+    assert world.step("examine cd 1").text == NOTHING  # only what is in hand can be examined
+    assert world.step("take cd 1 from desk 1").text == "You pick up the cd 1 from the desk 1."
+    assert world.step("examine cd 1").text == "There's nothing special about cd 1."
+    assert world.step("inventory").text == "You are carrying: a cd 1."
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_generated_games_are_solvable_and_not_solved_at_the_start(level, task_type):
+    for index in range(5):
+        name, data, trajectory = make_game("train", index, 3, level, task_type)
+        assert name.startswith(task_type)
+        assert trajectory["task_type"] == task_type
+        world = Household(parse_game(json.dumps(data)))
+        assert not world.won()
+        play(world, world.game.walkthrough)
+        low, high = LEVELS[level].receptacles
+        assert min(low, 4) <= len(world.game.receptacles) <= high
+
+
+def test_games_depend_on_the_seed_alone(tmp_path):
+    a, b, c = (make_game("train", 4, seed, "easy", TASK_TYPES[4])[1] for seed in (1, 1, 2))
+    assert a == b != c
+    files = generate_games(tmp_path, split="valid_unseen", count=7, seed=1)
+    assert len(set(files)) == 7
+    scenes = {int(p.parts[-3].rpartition("-")[2]) % 100 for p in files}
+    assert all(21 <= scene <= 30 for scene in scenes)  # never a training scene
+
+
+def test_every_admissible_command_does_something_and_nothing_else_does(games):
+    for path in games:
+        rng = random.Random(path)
+        world = Household.load(path)
+        seen = world.reset()
+        for _ in range(40):
+            before = seen.admissible
+            assert world.step("open the pod bay doors").text == NOTHING
+            seen = world.step(rng.choice(before))
+            assert seen.text != NOTHING
+            if seen.done:
+                break
+
+
+@given(st.integers(0, 11), st.integers(0, 1000), st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 0.3))
+def test_the_expert_recovers_from_every_habit(games, index, seed, search, wrong, mistake):
+    world = Household.load(games[index])
+    turns = demonstrate(world, random.Random(seed), Habits(search, wrong, mistake), max_turns=400)
+    assert world.done
+    assert all(turn.command in turn.seen.admissible for turn in turns if turn.worthy)
+
+
+def test_the_expert_wins_genuine_games(genuine_games):
+    for path in genuine_games:
+        world = Household.load(str(path))
+        for _ in range(20):
+            if world.step(next_command(world)).done:
+                break
+        assert world.done
+
+
+@given(st.text(max_size=200))
+def test_no_answer_crashes_the_engine(games, text):
+    world = Household.load(games[0])
+    seen = world.step(text)
+    assert seen.text == NOTHING or text.strip() in world.reset().admissible
+
+
+BROKEN = {
+    "not JSON": lambda d: "{",
+    "need an object": lambda d: "[]",
+    "needs a text under 'grammar'": lambda d: {**d, "grammar": None},
+    "it is not ALFWorld's": lambda d: {**d, "grammar": "hello"},
+    "ends inside a parenthesis": lambda d: {**d, "pddl_problem": d["pddl_problem"][:-40]},
+    "no (:goal ...) section": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("(:goal", "(:gaol")},
+    "none of the six task types": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("(holds", "(sings")},
+    ":objects does not declare": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("agent1 - agent", "")},
+    "'walkthrough' must be a list": lambda d: {**d, "walkthrough": "go"},
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_malformed_file_is_named_with_its_fault(fault, tmp_path):
+    good = make_game("train", 1, 0, "easy", "look_at_obj_in_light")[1]
+    broken = BROKEN[fault](good)
+    path = tmp_path / "game.tw-pddl"
+    path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    with pytest.raises(GameFileError) as error:
+        load_game(str(path))
+    assert str(path) in str(error.value)
+    assert fault in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(GameFileError, match=r"absent\.tw-pddl: cannot be read"):
+        load_game(str(tmp_path / "absent.tw-pddl"))

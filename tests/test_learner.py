@@ -1,0 +1,192 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
+from proxmo_jax.buffers import Buffer, clear, write
+from proxmo_jax.learner import (
+    LossSettings,
+    TrainState,
+    cloning_step,
+    estimate,
+    gather_rows,
+    make_optimizer,
+    pack_turns,
+    policy_step,
+    row_log_probs,
+)
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.sampling import sample
+
+CONFIG = PolicyConfig(vocab_size=24, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.2)
+PARAMS = init_params(CONFIG, jax.random.key(0))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 50), st.integers(0, 99))
+def test_packing_places_every_token_once(lengths, row_length, seed):
+    lengths = np.array(lengths)
+    turns, offsets = pack_turns(lengths, row_length, np.random.default_rng(seed).permutation(len(lengths)))
+    placed = sorted(zip(turns[turns >= 0].tolist(), offsets[turns >= 0].tolist(), strict=True))
+    assert placed == [(t, o) for t, n in enumerate(lengths) for o in range(n)]
+
+
+def test_packing_refuses_a_turn_longer_than_a_row():
+    with pytest.raises(ValueError, match="a turn has 9 tokens, need at most 8"):
+        pack_turns(np.array([3, 9]), 8, np.arange(2))
+
+
+def played(prompt_lengths=((3, 5), (7, 0), (2, 6)), key=1):
+    """A buffer of sampled turns, as a rollout leaves it."""
+    rng = np.random.default_rng(0)
+    prompt_lengths = np.array(prompt_lengths, np.int32)
+    episodes, turns = prompt_lengths.shape
+    buffer = Buffer.empty(episodes, turns, 8, 4, 2)
+    answered = np.zeros_like(prompt_lengths)
+    for turn in range(turns):
+        prompts = np.zeros((episodes, 8), np.int32)
+        for row, n in zip(prompts, prompt_lengths[:, turn], strict=True):
+            row[8 - n :] = rng.integers(1, 24, n)
+        answer = sample(
+            PARAMS, prompts, prompt_lengths[:, turn], jax.random.key(key + turn), jnp.float32(1.0),
+            config=CONFIG, max_tokens=4, stop_id=3, pad_id=0,
+        )  # fmt: skip
+        answered[:, turn] = answer.lengths
+        rows = {"prompts": prompts, "responses": answer.tokens, "log_probs": answer.log_probs}
+        buffer = write(buffer, np.arange(episodes), jnp.int32(turn), rows)
+    return buffer, prompt_lengths, answered
+
+
+def rows_of(buffer, prompt_lengths, answered, row_length=24):
+    lengths = (prompt_lengths + answered).reshape(-1)
+    turns, offsets = pack_turns(lengths, row_length, np.flatnonzero(lengths))
+    advantage = jnp.asarray(np.arange(lengths.size, dtype=np.float32).reshape(prompt_lengths.shape))
+    return gather_rows(buffer, prompt_lengths, advantage, turns, offsets), turns
+
+
+def test_what_was_sampled_is_what_is_trained_on():
+    """The trainer's log-probs of the packed turns are the sampler's: no token moved, none re-tokenised."""
+    buffer, prompt_lengths, answered = played()
+    rows, turns = rows_of(buffer, prompt_lengths, answered)
+    mask = np.asarray(rows.mask)
+    assert mask.sum() == answered.sum()
+    np.testing.assert_allclose(
+        np.asarray(row_log_probs(PARAMS, rows, jnp.float32(1.0), config=CONFIG))[mask],
+        np.asarray(rows.old)[mask],
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    np.testing.assert_array_equal(np.asarray(rows.advantage)[mask], turns[mask])  # each turn its own advantage
+
+
+def test_a_row_computes_as_its_turns_alone():
+    buffer, prompt_lengths, answered = played()
+    packed, _ = rows_of(buffer, prompt_lengths, answered, row_length=24)
+    alone, _ = rows_of(buffer, prompt_lengths, answered, row_length=12)
+    sums = [
+        float(jnp.where(rows.mask, row_log_probs(PARAMS, rows, jnp.float32(1.0), config=CONFIG), 0).sum())
+        for rows in (packed, alone)
+    ]
+    np.testing.assert_allclose(sums[0], sums[1], rtol=1e-4)
+
+
+def step(rows, micro_batches=1, **settings):
+    optimizer = optax.sgd(0.1)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    return policy_step(
+        TrainState(params, optimizer.init(params)), rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer,
+        settings=LossSettings(**settings), micro_batches=micro_batches,
+    )  # fmt: skip
+
+
+def test_micro_batches_change_nothing():
+    rows, _ = rows_of(*played(), row_length=12)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x])[: len(x) // 2 * 2], rows)
+    whole, parts = step(rows)
+    split, split_parts = step(rows, micro_batches=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, split.params)
+    np.testing.assert_allclose(parts.loss, split_parts.loss, rtol=1e-4)
+
+
+def test_padding_rows_change_nothing():
+    rows, _ = rows_of(*played(), row_length=12)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), rows)
+    a, b = step(rows)[0].params, step(padded)[0].params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+
+
+def test_update_moves_towards_positive_advantage():
+    rows, _ = rows_of(*played())
+    better = step(rows, kl_weight=0.0, entropy_weight=0.0)[0].params
+    before, after = (row_log_probs(p, rows, jnp.float32(1.0), config=CONFIG) for p in (PARAMS, better))
+    gain = jnp.where(rows.mask, (after - before) * rows.advantage, 0).sum()
+    assert float(gain) > 0
+
+
+def test_cloning_learns_its_answers():
+    rows, _ = rows_of(*played())
+    optimizer = make_optimizer(1e-2, 0.0, 1.0, 2)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state, losses = TrainState(params, optimizer.init(params)), []
+    for _ in range(40):
+        state, loss = cloning_step(state, rows, config=CONFIG, optimizer=optimizer)
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_buffer_drops_batch_padding_and_clears():
+    buffer = Buffer.empty(3, 2, 4, 2, 2)
+    buffer = write(buffer, np.array([2, 3]), jnp.int32(1), {"reward": np.array([5.0, 9.0], np.float32)})
+    np.testing.assert_array_equal(buffer.reward, [[0, 0], [0, 0], [0, 5]])
+    assert not np.asarray(clear(buffer).reward).any()
+
+
+CORRIDOR, START, LEFT, RIGHT, STOP = 4, 10, 1, 2, 3
+
+
+@pytest.mark.parametrize("settings", [dr_grpo(), gigpo(), proxmo()], ids=["dr_grpo", "gigpo", "proxmo"])
+def test_the_loop_learns_a_corridor(settings):
+    """A probe world: walk right four times. Text in, policy gradient out; random play wins about one time in four."""
+    episodes, members, turns = 32, 8, 8
+    optimizer = make_optimizer(3e-3, 0.0, 1.0, 0)
+    params = init_params(CONFIG, jax.random.key(5))
+    state, rates = TrainState(params, optimizer.init(params)), []
+    for update in range(30):
+        buffer = Buffer.empty(episodes, turns, 2, 1, 2)
+        place, done = np.zeros(episodes, int), np.zeros(episodes, bool)
+        prompt_lengths = np.zeros((episodes, turns), np.int32)
+        for turn in range(turns):
+            prompts = np.stack([np.full(episodes, START), START + 1 + np.maximum(place, 0)], 1).astype(np.int32)
+            answer = sample(
+                state.params, prompts, np.where(done, 0, 2).astype(np.int32), jax.random.key(update * 100 + turn),
+                jnp.float32(1.0), config=CONFIG, max_tokens=1, stop_id=STOP, pad_id=0,
+            )  # fmt: skip
+            action, active = np.asarray(answer.tokens)[:, 0], ~done
+            place = np.where(active, np.clip(place + (action == RIGHT) - (action == LEFT), 0, CORRIDOR), place)
+            won = active & (place == CORRIDOR)
+            done |= won
+            prompt_lengths[:, turn] = 2 * active
+            rows = {
+                "prompts": prompts, "responses": answer.tokens, "log_probs": answer.log_probs,
+                "reward": won.astype(np.float32), "mask": active, "action_valid": np.ones(episodes, bool),
+                "anchor": prompts[:, 1], "word_ids": np.stack([prompts[:, 1]] * 2, 1).astype(np.int32) % 16,
+                "word_counts": np.tile(np.float32([[1, 0]]), (episodes, 1)),
+            }  # fmt: skip
+            buffer = write(buffer, np.arange(episodes), jnp.int32(turn), rows)
+        rates.append(done.mean())
+        answer = estimate(buffer, done, np.arange(16, dtype=np.int32), settings, members=members, max_features=16)
+        lengths = (prompt_lengths + (prompt_lengths > 0)).reshape(-1)
+        at, offsets = pack_turns(lengths, 6, np.flatnonzero(lengths))
+        short = 256 - len(at)
+        at, offsets = np.pad(at, ((0, short), (0, 0)), constant_values=-1), np.pad(offsets, ((0, short), (0, 0)))
+        rows = gather_rows(buffer, prompt_lengths, answer.joint.reshape(episodes, turns), at, offsets)
+        rows = rows.__class__(**{**rows.__dict__, "reference": rows.old})
+        state, _ = policy_step(
+            state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_weight=0.0)
+        )
+    assert np.mean(rates[:2]) < 0.6
+    assert np.mean(rates[-3:]) > 0.9
+    assert policy_step._cache_size() < 20

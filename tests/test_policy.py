@@ -1,0 +1,104 @@
+"""The decoder against a plain NumPy one, and the sampler against the decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proxmo_jax.policy import Policy, PolicyConfig, init_params
+from proxmo_jax.sampling import sample
+
+CONFIG = PolicyConfig(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.3)
+PARAMS = init_params(CONFIG, jax.random.key(0))
+
+
+def plain_logits(tokens: np.ndarray) -> np.ndarray:
+    """One sequence through the Qwen2 equations, position by position. tokens [L] -> [L, V]."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps) * weight
+
+    def rotate(x):
+        half = x.shape[-1] // 2
+        angle = np.arange(len(x))[:, None, None] * CONFIG.rope_theta ** (-np.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+    x = p["embedding"][tokens]
+    groups = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
+    for i in range(CONFIG.num_hidden_layers):
+        layer = jax.tree.map(lambda w: w[i], p["layers"])  # noqa: B023
+        y = norm(x, layer["input_norm"]["weight"])
+        q, k, v = (
+            np.einsum("lw,whd->lhd", y, layer[n]["kernel"]) + layer[n]["bias"] for n in ("query", "key", "value")
+        )
+        q, k = rotate(q), rotate(k)
+        mixed = np.zeros_like(q)
+        for head in range(CONFIG.num_attention_heads):
+            for at in range(len(tokens)):
+                score = k[: at + 1, head // groups] @ q[at, head] / np.sqrt(CONFIG.head_dim)
+                weight = np.exp(score - score.max())
+                mixed[at, head] = weight @ v[: at + 1, head // groups] / weight.sum()
+        x = x + np.einsum("lhd,hdw->lw", mixed, layer["output"]["kernel"])
+        y = norm(x, layer["mlp_norm"]["weight"])
+        gate = y @ layer["gate"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ layer["up"]["kernel"])) @ layer["down"]["kernel"]
+    return norm(x, p["norm"]["weight"]) @ p["embedding"].T
+
+
+def logits_of(tokens: np.ndarray) -> np.ndarray:
+    length = len(tokens)
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    return np.asarray(Policy(CONFIG).apply({"params": PARAMS}, tokens[None], jnp.arange(length)[None], mask)[0])[0]
+
+
+def test_decoder_equals_plain_numpy():
+    tokens = np.random.default_rng(0).integers(0, 40, 9)
+    np.testing.assert_allclose(logits_of(tokens), plain_logits(tokens), rtol=1e-3, atol=1e-4)
+
+
+def draw(prompts: list[list[int]], width=8, temperature=1.0, seed=0, stop=3):
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, ids in zip(padded, prompts, strict=True):
+        row[width - len(ids) :] = ids
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    return sample(
+        PARAMS, padded, lengths, jax.random.key(seed), jnp.float32(temperature),
+        config=CONFIG, max_tokens=6, stop_id=stop, pad_id=0,
+    )  # fmt: skip
+
+
+def test_greedy_sampling_follows_the_decoder_through_the_cache():
+    prompts = [[5, 9, 2], [7, 1, 1, 30, 8]]
+    answer = draw(prompts, temperature=0.0)
+    for prompt, tokens, length in zip(prompts, np.asarray(answer.tokens), np.asarray(answer.lengths), strict=True):
+        read = list(prompt)
+        for token in tokens[:length]:
+            assert token == logits_of(np.array(read))[-1].argmax()
+            read.append(int(token))
+
+
+def test_log_probs_are_those_of_the_policy_and_padding_is_inert():
+    prompts = [[5, 9, 2], [7, 1, 1, 30, 8]]
+    answer = draw(prompts, width=8)
+    wide = draw(prompts, width=16)
+    np.testing.assert_array_equal(answer.tokens, wide.tokens)
+    for prompt, tokens, log_probs, length in zip(prompts, *map(np.asarray, answer), strict=True):
+        whole = np.array([*prompt, *tokens[:length]])
+        mine = jax.nn.log_softmax(logits_of(whole))[np.arange(len(prompt) - 1, len(whole) - 1), whole[len(prompt) :]]
+        np.testing.assert_allclose(log_probs[:length], mine, rtol=1e-3, atol=1e-4)
+        assert not log_probs[length:].any()
+
+
+def test_sampling_stops_at_the_stop_token():
+    first = int(draw([[5, 9, 2]], temperature=0.0).tokens[0, 0])
+    assert int(draw([[5, 9, 2]], temperature=0.0, stop=first).lengths[0]) == 1
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_one_program_per_shape(width):
+    draw([[1, 2]], width=width)
+    before = sample._cache_size()
+    draw([[4, 2, 9]], width=width, temperature=0.5, seed=9)
+    assert sample._cache_size() == before

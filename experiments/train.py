@@ -67,10 +67,10 @@ class Config:
     eval_games: int = 96
     """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
 
-    iterations: int = 80
+    iterations: int = 140
     groups: int = 16
     members: int = 8
-    max_turns: int = 10
+    max_turns: int = 12
     temperature: float = 1.0
     reward_scale: float = 10.0
     invalid_penalty: float = 1.0
@@ -90,12 +90,12 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 450
+    warm_start_steps: int = 350
     warm_start_rate: float = 4e-3
     search_rate: float = 0.6
     """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
     wrong_turn_rate: float = 0.0
-    """Share of its turns that lead nowhere; cloned, so that there is something left to learn."""
+    """Share of its turns that lead nowhere: looking around, checking the inventory; cloned."""
     mistake_rate: float = 0.05
     """Share of its turns that are plain mistakes, to show recovery; not cloned."""
     warm_start_from: Path | None = None

@@ -1,0 +1,54 @@
+"""Compare finished runs: a Markdown table of held-out success and times, and a figure.
+
+python -m experiments.compare runs/proxmo-0 runs/gigpo-0 ... --figure compare.png
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from proxmo_jax.report import learning_curve, read_metrics, wilson
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = None) -> None:
+    """Print one row a run; draw the curves of each method, averaged over its seeds at equal iterations."""
+    print("| method | seed | warm start | after | 95% interval | iterations | s / iteration | estimator share |")
+    print("|---|---|---|---|---|---|---|---|")
+    by_method: dict[str, list[list[dict]]] = {}
+    for run in runs:
+        config, rows = json.loads((run / "config.json").read_text()), read_metrics(run / "metrics.jsonl")
+        tested = [r for r in rows if "eval/success_rate" in r]
+        trained = [r for r in rows if "time/iteration" in r]
+        count = tested[-1]["eval/games"]
+        low, high = wilson(round(tested[-1]["eval/success_rate"] * count), count)
+        seconds = np.median([r["time/iteration"] for r in trained])
+        share = np.median([r["time/estimator"] / r["time/iteration"] for r in trained])
+        print(
+            f"| {config['method']} | {config['seed']} | {tested[0]['eval/success_rate']:.0%} |"
+            f" {tested[-1]['eval/success_rate']:.0%} | {low:.0%} to {high:.0%} | {rows[-1]['iteration']} |"
+            f" {seconds:.2f} | {share:.2%} |"
+        )
+        by_method.setdefault(config["method"], []).append(rows)
+    if figure:
+        curves = [(f"{m} ({len(all_rows)} seeds)", _average(all_rows)) for m, all_rows in by_method.items()]
+        learning_curve(figure, curves, "held-out household games, mean over seeds")
+
+
+def _average(runs: list[list[dict]]) -> list[dict]:
+    """Rows of several runs averaged where all have the iteration; counts of games add up."""
+    answer = []
+    for parts in zip(*runs, strict=False):
+        row = {"iteration": parts[0]["iteration"]}
+        for key in ("train/success_rate", "eval/success_rate"):
+            if all(key in part for part in parts):
+                row[key] = float(np.mean([part[key] for part in parts]))
+        if "eval/success_rate" in row:
+            row["eval/games"] = sum(part["eval/games"] for part in parts)
+        answer.append(row)
+    return answer
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

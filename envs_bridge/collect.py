@@ -30,7 +30,7 @@ class Limits:
     turns: int = 16
     prompt: int = 128
     response: int = 8
-    words: int = 64
+    words: int = 128
 
 
 @dataclass

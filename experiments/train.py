@@ -191,7 +191,9 @@ def main(config: Config, console: Console | None = None) -> Path:
             source = config.warm_start_from and config.warm_start_from / "warm_start"
             params = load_params(source, fresh) if source else warm_start(config, player, demos, fresh, console, stop)
             if stop:
-                console.print("Stopped during the warm start: nothing to resume; start again.")
+                console.print(
+                    f"Stopped during the warm start; do it again with: proxmo train --out {config.out} --resume"
+                )
                 return config.out
             save_params(warm, params, policy.to_dict())
         reference = load_params(warm, fresh)
@@ -230,9 +232,8 @@ def main(config: Config, console: Console | None = None) -> Path:
     learning_curve(
         config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {config.level} household"
     )
-    done = checkpoints_done(rows, config)
     went = f"{time.time() - began:.0f} s"
-    if done:
+    if rows and rows[-1]["iteration"] >= config.iterations:
         console.print(
             f"Done in {went}: {config.out}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
             " episodes_after.txt and checkpoints."
@@ -241,10 +242,6 @@ def main(config: Config, console: Console | None = None) -> Path:
     else:
         console.print(f"Stopped and saved after {went}. Go on with: proxmo train --out {config.out} --resume")
     return config.out
-
-
-def checkpoints_done(rows: list[dict], config: Config) -> bool:
-    return bool(rows) and rows[-1]["iteration"] >= config.iterations
 
 
 class StopOnSignal:
@@ -266,7 +263,7 @@ class StopOnSignal:
 
 
 def stored_config(config: Config) -> Config:
-    """The settings of the run to resume; `iterations` may be raised on the command line."""
+    """The settings of the run to resume; more `iterations` than it has stored go on from where it ended."""
     path = config.out / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume: {config.out} holds no run (no config.json)")

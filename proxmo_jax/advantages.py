@@ -54,8 +54,8 @@ def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> 
     score, mask [M, T] -> [M, T] float32. As in the official code a group of one sample has mean 0 and std 1.
     """
     if settings.episode_over == "trajectories":
-        turns = jnp.maximum(mask.sum(axis=1), 1).astype(jnp.float32)
-        sample = jnp.where(mask, score, 0.0).sum(axis=1) / turns
+        # A trajectory's steps differ by the penalty alone; the official code takes the first one's score for it.
+        sample = jnp.take_along_axis(score, jnp.argmax(mask, axis=1)[:, None], axis=1)[:, 0]
         counted = mask.any(axis=1)
     else:
         sample, counted = score, mask
@@ -84,7 +84,8 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
         step = soft_advantage(
             flat, embedding, mask, temperature=settings.temperature, exclude_self=settings.exclude_self
         )
-        step = jnp.where(group.comparable, step, 0.0)
+        if group.comparable is not None:
+            step = jnp.where(group.comparable, step, 0.0)
     return step.reshape(score.shape)
 
 

@@ -1,5 +1,6 @@
 """`proxmo`: the command line. The only room that opens the experiments' doors."""
 
+import dataclasses
 import os
 import sys
 import tomllib
@@ -35,12 +36,15 @@ def _train(arguments: list[str]) -> int:
     from proxmo_jax.sharding import keep_freed_memory
 
     keep_freed_memory()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no PyTorch
     import tyro
 
     from experiments import train
 
     default = _defaults(arguments, train.Config)
     config = tyro.cli(train.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
+    if config.resume and not any(word.startswith("--iterations") for word in arguments):
+        config = dataclasses.replace(config, iterations=0)  # as many as the run has stored
     train.main(config)
     return 0
 

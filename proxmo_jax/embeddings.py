@@ -92,7 +92,8 @@ def tfidf(
     Vocabulary: the `max_features` words of highest corpus frequency (ties: the smaller word). idf =
     ln((1 + N) / (1 + df)) + 1 over the N texts under the mask; rows are count * idf, divided by their l2 norm;
     a text without a feature is a zero row. Padding rows are zero and count nowhere.
-    ids, counts [..., K], mask [...] -> float32 [..., min(V, max_features)], bool [].
+    ids, counts [..., K], mask [...] -> float32 [..., min(V, max_features)], and one bool per entry of
+    the first axis, the same for all (`Group.comparable`).
     With `axis_name`, corpus frequency, df and N are summed over that mapped axis: nothing else crosses devices.
     Source: scikit-learn TfidfVectorizer; ProxMO's official code uses max_features=1024.
     """
@@ -118,4 +119,4 @@ def tfidf(
     dense = jnp.zeros((ids.shape[0], columns), jnp.float32).at[rows, ids].add(counts, mode="drop") * idf
     norm = jnp.sqrt(jnp.square(dense).sum(axis=1, keepdims=True))
     unit = dense / jnp.where(norm > 0, norm, 1.0)
-    return unit.reshape(*mask.shape, columns), (frequency > 0).any()
+    return unit.reshape(*mask.shape, columns), jnp.broadcast_to((frequency > 0).any(), mask.shape[:1])

@@ -231,7 +231,7 @@ def estimate(
 ) -> Advantages:
     """The estimator on a rollout: `[E, T]` episodes as `[G, M, T]` groups. success bool [E] -> Advantages [G, M, T]."""
     grouped = jax.tree.map(lambda x: x.reshape(-1, members, *x.shape[1:]), buffer)
-    embedding, comparable = None, jnp.array(True)
+    embedding, comparable = None, None
     if settings.aggregation == "soft":
         words = WordCounts(grouped.word_ids, grouped.word_counts, alphabetical)
         embedding, comparable = tfidf(words, grouped.mask, max_features=max_features)
@@ -242,6 +242,6 @@ def estimate(
         action_valid=grouped.action_valid,
         anchor=grouped.anchor,
         embedding=embedding,
-        comparable=jnp.broadcast_to(comparable, grouped.mask.shape[:1]),
+        comparable=comparable,
     )
     return jax.vmap(advantages, (0, None))(group, settings)

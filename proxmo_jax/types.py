@@ -36,7 +36,7 @@ class Group:
     action_valid  bool  [M, T]   the turn's action was well formed
     anchor        int32 [M, T]   id of the turn's anchor observation: equal ids, equal text (`hard` groups); or None
     embedding     float [M, T, D] unit vectors of the anchor observations, or zeros (`soft` groups); or None
-    comparable    bool  []       False if no text of the whole batch has a feature: then there is no proximity
+    comparable    bool  []       False if no text of the whole batch has a feature (no proximity then); None: True
     """
 
     reward: Any
@@ -45,7 +45,7 @@ class Group:
     action_valid: Any
     anchor: Any = None
     embedding: Any = None
-    comparable: Any = True
+    comparable: Any = None
 
 
 @pytree

@@ -16,7 +16,16 @@ jax.config.update("jax_numpy_rank_promotion", "allow")
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
 
-ALFWORLD = Path(__file__).parents[2] / "shared" / "reference" / "alfworld"
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+ALFWORLD = REFERENCE / "alfworld"
+
+
+@pytest.fixture(scope="session")
+def official() -> Path:
+    """Further outputs of the official code, which are not part of this repository."""
+    if not (REFERENCE / "official").is_dir():
+        pytest.skip("the official code's further outputs are not beside this checkout")
+    return REFERENCE / "official"
 
 
 @pytest.fixture(scope="session")

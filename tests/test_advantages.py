@@ -200,3 +200,37 @@ def test_grpo_is_dr_grpo_over_the_std():
     total = {m: sum(s["reward"] for s in steps if s["trajectory"] == m) for m in range(4)}
     scores = [total[s["trajectory"]] - 0.1 * (not s["valid"]) for s in steps]
     np.testing.assert_allclose(scaled, np.asarray(plain) / (np.std(scores, ddof=1) + 1e-6), rtol=1e-4)
+
+
+def test_modulation_equals_the_official_table(official):
+    data = np.load(official / "91_psc_weight_table.npz")
+    sigmoid_of_one = 1 / (1 + np.exp(-1))
+    for i, beta in enumerate(data["beta"]):
+        for j, alpha in enumerate(data["alpha"]):
+            for k, success in enumerate((True, False)):
+                mine = modulation_weight(
+                    jnp.asarray(data["p"], jnp.float32), success, alpha=alpha,
+                    modulation_range=beta * (sigmoid_of_one - 0.5),
+                )  # fmt: skip
+                np.testing.assert_allclose(mine, data["w"][i, j, :, k], rtol=1e-5)
+
+
+@pytest.mark.parametrize("std", [0, 1])
+@pytest.mark.parametrize("over_steps", [0, 1])
+def test_grpo_equals_the_official_one(official, std, over_steps):
+    data = np.load(official / "94_grpo_baseline.npz")
+    reward = data["token_level_rewards"].sum(1)
+    packing = Packing(data["group_id"], data["traj_id"] + 1000 * data["group_id"], np.arange(len(reward)))
+    # The official rows carry the episode's return less the penalty; here the return is paid once, at the last step.
+    paid = np.array([round(float(reward[data["traj_id"] == t].max())) for t in data["traj_id"]])
+    score, valid = packing.pack(paid.astype(np.float32)), packing.pack(reward > paid - 0.05)
+    mask = packing.pack(np.ones(len(reward), bool))
+    last = np.where(mask, np.arange(mask.shape[2]), -1).max(2)[..., None] == np.arange(mask.shape[2])
+    group = Group(score * last, mask, np.zeros(mask.shape[:2], bool), valid)
+    settings = Settings(
+        modulation_range=0.0, aggregation="none", episode_std=bool(std),
+        episode_over="steps" if over_steps else "trajectories",
+    )  # fmt: skip
+    mine = packing.unpack(jax.vmap(advantages, (0, None))(group, settings).joint)
+    wanted = data[f"adv_std{std}_cross{over_steps}"][:, 0]
+    np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)

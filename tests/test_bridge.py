@@ -1,6 +1,7 @@
 """Actions, prompts, and the pool with real worker processes."""
 
 import ast
+import json
 import os
 import signal
 import time
@@ -36,6 +37,12 @@ def test_projection_falls_back_to_the_tail():
     long = "no tags and a very long tail: click[< prev] and then something else entirely"
     assert project(long) == ("d then something else entirely", False)
     assert project(long, WEBSHOP_TAIL) == ("ething else entirely", False)
+
+
+def test_projection_equals_the_official_one(official):
+    for case in json.loads((official / "95_projection.json").read_text()):
+        assert project(case["text"]) == (case["alfworld_action"], bool(case["alfworld_valid"]))
+        assert project(case["text"], WEBSHOP_TAIL) == (case["webshop_action"], bool(case["webshop_valid"]))
 
 
 def test_memory_takes_notes(games):

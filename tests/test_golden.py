@@ -36,7 +36,7 @@ def batch(data, case) -> tuple[Packing, Group]:
         action_valid=packing.pack(data["action_valid"]),
         anchor=packing.pack(anchor),
         embedding=embedding,
-        comparable=jnp.broadcast_to(comparable, mask.shape[:1]),
+        comparable=comparable,
     )
 
 

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from proxmo_jax.losses import clipped_surrogate, low_var_kl, policy_loss, token_log_probs, token_mean
 
@@ -38,3 +39,30 @@ def test_tokens_outside_the_mask_are_inert_in_value_and_gradient():
     gradient = jax.grad(loss)(logits, dirty, dirty)
     assert np.isfinite(gradient).all()
     assert not np.asarray(gradient[2:]).any()
+
+
+@pytest.mark.parametrize("dual_clip", [3.0, 10.0])
+def test_surrogate_and_its_gradient_equal_the_official_ones(official, dual_clip):
+    data = np.load(official / "93_policy_loss.npz")
+    mask = data["response_mask"].astype(bool)
+    name = f"token-mean|0.2|0.2|{dual_clip}"
+
+    def loss(log_prob):
+        log_ratio = log_prob - data["old_log_prob"]
+        return token_mean(clipped_surrogate(log_ratio, data["advantages"], dual_clip=dual_clip), mask)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(data["log_prob"]))
+    np.testing.assert_allclose(value, data[f"pg_loss|{name}"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, data[f"pg_grad|{name}"], rtol=1e-4, atol=1e-6)
+
+
+def test_kl_and_its_gradient_equal_the_official_ones(official):
+    data = np.load(official / "93_policy_loss.npz")
+    mask = data["response_mask"].astype(bool)
+
+    def loss(log_prob):
+        return token_mean(low_var_kl(log_prob, data["ref_log_prob"]), mask)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(data["log_prob"]))
+    np.testing.assert_allclose(value, data["kl_loss|low_var_kl|token-mean"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, data["kl_grad|low_var_kl|token-mean"], rtol=1e-4, atol=1e-6)

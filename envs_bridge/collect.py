@@ -206,17 +206,16 @@ class Example:
 
 
 def demonstrations(games: Sequence[str], *, seed: int, habits: Habits, max_turns: int) -> list[Example]:
-    """The turns of one demonstrated episode per game. Mistakes are remembered but not cloned."""
+    """The turns of one demonstrated episode per game."""
     examples = []
     for i, game in enumerate(games):
         world = Household.load(game)
         turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
-        memory = Memory.start(world.task, turns[0].seen.text)
-        for t, turn in enumerate(turns):
-            if turn.worthy:
-                examples.append(Example(memory.copy(), turn.command))
+        memory = Memory.start(world.task, turns[0][0].text)
+        for t, (_, command) in enumerate(turns):
+            examples.append(Example(memory.copy(), command))
             if t + 1 < len(turns):
-                memory.remember(turn.command, turns[t + 1].seen.text)
+                memory.remember(command, turns[t + 1][0].text)
     return examples
 
 

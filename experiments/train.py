@@ -90,14 +90,12 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 350
+    warm_start_steps: int = 800
     warm_start_rate: float = 4e-3
     search_rate: float = 0.6
     """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
-    wrong_turn_rate: float = 0.0
-    """Share of its turns that lead nowhere: looking around, checking the inventory; cloned."""
-    mistake_rate: float = 0.05
-    """Share of its turns that are plain mistakes, to show recovery; not cloned."""
+    mistake_rate: float = 0.3
+    """Share of its turns that are mistakes; cloned with the rest, so that there is something left to learn."""
     warm_start_from: Path | None = None
     """Take the warm start (and tokenizer) of another run's folder instead of making one."""
 
@@ -108,7 +106,7 @@ class Config:
 
     workers: int = 2
     eval_every: int = 20
-    eval_temperature: float = 0.4
+    eval_temperature: float = 1.0
     save_every: int = 20
 
 
@@ -164,7 +162,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         f"[bold]{config.method}[/] on {len(train_games)} {config.level} household games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    habits = Habits(config.search_rate, config.wrong_turn_rate, config.mistake_rate)
+    habits = Habits(config.search_rate, config.mistake_rate)
     demos = demonstrations(train_games, seed=config.seed, habits=habits, max_turns=2 * config.max_turns)
     tokenizer = make_tokenizer(config, demos)
     policy = PolicyConfig(

@@ -101,52 +101,37 @@ def _put(world: Household, o: int, r: int) -> str:
 
 
 @dataclass(frozen=True)
-class Demonstrated:
-    """One turn of a demonstration: what was seen, what was done, and whether it is worth imitating."""
-
-    seen: Observation
-    command: str
-    worthy: bool
-
-
-@dataclass(frozen=True)
 class Habits:
-    """How far a demonstrator falls short of the expert; all 0 is the walkthrough.
+    """How far a demonstrator falls short of the expert; both 0 is the walkthrough.
 
     search_rate   how little it knows of where things are: at 1 it looks in places at random until it sees what it
                   wants, never twice in the same; at 0 it always knows
-    wrong_turn_rate  share of turns spent on something admissible that leads nowhere: looking around, checking the
-                  inventory, examining, walking off
-    mistake_rate  share of turns with a command that mostly does nothing here; shown so that recovery can be learned,
-                  not to be imitated
+    mistake_rate  share of turns with a command that does nothing here, such as taking the wanted thing where it is not
     """
 
     search_rate: float = 0.0
-    wrong_turn_rate: float = 0.0
     mistake_rate: float = 0.0
 
 
 def demonstrate(
     world: Household, rng: random.Random, habits: Habits | None = None, *, max_turns: int = 50
-) -> list[Demonstrated]:
-    """Play one episode; the expert goes on from wherever a bad habit led."""
+) -> list[tuple[Observation, str]]:
+    """Play one episode: (what was seen, what was done) per turn.
+
+    The expert goes on from wherever a bad habit led, so demonstrations also show how to recover.
+    """
     habits = habits or Habits()
-    game, seen, turns = world.game, world.reset(), []
+    game, seen = world.game, world.reset()
+    turns: list[tuple[Observation, str]] = []
     looked_in: set[int] = set()
     for _ in range(max_turns):
         here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
         looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
-        draw = rng.random()
-        mistake = draw < habits.mistake_rate
-        if mistake:
+        if rng.random() < habits.mistake_rate:
             command = rng.choice(_misplaced(world) or list(seen.admissible))
-        elif draw < habits.mistake_rate + habits.wrong_turn_rate:
-            idle = [c for c in seen.admissible if c.startswith(("look", "inventory", "examine"))]
-            walks = [c for c in seen.admissible if c.startswith("go to ")]
-            command = rng.choice(walks if rng.random() < 0.25 and walks else idle)
         else:
             command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)
-        turns.append(Demonstrated(seen, command, not mistake))
+        turns.append((seen, command))
         seen = world.step(command)
         if seen.done:
             break

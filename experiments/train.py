@@ -481,5 +481,5 @@ def note(row: dict) -> str:
     shares = " ".join(f"{name} {row[f'time/{name}'] / total:.1%}" for name in ("rollout", "estimator", "update"))
     return (
         f"success {row['train/success_rate']:.0%} reward {row['train/reward']:.1f}"
-        f" valid {row['train/valid_action_rate']:.0%} | {shares}"
+        f" valid {row['train/valid_action_rate']:.0%}\n{shares}"
     )

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(console: Console) -> Progress:
-    """A line that shows how far, what is measured, and the time left."""
+    """Shows how far, the time left, and what is measured (`note`, two short lines, to fit 80 columns)."""
     return Progress(
-        TextColumn("{task.description:12}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),

@@ -32,8 +32,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = Non
         )
         by_method.setdefault(config["method"], []).append(rows)
     if figure:
-        curves = [(f"{m} ({len(all_rows)} seeds)", _average(all_rows)) for m, all_rows in by_method.items()]
-        learning_curve(figure, curves, "held-out household games, mean over seeds")
+        curves = [(f"{m} ({len(all_rows)} run(s))", _average(all_rows)) for m, all_rows in by_method.items()]
+        learning_curve(figure, curves, "held-out household games, mean over runs")
 
 
 def _average(runs: list[list[dict]]) -> list[dict]:

@@ -107,6 +107,7 @@ class Config:
     workers: int = 2
     eval_every: int = 20
     eval_temperature: float = 1.0
+    """Published: 0.4, which would hide most of the mistakes cloned into the warm start."""
     save_every: int = 20
 
 

@@ -1,7 +1,7 @@
 """An expert that sees the whole house: the next command of a shortest plan, from any state.
 
 It writes the walkthroughs of generated games and the demonstrations of the warm start, where it also has to
-recover from wrong turns.
+recover from its own mistakes.
 """
 
 import random

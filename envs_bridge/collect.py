@@ -17,10 +17,10 @@ from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.pool import Pool
 from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
 from proxmo_jax.buffers import Buffer, clear, write
-from proxmo_jax.embeddings import Vocabulary, bucket
 from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import sample
 from proxmo_jax.sharding import split
+from proxmo_jax.words import Vocabulary, bucket
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rollout:
     """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
 
     prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; transcripts: per episode
-    (observation, answer) pairs; rates over all turns.
+    (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw.
     """
 
     buffer: Buffer | None
@@ -49,6 +49,7 @@ class Rollout:
     tasks: list[str]
     valid: float = 0.0
     admissible: float = 0.0
+    texts: int = 0
 
 
 @dataclass
@@ -60,7 +61,6 @@ class Player:
     limits: Limits
     mesh: Mesh
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
-    anchors: dict[str, int] = field(default_factory=dict)
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
@@ -90,17 +90,18 @@ class Player:
             lengths[i] = len(ids)
         return prompts, lengths
 
-    def observe(self, texts: Sequence[str], batch: int) -> dict[str, np.ndarray]:
-        """Word counts and anchor ids of a turn's observations, padded to `batch` rows."""
-        width = self.limits.words
-        ids, counts = np.zeros((batch, width), np.int32), np.zeros((batch, width), np.float32)
-        anchor = np.zeros(batch, np.int32)
-        for i, text in enumerate(texts):
-            word_ids, word_counts = self.vocabulary.count(text)
-            if len(word_ids) > width:
-                raise ValueError(f"an observation has {len(word_ids)} different words, need at most {width}")
-            ids[i, : len(word_ids)], counts[i, : len(word_ids)] = word_ids, word_counts
-            anchor[i] = self.anchors.setdefault(text, len(self.anchors))
+    def observe(self, texts: Sequence[str], seen: Sequence[dict[str, int]], batch: int) -> dict[str, np.ndarray]:
+        """Word counts of a turn's observations and their numbers in their groups, padded to `batch` rows.
+
+        seen: for each text the numbers given so far in its group; new texts get the next ones.
+        """
+        words = self.vocabulary.counts(texts, self.limits.words)
+        ids = np.zeros((batch, self.limits.words), np.int32)
+        counts, anchor = np.zeros(ids.shape, np.float32), np.zeros(batch, np.int32)
+        ids[: len(texts)], counts[: len(texts)] = words.ids, words.counts
+        anchor[: len(texts)] = [
+            numbers.setdefault(text, len(numbers)) for text, numbers in zip(texts, seen, strict=True)
+        ]
         return {"word_ids": ids, "word_counts": counts, "anchor": anchor}
 
 
@@ -124,8 +125,12 @@ def collect(
     told of the progress.
     """
     limits, count = player.limits, len(games)
+    seen_in_group: list[dict[str, int]] = []  # the number of each text a group saw
+    members = 1
     if buffer is not None:
         buffer = clear(buffer)
+        seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
+        members = count // len(seen_in_group)
     started = pool.reset(list(enumerate(games)))
     memories = [Memory.start(task, seen.text) for seen, task in started]
     latest = [seen.text for seen, _ in started]
@@ -186,13 +191,14 @@ def collect(
                 "reward": reward,
                 "action_valid": valid,
                 "mask": np.ones(batch, bool),
-                **player.observe(seen_texts, batch),
+                **player.observe(seen_texts, [seen_in_group[e // members] for e in active], batch),
             }
             buffer = write(buffer, episodes, jnp.int32(turn), fields)
         active = active[[not s.done for s in seen]]
         if len(active) == 0:
             break
     turns = max(int((rollout.response_lengths > 0).sum()), 1)
+    rollout.texts = max(map(len, seen_in_group), default=0)
     rollout.buffer, rollout.valid, rollout.admissible = buffer, valid_turns / turns, admissible_turns / turns
     return rollout
 
@@ -239,7 +245,7 @@ def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         prompt_array[i, 0, limits.prompt - len(prompt) :] = prompt
         response_array[i, 0, : len(response)] = response
-    empty = Buffer.empty(count, 1, 1, limits.response, 1)
+    empty = Buffer.empty(count, 1, 1, prompt=1, response=limits.response, words=1)
     buffer = dataclasses.replace(empty, prompts=jnp.asarray(prompt_array), responses=jnp.asarray(response_array))
     prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
     response_lengths = np.array([[len(r)] for r in responses], np.int32)

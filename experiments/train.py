@@ -45,6 +45,7 @@ from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import data_mesh, replicate, split
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
+from proxmo_jax.words import bucket
 
 
 @dataclass(frozen=True)
@@ -318,14 +319,22 @@ def make_tokenizer(config: Config, demos):
 def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
     """Shuffled mini-batches of packed rows from a rollout, one shape; the last is filled up with empty rows."""
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
-    turns, offsets = pack_turns(lengths, config.row_length, rng.permutation(np.flatnonzero(lengths)))
+    answers = rollout.response_lengths.reshape(-1)
+    room = answer_room(config)
+    order = rng.permutation(np.flatnonzero(lengths))
+    turns, offsets = pack_turns(lengths, answers, order, row_length=config.row_length, row_answers=room)
     size = config.rows_per_batch
     short = -len(turns) % size
     turns = np.pad(turns, ((0, short), (0, 0)), constant_values=-1)
     offsets = np.pad(offsets, ((0, short), (0, 0)))
     for start in range(0, len(turns), size):
         part = split(mesh, (turns[start : start + size], offsets[start : start + size]))
-        yield gather_rows(rollout.buffer, rollout.prompt_lengths, advantage, *part)
+        yield gather_rows(rollout.buffer, rollout.prompt_lengths, advantage, *part, row_answers=room)
+
+
+def answer_room(config: Config) -> int:
+    """Response tokens a row can hold: an eighth of its tokens, and a whole turn's in any case."""
+    return max(config.row_length // 8, config.max_response_tokens)
 
 
 def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
@@ -405,10 +414,12 @@ class Loop:
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
         self.settings = PRESETS[config.method](invalid_penalty=config.invalid_penalty)
         self.loss = LossSettings(clip=config.clip, kl_weight=config.kl_weight, entropy_weight=config.entropy_weight)
-        limits, episodes = player.limits, config.groups * config.members
-        self.buffer = replicate(
-            mesh, Buffer.empty(episodes, limits.turns, limits.prompt, limits.response, limits.words)
-        )
+        limits = player.limits
+        empty = Buffer.empty(
+            config.groups, config.members, limits.turns,
+            prompt=limits.prompt, response=limits.response, words=limits.words,
+        )  # fmt: skip
+        self.buffer = replicate(mesh, empty)
 
     def iteration(self, state: TrainState, iteration: int, key: jax.Array) -> tuple[TrainState, dict]:
         config = self.config
@@ -424,10 +435,10 @@ class Loop:
         jax.block_until_ready(rollout.buffer)
         played = time.time()
 
+        texts = min(bucket(rollout.texts), config.members * config.max_turns)
         answer = estimate(
-            rollout.buffer, rollout.won, self.player.vocabulary.alphabetical(), self.settings,
-            members=config.members, max_features=1024,
-        )  # fmt: skip
+            rollout.buffer, rollout.won, self.player.vocabulary.alphabetical(), self.settings, texts=texts
+        )
         advantage = jax.block_until_ready(answer.joint).reshape(rollout.prompt_lengths.shape)
         estimated = time.time()
 

@@ -6,6 +6,7 @@ from proxmo_jax.advantages import (
     discounted_returns,
     dr_grpo,
     gigpo,
+    gigpo_similarity,
     grpo,
     modulation_weight,
     official,
@@ -14,9 +15,12 @@ from proxmo_jax.advantages import (
     proxmo_without_proximity,
     rloo,
 )
-from proxmo_jax.embeddings import Vocabulary, WordCounts, tfidf
+from proxmo_jax.batch import batch_advantages, pmapped_advantages, sharded_advantages
+from proxmo_jax.embeddings import tfidf, token_counts
+from proxmo_jax.packing import Packing
 from proxmo_jax.proximity import proximity_weights, similar_anchors
-from proxmo_jax.types import Advantages, Group, Packing, Settings
+from proxmo_jax.types import Advantages, Group, Settings
+from proxmo_jax.words import Vocabulary, WordCounts
 
 __all__ = [
     "PRESETS",
@@ -27,17 +31,22 @@ __all__ = [
     "Vocabulary",
     "WordCounts",
     "advantages",
+    "batch_advantages",
     "discounted_returns",
     "dr_grpo",
     "gigpo",
+    "gigpo_similarity",
     "grpo",
     "modulation_weight",
     "official",
+    "pmapped_advantages",
     "proximity_weights",
     "proxmo",
     "proxmo_without_modulation",
     "proxmo_without_proximity",
     "rloo",
+    "sharded_advantages",
     "similar_anchors",
     "tfidf",
+    "token_counts",
 ]

@@ -9,7 +9,7 @@ Source: ProxMO (arXiv 2602.19225); where the official code departs from the pape
 import jax
 import jax.numpy as jnp
 
-from proxmo_jax.proximity import hard_advantage, soft_advantage
+from proxmo_jax.proximity import hard_advantage, proximity_weights, soft_advantage
 from proxmo_jax.types import Advantages, Group, Settings, masked_mean
 
 
@@ -78,24 +78,34 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
         return jnp.zeros_like(score)
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
     if settings.aggregation == "hard":
-        step = hard_advantage(flat, group.anchor.reshape(-1), mask, std=settings.step_std, epsilon=settings.epsilon)
+        anchor = group.anchor.reshape(-1)
+        step = hard_advantage(flat, anchor, mask, std=settings.step_std, epsilon=settings.epsilon)
     else:
-        embedding = group.embedding.reshape(flat.shape[0], -1)
+        embedding, row = _step_embedding(group)
         step = soft_advantage(
-            flat, embedding, mask, temperature=settings.temperature, exclude_self=settings.exclude_self
-        )
+            flat, embedding, mask, temperature=settings.temperature, exclude_self=settings.exclude_self, row=row,
+            kernel=settings.kernel,
+        )  # fmt: skip
         if group.comparable is not None:
             step = jnp.where(group.comparable, step, 0.0)
     return step.reshape(score.shape)
 
 
-def advantages(group: Group, settings: Settings) -> Advantages:
+def _step_embedding(group: Group) -> tuple[jax.Array, jax.Array | None]:
+    """Unit vectors [N, D] of the steps and no row; or [U, D] of distinct observations and each step's row."""
+    if jnp.ndim(group.embedding) == 3:
+        return group.embedding.reshape(-1, group.embedding.shape[-1]), None
+    return group.embedding, group.anchor.reshape(-1)
+
+
+def advantages(group: Group, settings: Settings, *, with_proximity: bool = False) -> Advantages:
     """Everything the estimator knows of one group (spec: 'The estimator', steps 1 to 6).
 
     Scores: S_i = episode return - c (1 - valid_i), Q_i = discounted return - c (1 - valid_i). Then the episode
     advantage of S, modulated; the step advantage of Q; joint = episode + omega * step. Gradients are stopped:
-    an advantage is data to the policy loss. Raises ValueError for arrays of the wrong rank (a missing vmap) and
-    for an aggregation whose input (anchor, embedding) is absent.
+    an advantage is data to the policy loss. `with_proximity` also returns the weights of the soft baseline
+    [M * T, M * T]. Raises ValueError for arrays of the wrong rank (a missing vmap) and for an aggregation whose input
+    (anchor, embedding) is absent.
     """
     _check(group, settings)
     group, settings = jax.lax.stop_gradient((group, settings))
@@ -118,6 +128,13 @@ def advantages(group: Group, settings: Settings) -> Advantages:
 
     episode = weight * episode_advantage(episode_score, mask, settings)
     step = step_advantage(step_score, group, settings)
+    proximity = None
+    if with_proximity and settings.aggregation == "soft":
+        embedding, row = _step_embedding(group)
+        proximity = proximity_weights(
+            embedding if row is None else embedding[row], mask.reshape(-1),
+            temperature=settings.temperature, exclude_self=settings.exclude_self,
+        )  # fmt: skip
     return Advantages(
         returns=returns,
         success_rate=success_rate,
@@ -125,6 +142,7 @@ def advantages(group: Group, settings: Settings) -> Advantages:
         episode=episode,
         step=step,
         joint=episode + settings.step_weight * step,
+        proximity=proximity,
     )
 
 
@@ -133,17 +151,21 @@ def _check(group: Group, settings: Settings) -> None:
     shape = jnp.shape(group.reward)
     if len(shape) != 2:
         raise ValueError(f"reward: got shape {shape}, need [member, turn]; {hint}")
-    needed = {"mask": shape, "action_valid": shape, "success": shape[:1]}
-    if settings.aggregation == "hard":
+    needed: dict[str, tuple] = {"mask": shape, "action_valid": shape, "success": shape[:1]}
+    embedding = None if group.embedding is None else jnp.shape(group.embedding)
+    distinct = embedding is not None and len(embedding) == 2
+    if settings.aggregation == "hard" or (settings.aggregation == "soft" and distinct):
         needed["anchor"] = shape
     for name, want in needed.items():
         value = getattr(group, name)
         if value is None or jnp.shape(value) != want:
             got = "nothing" if value is None else f"shape {jnp.shape(value)}"
             raise ValueError(f"{name}: got {got}, need {want} as reward has; {hint}")
-    if settings.aggregation == "soft" and (group.embedding is None or jnp.shape(group.embedding)[:-1] != shape):
-        got = "nothing" if group.embedding is None else f"shape {jnp.shape(group.embedding)}"
-        raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}; {hint}")
+    if settings.aggregation == "soft" and not distinct and (embedding is None or embedding[:-1] != shape):
+        if embedding is None and group.words is not None:
+            hint = "batch_advantages() makes it of the word counts"
+        got = "nothing" if embedding is None else f"shape {embedding}"
+        raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}, or (U, 'D') of distinct observations; {hint}")
 
 
 def grpo(**knobs) -> Settings:
@@ -165,6 +187,11 @@ def rloo(**knobs) -> Settings:
 def gigpo(**knobs) -> Settings:
     """GiGPO (arXiv 2505.10978), its mean-norm form: episode advantage plus exact-match step groups."""
     return Settings(**{"modulation_range": 0.0, "aggregation": "hard", **knobs})
+
+
+def gigpo_similarity(**knobs) -> Settings:
+    """GiGPO whose step groups are of similar texts (difflib ratio >= 0.95), not only of equal ones."""
+    return Settings(**{"modulation_range": 0.0, "aggregation": "hard", "similarity_threshold": 0.95, **knobs})
 
 
 def proxmo(**knobs) -> Settings:
@@ -192,6 +219,7 @@ PRESETS = {
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "gigpo": gigpo,
+    "gigpo_similarity": gigpo_similarity,
     "proxmo": proxmo,
     "proxmo_without_modulation": proxmo_without_modulation,
     "proxmo_without_proximity": proxmo_without_proximity,

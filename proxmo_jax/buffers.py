@@ -15,36 +15,37 @@ from proxmo_jax.types import pytree
 @pytree
 @dataclass(frozen=True)
 class Buffer:
-    """Everything a rollout leaves behind. `E` episodes, `T` turns, `P` prompt and `R` response tokens, `K` words.
+    """Everything a rollout leaves behind. `G` groups, `E` episodes, `T` turns, `P` prompt and `R` response tokens.
 
     prompts int32 [E, T, P] left-padded; responses int32 [E, T, R]; log_probs float32 [E, T, R] at rollout;
-    word_ids int32, word_counts float32 [E, T, K] and anchor int32 [E, T] of the anchor observation;
-    reward float32 [E, T]; action_valid, mask bool [E, T].
+    reward float32 [E, T]; action_valid, mask bool [E, T]; anchor int32 [E, T], which of its group's `U` distinct
+    observations the turn saw; word_ids int32, word_counts float32 [G, U, K], the words of those (`K` at most).
     """
 
     prompts: jax.Array
     responses: jax.Array
     log_probs: jax.Array
-    word_ids: jax.Array
-    word_counts: jax.Array
-    anchor: jax.Array
     reward: jax.Array
     action_valid: jax.Array
     mask: jax.Array
+    anchor: jax.Array
+    word_ids: jax.Array
+    word_counts: jax.Array
 
     @classmethod
-    def empty(cls, episodes: int, turns: int, prompt: int, response: int, words: int) -> "Buffer":
-        shape = (episodes, turns)
+    def empty(cls, groups: int, members: int, turns: int, *, prompt: int, response: int, words: int) -> "Buffer":
+        """No turn yet. There is room for every turn of a group to see something new."""
+        shape, texts = (groups * members, turns), (groups, members * turns, words)
         return cls(
             prompts=jnp.zeros((*shape, prompt), jnp.int32),
             responses=jnp.zeros((*shape, response), jnp.int32),
             log_probs=jnp.zeros((*shape, response), jnp.float32),
-            word_ids=jnp.zeros((*shape, words), jnp.int32),
-            word_counts=jnp.zeros((*shape, words), jnp.float32),
-            anchor=jnp.zeros(shape, jnp.int32),
             reward=jnp.zeros(shape, jnp.float32),
             action_valid=jnp.zeros(shape, bool),
             mask=jnp.zeros(shape, bool),
+            anchor=jnp.zeros(shape, jnp.int32),
+            word_ids=jnp.zeros(texts, jnp.int32),
+            word_counts=jnp.zeros(texts, jnp.float32),
         )
 
 
@@ -58,13 +59,17 @@ def clear(buffer: Buffer) -> Buffer:
 def write(buffer: Buffer, episodes: jax.Array, turn: jax.Array, rows: dict[str, jax.Array]) -> Buffer:
     """Write turn `turn` of `episodes` [B] in place. Episode ids past the end (batch padding) are dropped.
 
-    Prompts may be narrower than the buffer's: they are right-aligned, as they are left-padded.
+    Prompts may be narrower than the buffer's: they are right-aligned, as they are left-padded. Word counts [B, K] go
+    where the row's anchor says; rows that saw the same write the same.
     """
     fields = dict(buffer.__dict__)
+    group = episodes // (buffer.mask.shape[0] // buffer.word_ids.shape[0])
     for name, values in rows.items():
         field = fields[name]
         if name == "prompts":
             fields[name] = field.at[episodes, turn, -values.shape[-1] :].set(values, mode="drop")
+        elif name in ("word_ids", "word_counts"):
+            fields[name] = field.at[group, rows["anchor"]].set(values, mode="drop")
         else:
             fields[name] = field.at[episodes, turn].set(values, mode="drop")
     return Buffer(**fields)

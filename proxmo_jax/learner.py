@@ -13,27 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from proxmo_jax.advantages import advantages
+from proxmo_jax.batch import batch_advantages
 from proxmo_jax.buffers import Buffer
-from proxmo_jax.embeddings import WordCounts, tfidf
 from proxmo_jax.losses import PolicyLoss, policy_loss, token_log_probs, token_mean
 from proxmo_jax.policy import Policy, PolicyConfig
 from proxmo_jax.types import Advantages, Group, Settings, pytree
+from proxmo_jax.words import WordCounts
 
 
 @pytree
 @dataclass(frozen=True)
 class Rows:
-    """Token rows `[B, L]`; position i predicts `targets` i where `mask` is set (a response token follows).
+    """Token rows `[B, L]` and the `A` response tokens in each that are learned from.
 
-    tokens, targets, positions, segments int32; segment 0 is padding. mask bool. advantage, old, reference float32:
-    of the target token.
+    tokens, positions, segments int32 [B, L]; segment 0 is padding. places int32 [B, A]: where in its row the token
+    before a response token stands; targets int32 [B, A] the response token; mask bool [B, A]; advantage, old,
+    reference float32 [B, A], of the response token. Logits are computed at `places` alone: responses are a tenth
+    of the tokens, and the vocabulary is the widest layer of a small policy.
     """
 
     tokens: Any
-    targets: Any
     positions: Any
     segments: Any
+    places: Any
+    targets: Any
     mask: Any
     advantage: Any
     old: Any
@@ -47,28 +50,36 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def pack_turns(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pack_turns(
+    lengths: np.ndarray, answers: np.ndarray, order: np.ndarray, *, row_length: int, row_answers: int
+) -> tuple[np.ndarray, np.ndarray]:
     """First-fit packing of turns into rows, on the host.
 
-    lengths [N] tokens per turn, taken in `order`. Returns (turn, offset) int32 [rows, row_length]: which turn and
-    which of its tokens stands at each place; turn -1 is padding. Raises ValueError for a turn longer than a row.
+    lengths, answers [N]: tokens per turn and how many of them are the response, taken in `order`; a row holds
+    `row_length` tokens, `row_answers` of them in responses. Returns (turn, offset) int32 [rows, row_length]: which
+    turn and which of its tokens stands at each place; turn -1 is padding. Raises ValueError for a turn longer than
+    a row.
     """
-    if len(lengths) and int(lengths.max()) > row_length:
-        raise ValueError(f"a turn has {int(lengths.max())} tokens, need at most {row_length} (the row length)")
+    for what, found, limit in (("tokens", lengths, row_length), ("response tokens", answers, row_answers)):
+        if len(found) and int(found.max()) > limit:
+            raise ValueError(f"a turn has {int(found.max())} {what}, need at most {limit} (what a row holds)")
     room: list[int] = []
+    left: list[int] = []
     first_open = 0
     places: list[tuple[int, int, int]] = []
     shortest = int(lengths.min()) if len(lengths) else 0
     for turn in order.tolist():
-        length = int(lengths[turn])
+        length, answer = int(lengths[turn]), int(answers[turn])
         for row in range(first_open, len(room)):
-            if room[row] >= length:
+            if room[row] >= length and left[row] >= answer:
                 break
         else:
             row = len(room)
             room.append(row_length)
+            left.append(row_answers)
         places.append((turn, row, row_length - room[row]))
         room[row] -= length
+        left[row] -= answer
         while first_open < len(room) and room[first_open] < shortest:
             first_open += 1
     turns = np.full((len(room), row_length), -1, np.int32)
@@ -80,55 +91,63 @@ def pack_turns(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple
     return turns, offsets
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="row_answers")
 def gather_rows(
-    buffer: Buffer, prompt_lengths: jax.Array, advantage: jax.Array, turns: jax.Array, offsets: jax.Array
+    buffer: Buffer,
+    prompt_lengths: jax.Array,
+    advantage: jax.Array,
+    turns: jax.Array,
+    offsets: jax.Array,
+    *,
+    row_answers: int,
 ) -> Rows:
     """Build token rows on the device from the buffer. prompt_lengths int32 [E, T], advantage [E, T].
 
-    turns index the flattened `[E * T]`, as `pack_turns` gives them.
+    turns index the flattened `[E * T]`, as `pack_turns` gives them, packed for the same `row_answers`.
     """
     width = buffer.prompts.shape[-1]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), buffer)
     prompt = prompt_lengths.reshape(-1)
     turn = jnp.maximum(turns, 0)
     real = turns >= 0
-
-    def token(offset):
-        """Token at `offset` of its turn; response tokens follow the prompt's."""
-        answer = offset - prompt[turn]
-        read = flat.prompts[turn, jnp.clip(width - prompt[turn] + offset, 0, width - 1)]
-        written = flat.responses[turn, jnp.clip(answer, 0, flat.responses.shape[-1] - 1)]
-        return jnp.where(answer < 0, read, written)
+    answer = offsets - prompt[turn]
+    read = flat.prompts[turn, jnp.clip(width + answer, 0, width - 1)]
+    written = flat.responses[turn, jnp.clip(answer, 0, flat.responses.shape[-1] - 1)]
 
     # The next place in the row holds this turn's next token, unless the turn ends here.
     follows = jnp.pad(turns[:, 1:] == turns[:, :-1], ((0, 0), (0, 1))) & real
-    answer = jnp.clip(offsets + 1 - prompt[turn], 0, flat.responses.shape[-1] - 1)
-    mask = follows & (offsets + 1 >= prompt[turn])
+    before_answer = follows & (answer >= -1)
+    places = jnp.argsort(~before_answer, axis=1, stable=True)[:, :row_answers]
+    mask = jnp.take_along_axis(before_answer, places, 1)
+    target = (
+        jnp.take_along_axis(turn, places, 1),
+        jnp.clip(jnp.take_along_axis(answer, places, 1) + 1, 0, flat.responses.shape[-1] - 1),
+    )
     boundary = jnp.pad(turns[:, 1:] != turns[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return Rows(
-        tokens=jnp.where(real, token(offsets), 0),
-        targets=jnp.where(mask, token(offsets + 1), 0),
+        tokens=jnp.where(real, jnp.where(answer < 0, read, written), 0),
         positions=offsets,
         segments=jnp.where(real, jnp.cumsum(boundary, axis=1), 0),
+        places=places,
+        targets=jnp.where(mask, flat.responses[target], 0),
         mask=mask,
-        advantage=jnp.where(mask, advantage.reshape(-1)[turn], 0.0),
-        old=jnp.where(mask, flat.log_probs[turn, answer], 0.0),
-        reference=jnp.zeros(turns.shape, jnp.float32),
+        advantage=jnp.where(mask, advantage.reshape(-1)[target[0]], 0.0),
+        old=jnp.where(mask, flat.log_probs[target], 0.0),
+        reference=jnp.zeros(places.shape, jnp.float32),
     )
 
 
 def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
-    """Logits [B, L, V]; a token sees the earlier tokens of its own segment."""
+    """Logits [B, A, V] of the response tokens; a token sees the earlier tokens of its own segment."""
     length = rows.tokens.shape[1]
     same = rows.segments[:, :, None] == rows.segments[:, None, :]
     mask = same & jnp.tril(jnp.ones((length, length), bool))
-    return Policy(config).apply({"params": params}, rows.tokens, rows.positions, mask)[0]
+    return Policy(config).apply({"params": params}, rows.tokens, rows.positions, mask, places=rows.places)[0]
 
 
 @partial(jax.jit, static_argnames=("config",))
 def row_log_probs(params, rows: Rows, temperature: jax.Array, *, config: PolicyConfig) -> jax.Array:
-    """Log-probs of the targets [B, L], at the rollout's temperature."""
+    """Log-probs of the response tokens [B, A], at the rollout's temperature."""
     return token_log_probs(row_logits(params, rows, config) / temperature, rows.targets)[0]
 
 
@@ -225,23 +244,27 @@ def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation)
     return TrainState(optax.apply_updates(state.params, updates), opt_state)
 
 
-@partial(jax.jit, static_argnames=("members", "max_features"))
+@partial(jax.jit, static_argnames="texts")
 def estimate(
-    buffer: Buffer, success: jax.Array, alphabetical: jax.Array, settings: Settings, *, members: int, max_features: int
+    buffer: Buffer, success: jax.Array, alphabetical: jax.Array, settings: Settings, *, texts: int
 ) -> Advantages:
-    """The estimator on a rollout: `[E, T]` episodes as `[G, M, T]` groups. success bool [E] -> Advantages [G, M, T]."""
-    grouped = jax.tree.map(lambda x: x.reshape(-1, members, *x.shape[1:]), buffer)
-    embedding, comparable = None, None
-    if settings.aggregation == "soft":
-        words = WordCounts(grouped.word_ids, grouped.word_counts, alphabetical)
-        embedding, comparable = tfidf(words, grouped.mask, max_features=max_features)
-    group = Group(
-        reward=grouped.reward,
-        mask=grouped.mask,
-        success=success.reshape(-1, members),
-        action_valid=grouped.action_valid,
-        anchor=grouped.anchor,
-        embedding=embedding,
-        comparable=comparable,
+    """The estimator on a rollout. success bool [E] -> Advantages [G, M, T].
+
+    texts: no group saw more distinct observations; alphabetical int32 [V] as in `WordCounts`.
+    """
+    groups, episodes = buffer.word_ids.shape[0], buffer.mask.shape[0]
+
+    def grouped(x):
+        return x.reshape(groups, episodes // groups, *x.shape[1:])
+
+    return batch_advantages(
+        Group(
+            reward=grouped(buffer.reward),
+            mask=grouped(buffer.mask),
+            success=grouped(success),
+            action_valid=grouped(buffer.action_valid),
+            anchor=grouped(buffer.anchor),
+            words=WordCounts(buffer.word_ids[:, :texts], buffer.word_counts[:, :texts], alphabetical),
+        ),
+        settings,
     )
-    return jax.vmap(advantages, (0, None))(group, settings)

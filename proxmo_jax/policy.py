@@ -99,12 +99,12 @@ class Policy(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache: Cache | None = None, write_at=0, last_only: bool = False):
+    def __call__(self, tokens, positions, mask, cache: Cache | None = None, write_at=0, places=None):
         """tokens, positions int32 [B, L]; mask bool [B, L, S]: token l may attend to slot s.
 
         Without a cache S = L. With one, the L tokens' keys and values are written at slots `write_at`... and S is
-        the cache's length. Returns (logits float32 [B, L, V], cache); `last_only` gives the last token's
-        logits alone, [B, 1, V].
+        the cache's length. Returns (logits float32 [B, L, V], cache); with `places` int32 [B, A] logits after those
+        tokens alone, [B, A, V].
         """
         c = self.config
         embedding = self.param("embedding", nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size))
@@ -118,7 +118,9 @@ class Policy(nn.Module):
         )(c, name="layers")
         slots = None if cache is None else (cache.keys, cache.values)
         hidden, slots = layers(embedding[tokens], slots, positions, mask, write_at)
-        hidden = RMSNorm(c.rms_norm_eps, name="norm")(hidden[:, -1:] if last_only else hidden)
+        if places is not None:
+            hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        hidden = RMSNorm(c.rms_norm_eps, name="norm")(hidden)
         return hidden @ embedding.T, None if cache is None else Cache(*slots)
 
 

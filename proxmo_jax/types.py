@@ -1,4 +1,4 @@
-"""The data that flows through the estimator, each shape stated once, and the packing of ragged steps.
+"""The data that flows through the estimator, each shape stated once.
 
 Knows arrays only. `G` task groups, `M` members (trajectories) of a group, `T` turns of a member, `D` features.
 The estimator is written for ONE group `[M, T]`; a batch is a leading axis added by `jax.vmap`.
@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from proxmo_jax.packing import Packing, finite
+from proxmo_jax.words import Vocabulary, WordCounts
 
 
 def pytree(cls):
@@ -28,15 +31,20 @@ def static(default: Any) -> Any:
 @pytree
 @dataclass(frozen=True)
 class Group:
-    """One task group as rolled out: `M` attempts at the same task, `T` turns each.
+    """One task group as rolled out: `M` attempts at the same task, `T` turns each, `U` distinct anchor observations.
 
     reward        float [M, T]   environment reward of the turn
     mask          bool  [M, T]   turns that happened; everything else is padding and changes nothing
     success       bool  [M]      the trajectory solved its task
     action_valid  bool  [M, T]   the turn's action was well formed
-    anchor        int32 [M, T]   id of the turn's anchor observation: equal ids, equal text (`hard` groups); or None
-    embedding     float [M, T, D] unit vectors of the anchor observations, or zeros (`soft` groups); or None
+    anchor        int32 [M, T]   the turn's anchor observation: equal numbers, equal text (`hard`); or None
+    embedding     float [M, T, D] unit vectors of the anchor observations, or zeros (`soft`); or [U, D], those of the
+                                 distinct observations, whose rows `anchor` names: the same, and cheaper; or None
     comparable    bool  []       False if no text of the whole batch has a feature (no proximity then); None: True
+    words         ids, counts [U, K]  word counts of the distinct observations, whose rows `anchor` names; TF-IDF
+                                 makes the embedding of them (`batch_advantages`); or None
+
+    A batch of groups is the same with a leading axis `[G, ...]` (`words.alphabetical` [V] has none).
     """
 
     reward: Any
@@ -46,6 +54,41 @@ class Group:
     anchor: Any = None
     embedding: Any = None
     comparable: Any = None
+    words: WordCounts | None = None
+
+    @classmethod
+    def from_steps(
+        cls, *, group, trajectory, step, reward, success, action_valid, texts=None, anchor=None, embedding=None,
+        vocabulary: Vocabulary | None = None,
+    ) -> "tuple[Group, Packing]":  # fmt: skip
+        """Pack `N` ragged steps of many groups, on the host, into a batch `[G, M, T]`, and say where each step lies.
+
+        group, trajectory [N] ids (ints or strings), step [N] sortable; reward [N]; success bool [N], the same on all
+        steps of a trajectory; action_valid bool [N]. What steps are compared by: N texts, counted with `vocabulary`
+        (kept between batches, it counts a text once), or of the caller's own: anchor int [N] and embedding [N, D].
+        `packing.unpack(answer.joint)` brings answers back into the steps' order. Numbers of words and of distinct
+        texts are padded to powers of two.
+        Raises ValueError naming the array: see `Packing`; rewards that are not finite; a trajectory whose steps
+        disagree on success; anchors beside texts.
+        """
+        packing = Packing(group, trajectory, step)
+        words = None
+        if texts is not None:
+            if anchor is not None:
+                raise ValueError("anchor: texts number their own anchors; give one of the two")
+            vocabulary = vocabulary or Vocabulary()
+            anchor, table = packing.distinct(vocabulary.rows(texts), "texts")
+            words = vocabulary.gather(table)
+        batch = cls(
+            reward=packing.pack(finite(reward, "reward"), "reward"),
+            mask=packing.pack(np.ones(len(packing), bool)),
+            success=packing.pack_trajectories(np.asarray(success, bool), "success"),
+            action_valid=packing.pack(np.asarray(action_valid, bool), "action_valid"),
+            anchor=None if anchor is None else packing.pack(np.asarray(anchor, np.int32), "anchor"),
+            embedding=None if embedding is None else packing.pack(finite(embedding, "embedding"), "embedding"),
+            words=words,
+        )
+        return batch, packing
 
 
 @pytree
@@ -70,6 +113,11 @@ class Settings:
     success_rate      "trajectories": successes / attempts, as in the paper; "official": the official code's
                       mean penalised score over steps, clamped to [0, 1], success where the score exceeds 0.5
     exclude_self      leave the step itself out of its soft baseline
+    kernel            how soft baselines are summed up: "dense" (all pairs of a group at once), "blockwise" (memory flat
+                      in turns) or "pallas" (the same as a TPU kernel)
+    max_features      words TF-IDF keeps (1024)
+    similarity_threshold  steps whose texts are at least this similar (difflib ratio) share an anchor; None: equal
+                      texts. Read where anchors are numbered (`similar_anchors`), before arrays exist
     """
 
     discount: Any = 0.95
@@ -86,8 +134,12 @@ class Settings:
     leave_one_out: bool = static(False)
     success_rate: str = static("trajectories")
     exclude_self: bool = static(False)
+    kernel: str = static("dense")
+    max_features: int = static(1024)
+    similarity_threshold: float | None = static(None)
 
     def __post_init__(self):
+        _choice("kernel", self.kernel, ("dense", "blockwise", "pallas"))
         _choice("aggregation", self.aggregation, ("none", "hard", "soft"))
         _choice("episode_over", self.episode_over, ("steps", "trajectories"))
         _choice("success_rate", self.success_rate, ("trajectories", "official"))
@@ -95,6 +147,9 @@ class Settings:
             raise ValueError('step_std: the soft baseline has no standard deviation; use aggregation="hard"')
         if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        threshold = self.similarity_threshold
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -113,6 +168,7 @@ class Advantages:
     episode       float32 [M, T]  modulated episode advantage
     step          float32 [M, T]  step advantage
     joint         float32 [M, T]  episode + omega * step: what every response token of the turn gets
+    proximity     float32 [M * T, M * T]  weights of the soft baseline, if they were asked for; else None
     """
 
     returns: Any
@@ -121,64 +177,7 @@ class Advantages:
     episode: Any
     step: Any
     joint: Any
-
-
-class Packing:
-    """Where each of `N` ragged steps lies in the rectangle `[G, M, T]`; built once at the border, on the host.
-
-    Groups and trajectories may be named by any ints or strings and come in any order; a trajectory's turns are
-    ordered by `step`. Raises ValueError naming the array for an empty batch, lengths that differ, a trajectory
-    found in two groups and a repeated (trajectory, step).
-    """
-
-    def __init__(self, group: np.ndarray, trajectory: np.ndarray, step: np.ndarray):
-        group, trajectory, step = np.asarray(group), np.asarray(trajectory), np.asarray(step)
-        if group.ndim != 1 or len(group) == 0:
-            raise ValueError(f"group: need a non-empty array of shape (N,), got shape {group.shape}")
-        for name, array in (("trajectory", trajectory), ("step", step)):
-            if array.shape != group.shape:
-                raise ValueError(f"{name}: got shape {array.shape}, need {group.shape} as group has")
-        self.groups, group_index = np.unique(group, return_inverse=True)
-        self.trajectories, first, trajectory_index = np.unique(trajectory, return_index=True, return_inverse=True)
-        owner = group_index[first]
-        if np.any(owner[trajectory_index] != group_index):
-            bad = trajectory[np.flatnonzero(owner[trajectory_index] != group_index)[0]]
-            raise ValueError(f"trajectory: {bad!r} stands in two groups; a trajectory belongs to one")
-
-        order = np.lexsort((step, trajectory_index))
-        same = trajectory_index[order][1:] == trajectory_index[order][:-1]
-        twice = np.flatnonzero(same & (step[order][1:] == step[order][:-1]))
-        if len(twice):
-            at = order[twice[0]]
-            raise ValueError(f"step: trajectory {trajectory[at]!r} has step {step[at]} twice; each may stand once")
-        starts = np.flatnonzero(np.r_[True, ~same])
-        turn = np.empty(len(group), np.int64)
-        turn[order] = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
-
-        by_owner = np.argsort(owner, kind="stable")
-        first_of_group = np.searchsorted(owner[by_owner], np.arange(len(self.groups)))
-        member = np.empty(len(owner), np.int64)
-        member[by_owner] = np.arange(len(owner)) - first_of_group[owner[by_owner]]
-
-        self.index = (group_index, member[trajectory_index], turn)
-        self.shape = tuple(int(i.max()) + 1 for i in self.index)
-
-    def pack(self, values: np.ndarray, name: str = "values") -> np.ndarray:
-        """Per-step `[N, ...]` to `[G, M, T, ...]`, zeros on padding."""
-        values = np.asarray(values)
-        if len(values) != len(self.index[0]):
-            raise ValueError(f"{name}: got {len(values)} rows, need {len(self.index[0])}, one per step")
-        rectangle = np.zeros(self.shape + values.shape[1:], values.dtype)
-        rectangle[self.index] = values
-        return rectangle
-
-    def pack_trajectories(self, values: np.ndarray, name: str) -> np.ndarray:
-        """A per-step flag `[N]` that is the same on all steps of a trajectory, to `[G, M]`."""
-        return self.pack(values, name).max(axis=2)
-
-    def unpack(self, rectangle: Any) -> np.ndarray:
-        """`[G, M, T, ...]` back to per-step `[N, ...]` in the input's order."""
-        return np.asarray(rectangle)[self.index]
+    proximity: Any = None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:

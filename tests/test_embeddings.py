@@ -1,11 +1,11 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxmo_jax.embeddings import Vocabulary, WordCounts, tfidf
+from proxmo_jax.embeddings import tfidf, token_counts
+from proxmo_jax.words import Vocabulary
 
 sklearn_text = pytest.importorskip("sklearn.feature_extraction.text", reason="scikit-learn is the reference here")
 
@@ -29,6 +29,30 @@ def test_equals_scikit_learn_on_any_text(texts):
         assert not ours(texts).any()
         return
     np.testing.assert_allclose(cosine(ours(texts)), cosine(theirs), atol=2e-6)
+
+
+def columns(texts, vocabulary):
+    """Our matrix with scikit-learn's column order, which is the words' own."""
+    words = vocabulary.counts(texts)
+    unit = np.asarray(tfidf(words, jnp.ones(len(texts), bool), max_features=10**6)[0])
+    return unit[:, np.argsort(words.alphabetical[: len(vocabulary)])]
+
+
+@given(st.lists(st.text(alphabet="aBÇßſΣσς١2_-'. \n\0\u0301İıŉ中文ab", max_size=40), min_size=1, max_size=12))
+def test_equals_scikit_learn_entry_by_entry_on_awkward_letters(texts):
+    vectorizer = sklearn_text.TfidfVectorizer()
+    try:
+        theirs = vectorizer.fit_transform(texts).toarray()
+    except ValueError:
+        return
+    np.testing.assert_allclose(columns(texts, Vocabulary()), theirs, atol=1e-6)
+
+
+def test_equals_scikit_learn_entry_by_entry_on_plain_text():
+    rng = np.random.default_rng(1)
+    texts = [" ".join(f"Word{i}" if i % 3 else f"x{i}," for i in rng.zipf(1.6, 30) % 900) for _ in range(200)]
+    theirs = sklearn_text.TfidfVectorizer().fit_transform(texts).toarray()
+    np.testing.assert_allclose(columns(texts, Vocabulary()), theirs, atol=1e-6)
 
 
 def test_keeps_the_most_frequent_words():
@@ -73,16 +97,17 @@ def test_digits_can_be_kept():
     assert similarity[1] < 0.9
 
 
-def test_sharded_over_devices_equals_one_device():
-    """Only corpus frequency, document frequency and N cross devices."""
-    texts = [f"{room} thing{i % 3}" for i in range(8) for room in ROOMS]
-    words = Vocabulary().counts(texts)
-    whole = tfidf(words, jnp.ones(len(texts), bool), max_features=8)[0]
-    split = jax.tree.map(lambda x: x.reshape(8, -1, x.shape[-1]), (words.ids, words.counts))
-    mapped = jax.pmap(
-        lambda ids, counts: tfidf(
-            WordCounts(ids, counts, words.alphabetical), jnp.ones(len(ids), bool), max_features=8, axis_name="data"
-        )[0],
-        axis_name="data",
-    )(*split)
-    np.testing.assert_allclose(mapped.reshape(whole.shape), whole, atol=1e-6)
+def test_token_counts_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(0, 7, (5, 4, 9)), rng.random((5, 4, 9)) < 0.7
+    words = token_counts(jnp.asarray(tokens), jnp.asarray(mask), 7)
+    dense = np.zeros((5, 4, 7))
+    for at in np.ndindex(5, 4):
+        for token, inside in zip(tokens[at], mask[at], strict=True):
+            dense[at][token] += inside
+    ours_dense = np.zeros_like(dense)
+    ids, counts = np.asarray(words.ids), np.asarray(words.counts)
+    for at in np.ndindex(5, 4):
+        np.add.at(ours_dense[at], ids[at], counts[at])
+        assert len(set(ids[at][counts[at] > 0])) == (counts[at] > 0).sum()
+    np.testing.assert_array_equal(ours_dense, dense)

@@ -29,14 +29,19 @@ PARAMS = init_params(CONFIG, jax.random.key(0))
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 50), st.integers(0, 99))
 def test_packing_places_every_token_once(lengths, row_length, seed):
     lengths = np.array(lengths)
-    turns, offsets = pack_turns(lengths, row_length, np.random.default_rng(seed).permutation(len(lengths)))
+    answers = (lengths + 2) // 3
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    turns, offsets = pack_turns(lengths, answers, order, row_length=row_length, row_answers=9)
     placed = sorted(zip(turns[turns >= 0].tolist(), offsets[turns >= 0].tolist(), strict=True))
     assert placed == [(t, o) for t, n in enumerate(lengths) for o in range(n)]
+    assert max(answers[np.unique(row[row >= 0])].sum() for row in turns) <= 9
 
 
 def test_packing_refuses_a_turn_longer_than_a_row():
     with pytest.raises(ValueError, match="a turn has 9 tokens, need at most 8"):
-        pack_turns(np.array([3, 9]), 8, np.arange(2))
+        pack_turns(np.array([3, 9]), np.ones(2, int), np.arange(2), row_length=8, row_answers=8)
+    with pytest.raises(ValueError, match="a turn has 3 response tokens, need at most 2"):
+        pack_turns(np.array([3, 4]), np.array([1, 3]), np.arange(2), row_length=8, row_answers=2)
 
 
 def played(prompt_lengths=((3, 5), (7, 0), (2, 6)), key=1):
@@ -44,7 +49,7 @@ def played(prompt_lengths=((3, 5), (7, 0), (2, 6)), key=1):
     rng = np.random.default_rng(0)
     prompt_lengths = np.array(prompt_lengths, np.int32)
     episodes, turns = prompt_lengths.shape
-    buffer = Buffer.empty(episodes, turns, 8, 4, 2)
+    buffer = Buffer.empty(episodes, 1, turns, prompt=8, response=4, words=2)
     answered = np.zeros_like(prompt_lengths)
     for turn in range(turns):
         prompts = np.zeros((episodes, 8), np.int32)
@@ -62,9 +67,11 @@ def played(prompt_lengths=((3, 5), (7, 0), (2, 6)), key=1):
 
 def rows_of(buffer, prompt_lengths, answered, row_length=24):
     lengths = (prompt_lengths + answered).reshape(-1)
-    turns, offsets = pack_turns(lengths, row_length, np.flatnonzero(lengths))
+    turns, offsets = pack_turns(
+        lengths, answered.reshape(-1), np.flatnonzero(lengths), row_length=row_length, row_answers=8
+    )
     advantage = jnp.asarray(np.arange(lengths.size, dtype=np.float32).reshape(prompt_lengths.shape))
-    return gather_rows(buffer, prompt_lengths, advantage, turns, offsets), turns
+    return gather_rows(buffer, prompt_lengths, advantage, turns, offsets, row_answers=8), turns
 
 
 def test_what_was_sampled_is_what_is_trained_on():
@@ -79,7 +86,9 @@ def test_what_was_sampled_is_what_is_trained_on():
         rtol=1e-3,
         atol=1e-4,
     )
-    np.testing.assert_array_equal(np.asarray(rows.advantage)[mask], turns[mask])  # each turn its own advantage
+    np.testing.assert_array_equal(
+        np.asarray(rows.advantage)[mask], np.take_along_axis(turns, np.asarray(rows.places), 1)[mask]
+    )  # each turn its own
 
 
 def test_a_row_computes_as_its_turns_alone():
@@ -138,9 +147,14 @@ def test_cloning_learns_its_answers():
 
 
 def test_buffer_drops_batch_padding_and_clears():
-    buffer = Buffer.empty(3, 2, 4, 2, 2)
-    buffer = write(buffer, np.array([2, 3]), jnp.int32(1), {"reward": np.array([5.0, 9.0], np.float32)})
-    np.testing.assert_array_equal(buffer.reward, [[0, 0], [0, 0], [0, 5]])
+    buffer = Buffer.empty(2, 2, 3, prompt=4, response=2, words=2)
+    counts = np.array([[1, 2], [3, 4]], np.float32)
+    rows = {"reward": np.array([5.0, 9.0], np.float32), "anchor": np.array([4, 0]), "word_counts": counts}
+    buffer = write(buffer, np.array([2, 4]), jnp.int32(1), rows)
+    np.testing.assert_array_equal(buffer.reward, [[0, 0, 0], [0, 0, 0], [0, 5, 0], [0, 0, 0]])
+    assert buffer.word_counts.shape == (2, 6, 2)
+    np.testing.assert_array_equal(buffer.word_counts[1, 4], [1, 2])
+    assert np.asarray(buffer.word_counts).sum() == 3
     assert not np.asarray(clear(buffer).reward).any()
 
 
@@ -155,7 +169,7 @@ def test_the_loop_learns_a_corridor(settings):
     params = init_params(CONFIG, jax.random.key(5))
     state, rates = TrainState(params, optimizer.init(params)), []
     for update in range(30):
-        buffer = Buffer.empty(episodes, turns, 2, 1, 2)
+        buffer = Buffer.empty(episodes // members, members, turns, prompt=2, response=1, words=2)
         place, done = np.zeros(episodes, int), np.zeros(episodes, bool)
         prompt_lengths = np.zeros((episodes, turns), np.int32)
         for turn in range(turns):
@@ -164,7 +178,7 @@ def test_the_loop_learns_a_corridor(settings):
                 state.params, prompts, np.where(done, 0, 2).astype(np.int32), jax.random.key(update * 100 + turn),
                 jnp.float32(1.0), config=CONFIG, max_tokens=1, stop_id=STOP, pad_id=0,
             )  # fmt: skip
-            action, active = np.asarray(answer.tokens)[:, 0], ~done
+            action, active, place_before = np.asarray(answer.tokens)[:, 0], ~done, place
             place = np.where(active, np.clip(place + (action == RIGHT) - (action == LEFT), 0, CORRIDOR), place)
             won = active & (place == CORRIDOR)
             done |= won
@@ -172,17 +186,20 @@ def test_the_loop_learns_a_corridor(settings):
             rows = {
                 "prompts": prompts, "responses": answer.tokens, "log_probs": answer.log_probs,
                 "reward": won.astype(np.float32), "mask": active, "action_valid": np.ones(episodes, bool),
-                "anchor": prompts[:, 1], "word_ids": np.stack([prompts[:, 1]] * 2, 1).astype(np.int32) % 16,
+                "anchor": np.maximum(place_before, 0).astype(np.int32),
+                "word_ids": np.stack([prompts[:, 1]] * 2, 1).astype(np.int32) % 16,
                 "word_counts": np.tile(np.float32([[1, 0]]), (episodes, 1)),
             }  # fmt: skip
             buffer = write(buffer, np.arange(episodes), jnp.int32(turn), rows)
         rates.append(done.mean())
-        answer = estimate(buffer, done, np.arange(16, dtype=np.int32), settings, members=members, max_features=16)
+        answer = estimate(buffer, done, np.arange(16, dtype=np.int32), settings, texts=CORRIDOR + 1)
         lengths = (prompt_lengths + (prompt_lengths > 0)).reshape(-1)
-        at, offsets = pack_turns(lengths, 6, np.flatnonzero(lengths))
+        at, offsets = pack_turns(
+            lengths, (lengths > 0).astype(int), np.flatnonzero(lengths), row_length=6, row_answers=2
+        )
         short = 256 - len(at)
         at, offsets = np.pad(at, ((0, short), (0, 0)), constant_values=-1), np.pad(offsets, ((0, short), (0, 0)))
-        rows = gather_rows(buffer, prompt_lengths, answer.joint.reshape(episodes, turns), at, offsets)
+        rows = gather_rows(buffer, prompt_lengths, answer.joint.reshape(episodes, turns), at, offsets, row_answers=2)
         rows = rows.__class__(**{**rows.__dict__, "reference": rows.old})
         state, _ = policy_step(
             state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_weight=0.0)

@@ -1,0 +1,132 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxmo_jax.pallas_kernel import pallas
+from proxmo_jax.proximity import blockwise, dense, proximity_weights, soft_advantage
+
+
+def steps(seed: int, count: int, texts: int, features: int = 5):
+    """Scores, a vector per distinct observation (the last is empty), each step's observation, and a mask."""
+    rng = np.random.default_rng(seed)
+    unit = rng.random((texts, features))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    unit[-1] = 0
+    row = rng.integers(0, texts, count)
+    score = rng.normal(size=count) * 5
+    return (np.asarray(x, np.float32) for x in (score, unit)), row, rng.random(count) < 0.8
+
+
+def loops(score, vectors, mask, temperature, exclude_self):
+    """Plain float64 loops."""
+    score, vectors = score.astype(np.float64), vectors.astype(np.float64)
+    answer = np.zeros(len(score))
+    for i in np.flatnonzero(mask):
+        others = [j for j in np.flatnonzero(mask) if j != i or not exclude_self]
+        if others:
+            logits = np.array([vectors[i] @ vectors[j] for j in others]) / temperature
+            weight = np.exp(logits - logits.max())
+            answer[i] = score[i] - weight @ score[others] / weight.sum()
+    return answer
+
+
+@given(
+    st.integers(0, 999), st.integers(1, 30), st.integers(1, 8), st.sampled_from([0.003, 0.1, 50.0]), st.booleans(),
+    st.sampled_from(["dense", "blockwise"]),
+)  # fmt: skip
+def test_distinct_observations_and_steps_agree_with_loops(seed, count, texts, temperature, exclude_self, kernel):
+    (score, unit), row, mask = steps(seed, count, texts)
+    knobs = {"temperature": temperature, "exclude_self": exclude_self, "kernel": kernel}
+    wanted = loops(score, unit[row], mask, temperature, exclude_self)
+    each = soft_advantage(score, jnp.asarray(unit[row]), mask, **knobs)
+    distinct = soft_advantage(score, jnp.asarray(unit), mask, row=jnp.asarray(row), **knobs)
+    np.testing.assert_allclose(each, wanted, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(distinct, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skip_own", [False, True])
+@pytest.mark.parametrize("kernel", [blockwise, pallas])
+def test_kernels_agree_with_the_dense_one(kernel, skip_own):
+    """Several blocks, sizes that do not divide, keys that count for nothing, a query whose only key is itself."""
+    (_, unit), _, _ = steps(3, 1, 300, features=40)
+    rng = np.random.default_rng(0)
+    count = rng.integers(0, 4, 300).astype(np.float32)
+    score = (rng.normal(size=300) * count).astype(np.float32)
+    for size in (1, 129, 300):
+        arguments = [jnp.asarray(x[:size]) for x in (unit, unit, count, score)]
+        wanted = dense(*arguments, 0.1, skip_own=skip_own)
+        got = kernel(*arguments, 0.1, skip_own=skip_own)
+        np.testing.assert_allclose(got.peak, wanted.peak, atol=1e-5)
+        np.testing.assert_allclose(got.weight, wanted.weight, rtol=1e-5, atol=1e-5)
+        has = np.asarray(wanted.weight) > 0
+        baseline = [np.asarray(x.score)[has] / np.asarray(x.weight)[has] for x in (got, wanted)]
+        np.testing.assert_allclose(*baseline, rtol=1e-5, atol=1e-5)
+
+
+def test_blockwise_memory_is_flat_in_turns_squared():
+    """Temporaries of the compiled program: dense holds the square, blockwise a line."""
+
+    def temporaries(kernel, count):
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((count, 64), (count,), (count,))]
+
+        def run(unit, weight, score):
+            return kernel(unit, unit, weight, score, 0.1, skip_own=False)
+
+        return jax.jit(run).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporaries(blockwise, 1024), temporaries(blockwise, 4096)
+    assert large < 6 * small
+    assert temporaries(dense, 4096) > 10 * temporaries(dense, 1024)
+    assert large < temporaries(dense, 4096) / 10
+
+
+def test_the_kernel_maps_over_groups():
+    (score, unit), row, mask = steps(1, 20, 6)
+    batch = [jnp.stack([jnp.asarray(x)] * 3) for x in (score, unit[row], mask)]
+    run = {
+        kernel: jax.vmap(lambda s, e, m, kernel=kernel: soft_advantage(s, e, m, temperature=0.1, kernel=kernel))(*batch)
+        for kernel in ("dense", "pallas")
+    }
+    np.testing.assert_allclose(run["pallas"], run["dense"], atol=1e-5)
+
+
+@given(st.integers(0, 999), st.booleans())
+def test_weights_are_a_distribution_and_give_the_baseline(seed, exclude_self):
+    (score, unit), row, mask = steps(seed, 12, 4)
+    weight = np.asarray(proximity_weights(unit[row], mask, temperature=0.1, exclude_self=exclude_self))
+    assert not weight[:, ~mask].any()
+    assert not weight[~mask].any()
+    if mask.sum() > exclude_self:
+        np.testing.assert_allclose(weight[mask].sum(1), 1, rtol=1e-5)
+    step = soft_advantage(score, unit[row], mask, temperature=0.1, exclude_self=exclude_self)
+    has = weight.sum(1) > 0
+    np.testing.assert_allclose(step, np.where(has, score - weight @ score, 0), atol=1e-4)
+
+
+def test_compiles_for_a_tpu():
+    """The kernel is lowered and compiled for a real TPU target; libtpu is a compiler, no device is needed."""
+    pytest.importorskip("libtpu", reason="libtpu (pip install libtpu) compiles for TPU without one")
+    import os
+    import subprocess
+    import sys
+
+    program = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from proxmo_jax.pallas_kernel import pallas
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=SingleDeviceSharding(device))
+for skip_own in (False, True):
+    run = jax.vmap(lambda u, c, s: pallas(u, u, c, s, 0.1, skip_own=skip_own, interpret=False))
+    text = jax.jit(run).lower(shape(4, 400, 1024), shape(4, 400), shape(4, 400)).compile().as_text()
+    assert "tpu_custom_call" in text, text[:2000]
+print("compiled")
+"""
+    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "", "JAX_PLATFORMS": "cpu"}
+    environment.pop("TPU_LIBRARY_PATH")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-3000:]

@@ -1,0 +1,60 @@
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxmo_jax.words import Vocabulary
+
+
+def as_words(vocabulary, row_ids, row_counts):
+    names = vocabulary._ids.words
+    return {names[i]: int(n) for i, n in zip(row_ids, row_counts, strict=True) if n}
+
+
+@given(st.lists(st.lists(st.text(max_size=30), max_size=6), max_size=4))
+def test_counts_are_those_of_the_regular_expression(batches):
+    vocabulary = Vocabulary()
+    for texts in batches:
+        words = vocabulary.counts(texts)
+        for text, ids, counts in zip(texts, words.ids, words.counts, strict=True):
+            assert as_words(vocabulary, ids, counts) == Counter(re.findall(r"\b\w\w+\b", text.lower()))
+
+
+def test_every_ascii_character_splits_as_the_regular_expression_does():
+    vocabulary = Vocabulary()
+    texts = [f"ab{chr(c)}cd{chr(c)}{chr(c)}E" for c in range(128)]
+    words = vocabulary.counts(texts)
+    for text, ids, counts in zip(texts, words.ids, words.counts, strict=True):
+        assert as_words(vocabulary, ids, counts) == Counter(re.findall(r"\b\w\w+\b", text.lower()))
+
+
+def test_equal_rows_are_equal_texts_and_a_text_is_counted_once():
+    vocabulary = Vocabulary()
+    assert vocabulary.rows(["a b", "cd", "a b"]).tolist() == [0, 1, 0]
+    held = len(vocabulary._flat_ids)
+    assert vocabulary.rows(["cd", "a b"]).tolist() == [1, 0]
+    assert len(vocabulary._flat_ids) == held
+
+
+def test_the_memo_is_emptied_when_full():
+    vocabulary = Vocabulary(memo=3)
+    for i in range(5):
+        words = vocabulary.counts([f"word{i} word{i}", "other"])
+        assert words.counts[0].max() == 2
+    assert len(vocabulary._memo) <= 5
+    assert len(vocabulary) == 6  # ids stay what they were
+
+
+def test_missing_rows_have_no_words():
+    vocabulary = Vocabulary()
+    vocabulary.rows(["some words"])
+    words = vocabulary.gather(np.array([[0, -1]]))
+    assert words.counts.sum(-1).tolist() == [[2, 0]]
+
+
+def test_too_many_words_for_the_width():
+    with pytest.raises(ValueError, match="a text has 3 different words, need at most 2"):
+        Vocabulary().counts(["aa bb cc"], width=2)

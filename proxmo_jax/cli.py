@@ -4,7 +4,18 @@ import dataclasses
 import os
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+
+import tyro
+
+USAGE = """usage: proxmo COMMAND [options]
+
+  train             train an agent on household games
+  advantages        compute the advantages of a file of steps
+  bench estimator   time the estimator, beside the official code if it is there
+
+proxmo COMMAND --help lists the options."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,12 +35,73 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: proxmo train [options]\n\n  train   train an agent on household games (proxmo train --help)")
+        print(USAGE)
         return 0
     command, *rest = arguments
     if command == "train":
         return _train(rest)
-    raise ValueError(f"unknown command {command!r}; need train")
+    if command == "advantages":
+        return _advantages(rest)
+    if command == "bench" and rest[:1] == ["estimator"]:
+        return _bench_estimator(rest[1:])
+    if command == "bench":
+        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator")
+    raise ValueError(f"unknown command {command!r}; need train, advantages or bench")
+
+
+@dataclass(frozen=True)
+class AdvantagesOptions:
+    """Advantages of another trainer's steps. The presets' own values hold where an option is not given."""
+
+    source: tyro.conf.Positional[Path]
+    """.npz or .jsonl with, per step: group, trajectory, step, reward, success, action_valid, texts, response_mask (may
+    be left out)."""
+    target: tyro.conf.Positional[Path]
+    """.npz or .jsonl to write: discounted_return, episode_advantage, step_advantage, advantage, in the same order."""
+    preset: str = "proxmo"
+    """grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation, proxmo_without_proximity,
+    official."""
+    discount: float | None = None
+    invalid_penalty: float | None = None
+    alpha: float | None = None
+    modulation_range: float | None = None
+    temperature: float | None = None
+    step_weight: float | None = None
+    epsilon: float | None = None
+    aggregation: str | None = None
+    episode_std: bool | None = None
+    step_std: bool | None = None
+    episode_over: str | None = None
+    leave_one_out: bool | None = None
+    success_rate: str | None = None
+    exclude_self: bool | None = None
+    kernel: str | None = None
+    max_features: int | None = None
+    similarity_threshold: float | None = None
+
+
+def _advantages(arguments: list[str]) -> int:
+    from proxmo_jax.advantages import PRESETS
+    from proxmo_jax.steps_file import advantages_of_file
+
+    options = tyro.cli(AdvantagesOptions, args=arguments, prog="proxmo advantages")
+    knobs = {name: value for name, value in vars(options).items() if value is not None}
+    source, target, preset = (knobs.pop(name) for name in ("source", "target", "preset"))
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    count = advantages_of_file(source, target, PRESETS[preset](**knobs))
+    print(f"{target}: advantages of {count} steps by {preset}")
+    return 0
+
+
+def _bench_estimator(arguments: list[str]) -> int:
+    from experiments import bench_estimator
+
+    options = tyro.cli(
+        bench_estimator.Config, args=arguments, prog="proxmo bench estimator", description=bench_estimator.__doc__
+    )
+    bench_estimator.main(options)
+    return 0
 
 
 def _train(arguments: list[str]) -> int:
@@ -37,8 +109,6 @@ def _train(arguments: list[str]) -> int:
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no PyTorch
-    import tyro
-
     from experiments import train
 
     default = _defaults(arguments, train.Config)

@@ -31,6 +31,16 @@ def finite(values: Any, name: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def flags(values: Any, name: str) -> np.ndarray:
+    """The values as bool. Raises ValueError for anything but true and false, or 1 and 0."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            f"{name}: need true or false (1 or 0) in every row, got {values.dtype} {values[:3].tolist()}..."
+        )
+    return values.astype(bool)
+
+
 class Packing:
     """Where each of `N` ragged steps lies in the rectangle `[G, M, T]`; built once at the border, on the host.
 
@@ -46,6 +56,7 @@ class Packing:
         for name, array in (("trajectory", trajectory), ("step", step)):
             if array.shape != group.shape:
                 raise ValueError(f"{name}: got shape {array.shape}, need {group.shape} as group has")
+        step = finite(step, "step")
         group_index, groups = numbered(group)
         trajectory_index, trajectories = numbered(trajectory)
         owner = np.empty(trajectories, np.int64)
@@ -59,7 +70,7 @@ class Packing:
         twice = np.flatnonzero(same & (step[order][1:] == step[order][:-1]))
         if len(twice):
             at = order[twice[0]]
-            raise ValueError(f"step: trajectory {trajectory[at]} has step {step[at]} twice; each may stand once")
+            raise ValueError(f"step: trajectory {trajectory[at]} has step {step[at]:g} twice; each may stand once")
         starts = np.flatnonzero(np.r_[True, ~same])
         turn = np.empty(len(group), np.int64)
         turn[order] = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
@@ -90,10 +101,10 @@ class Packing:
 
         Raises ValueError naming a trajectory whose steps disagree.
         """
-        values = self.pack(values, name)
-        flag = values.max(axis=2)
-        if self.pack(self.unpack(values) != self.unpack(np.broadcast_to(flag[..., None], self.shape))).any():
-            at = np.flatnonzero(self.unpack(values) != self.unpack(np.broadcast_to(flag[..., None], self.shape)))[0]
+        flag = self.pack(values, name).max(axis=2)
+        differs = np.flatnonzero(values != flag[self.index[:2]])
+        if len(differs):
+            at = differs[0]
             raise ValueError(f"{name}: the steps of trajectory {self._trajectory[at]} disagree; need one value for all")
         return flag
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxmo_jax.packing import Packing, finite
+from proxmo_jax.packing import Packing, finite, flags
 from proxmo_jax.words import Vocabulary, WordCounts
 
 
@@ -82,8 +82,8 @@ class Group:
         batch = cls(
             reward=packing.pack(finite(reward, "reward"), "reward"),
             mask=packing.pack(np.ones(len(packing), bool)),
-            success=packing.pack_trajectories(np.asarray(success, bool), "success"),
-            action_valid=packing.pack(np.asarray(action_valid, bool), "action_valid"),
+            success=packing.pack_trajectories(flags(success, "success"), "success"),
+            action_valid=packing.pack(flags(action_valid, "action_valid"), "action_valid"),
             anchor=None if anchor is None else packing.pack(np.asarray(anchor, np.int32), "anchor"),
             embedding=None if embedding is None else packing.pack(finite(embedding, "embedding"), "embedding"),
             words=words,

@@ -19,7 +19,7 @@ from proxmo_jax.batch import batch_advantages, pmapped_advantages, sharded_advan
 from proxmo_jax.embeddings import tfidf, token_counts
 from proxmo_jax.packing import Packing
 from proxmo_jax.proximity import proximity_weights, similar_anchors
-from proxmo_jax.types import Advantages, Group, Settings
+from proxmo_jax.types import Advantages, Group, Settings, sweep
 from proxmo_jax.words import Vocabulary, WordCounts
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "rloo",
     "sharded_advantages",
     "similar_anchors",
+    "sweep",
     "tfidf",
     "token_counts",
 ]

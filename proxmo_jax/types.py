@@ -152,6 +152,24 @@ class Settings:
             raise ValueError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
 
 
+def sweep(settings: Settings, **values: Any) -> Settings:
+    """Every combination of the values of some numeric knobs, the last named changing fastest: leaves float32 [N].
+
+    `jax.vmap(advantages, (None, 0))(group, sweep(proxmo(), temperature=[0.05, 0.1], step_weight=[0, 1]))` estimates
+    under all four. Raises ValueError for a name that is no numeric knob.
+    """
+    knobs = [f.name for f in dataclasses.fields(Settings) if not f.metadata.get("static")]
+    for name in values:
+        if name not in knobs:
+            raise ValueError(f"sweep: {name} is no numeric knob; need one of {', '.join(knobs)}")
+    grids = np.meshgrid(*(np.asarray(v, np.float32) for v in values.values()), indexing="ij")
+    swept: dict[str, Any] = {name: grid.reshape(-1) for name, grid in zip(values, grids, strict=True)}
+    size = len(next(iter(swept.values()))) if swept else 1
+    for name in knobs:
+        swept.setdefault(name, np.full(size, getattr(settings, name), np.float32))
+    return dataclasses.replace(settings, **swept)
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

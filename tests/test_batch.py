@@ -1,0 +1,221 @@
+"""The estimator on whole batches: what changes nothing, and the same answer however the groups are computed."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxmo_jax.advantages import PRESETS, gigpo, proxmo
+from proxmo_jax.batch import batch_advantages, pad_groups, pmapped_advantages, sharded_advantages
+from proxmo_jax.embeddings import tfidf
+from proxmo_jax.sharding import data_mesh
+from proxmo_jax.steps_file import ANSWERS, steps_advantages
+from proxmo_jax.types import Group, Settings, sweep
+from proxmo_jax.words import WordCounts
+
+PLACES = ["desk 1", "shelf 2", "fridge 1", "bed 1", "garbage can 3"]
+BATCHED = jax.jit(batch_advantages)
+
+
+def random_steps(seed: int, groups: int = 5, members: int = 3, turns: int = 4) -> dict:
+    """Ragged steps in any order, with string ids."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for g in range(groups):
+        for m in range(rng.integers(1, members + 1)):
+            won = bool(rng.random() < 0.5)
+            length = int(rng.integers(1, turns + 1))
+            for t in range(length):
+                place, thing = rng.choice(PLACES), rng.choice(["mug", "pen", "nothing"])
+                text = str(rng.choice([f"You arrive at {place}. You see a {thing} 1.", "Nothing happens.", "!?", ""]))
+                reward = 10.0 * (won and t == length - 1) + float(rng.normal()) * 0.1
+                rows.append((f"g{g}", f"g{g}-{m}", 3 * t, reward, won, bool(rng.random() < 0.8), text))
+    order = rng.permutation(len(rows))
+    names = ("group", "trajectory", "step", "reward", "success", "action_valid", "texts")
+    return {name: np.array([rows[i][k] for i in order]) for k, name in enumerate(names)}
+
+
+def batch(steps: dict):
+    return Group.from_steps(**{**steps, "texts": steps["texts"].tolist()})
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(set(PRESETS) - {"gigpo_similarity"})))
+def test_file_order_and_names_change_nothing(seed, preset):
+    """Another order of steps, members and groups, and other names for them. First-fit clusters do depend on order."""
+    steps, settings = random_steps(seed), PRESETS[preset]()
+    order = np.random.default_rng(seed + 1).permutation(len(steps["step"]))
+    renamed = {
+        **steps,
+        "group": np.unique(steps["group"], return_inverse=True)[1] * -7,
+        "trajectory": np.array([f"x{name[::-1]}" for name in steps["trajectory"]]),
+    }
+    moved = {name: values[order] for name, values in renamed.items()}
+    before, after = steps_advantages(steps, settings), steps_advantages(moved, settings)
+    for name in ANSWERS:
+        np.testing.assert_allclose(after[name], before[name][order], rtol=1e-4, atol=3e-5)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(PRESETS)))
+def test_padding_groups_turns_and_words_changes_nothing(seed, preset):
+    settings = PRESETS[preset]()
+    group, packing = batch(random_steps(seed))
+    wanted = packing.unpack(BATCHED(group, settings).joint)
+
+    def pad(x, value, axes):
+        return np.pad(x, [(0, n) for n in axes] + [(0, 0)] * (np.ndim(x) - len(axes)), constant_values=value)
+
+    words = group.words
+    wider = Group(
+        reward=pad(group.reward, np.float32(np.nan), (2, 1, 3)),
+        mask=pad(group.mask, False, (2, 1, 3)),
+        success=pad(group.success, True, (2, 1)),
+        action_valid=pad(group.action_valid, False, (2, 1, 3)),
+        anchor=pad(group.anchor, 1, (2, 1, 3)),
+        words=WordCounts(pad(words.ids, 2, (2, 3, 5)), pad(words.counts, 0, (2, 3, 5)), words.alphabetical),
+    )
+    answer = BATCHED(wider, settings)
+    np.testing.assert_allclose(packing.unpack(answer.joint), wanted, rtol=1e-4, atol=3e-5)
+    for name in ("returns", "modulation", "episode", "step", "joint"):
+        assert not np.asarray(getattr(answer, name))[~wider.mask].any()
+
+
+@given(st.integers(0, 10_000), st.floats(-50, 50), st.sampled_from(["gigpo", "proxmo", "dr_grpo", "grpo", "rloo"]))
+def test_a_constant_on_all_scores_of_a_group_changes_no_advantage(seed, constant, preset):
+    """A constant on every episode and step score: paid at the last step, with discount 1."""
+    steps, settings = random_steps(seed), PRESETS[preset](discount=1.0, modulation_range=0.0)
+    last = np.array([
+        step == steps["step"][steps["trajectory"] == name].max()
+        for step, name in zip(steps["step"], steps["trajectory"], strict=True)
+    ])  # fmt: skip
+    moved = {**steps, "reward": steps["reward"] + constant * last}
+    lone = np.array([(steps["group"] == name).sum() == 1 for name in steps["group"]])
+    before, after = steps_advantages(steps, settings)["advantage"], steps_advantages(moved, settings)["advantage"]
+    if preset == "rloo":  # a lone trajectory has nobody to be compared with
+        lone = np.array([len(set(steps["trajectory"][steps["group"] == name])) == 1 for name in steps["group"]])
+    np.testing.assert_allclose(after[~lone], before[~lone], rtol=1e-3, atol=2e-3)
+
+
+@given(st.integers(0, 10_000))
+def test_equal_observations_give_plain_group_baselines(seed):
+    steps = random_steps(seed)
+    steps["texts"] = np.array(["You see a desk."] * len(steps["texts"]))
+    soft, hard = (steps_advantages(steps, settings)["step_advantage"] for settings in (proxmo(), gigpo()))
+    returns = steps_advantages(steps, proxmo())["discounted_return"]
+    score = returns - 0.1 * ~steps["action_valid"]
+    mean = np.array([score[steps["group"] == name].mean() for name in steps["group"]])
+    np.testing.assert_allclose(soft, score - mean, atol=2e-5)
+    np.testing.assert_allclose(hard, score - mean, atol=2e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_singleton_groups_have_no_step_advantage(seed):
+    steps = random_steps(seed)
+    steps["texts"] = np.array([f"thing{i} place{i}" for i in range(len(steps["texts"]))])
+    assert not steps_advantages(steps, gigpo())["step_advantage"].any()
+    alone = np.array([(steps["group"] == name).sum() == 1 for name in steps["group"]])
+    assert not steps_advantages(steps, proxmo())["step_advantage"][alone].any()
+
+
+def test_settings_sweep_over_a_batch():
+    group, _ = batch(random_steps(3))
+    settings = sweep(proxmo(alpha=2), temperature=[0.05, 0.1, 1], step_weight=[0, 2])
+    assert settings.temperature.tolist() == np.repeat(np.float32([0.05, 0.1, 1]), 2).tolist()
+    swept = jax.jit(jax.vmap(batch_advantages, (None, 0)))(group, settings).joint
+    for i, answer in enumerate(swept):
+        one = proxmo(alpha=2, temperature=[0.05, 0.1, 1][i // 2], step_weight=[0, 2][i % 2])
+        np.testing.assert_allclose(answer, BATCHED(group, one).joint, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="kernel is no numeric knob"):
+        sweep(proxmo(), kernel=["dense"])
+
+
+@pytest.mark.parametrize("preset", ["proxmo", "gigpo", "grpo", "official"])
+@pytest.mark.parametrize("groups", [8, 11, 3])
+def test_every_way_to_compute_a_batch_agrees(preset, groups):
+    """One device, 8 on a mesh, 8 under pmap, in chunks; numbers of groups that do not divide included."""
+    assert jax.device_count() == 8
+    settings = PRESETS[preset](max_features=6)  # a cut through the vocabulary crosses devices, too
+    group, _ = batch(random_steps(groups, groups=groups))
+    wanted = BATCHED(group, settings)
+    others = {
+        "shard_map": sharded_advantages(group, settings, mesh=data_mesh()),
+        "pmap": pmapped_advantages(group, settings),
+        "chunks": jax.jit(batch_advantages, static_argnames="chunk")(group, settings, chunk=2),
+        "chunks on a mesh": sharded_advantages(group, settings, mesh=data_mesh(), chunk=1),
+    }
+    for way, answer in others.items():
+        for name in ("returns", "success_rate", "modulation", "episode", "step", "joint"):
+            mine = np.asarray(getattr(answer, name))
+            np.testing.assert_allclose(mine, getattr(wanted, name), atol=1e-6, rtol=1e-6, err_msg=f"{way}: {name}")
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "pallas"])
+def test_kernels_agree_on_a_mesh(kernel):
+    group, _ = batch(random_steps(1, groups=9))
+    wanted = BATCHED(group, proxmo()).joint
+    sharded = sharded_advantages(group, proxmo(kernel=kernel), mesh=data_mesh()).joint
+    np.testing.assert_allclose(sharded, wanted, atol=1e-5)
+
+
+def test_distinct_observations_are_the_steps_own_embeddings():
+    """Counts of distinct texts, and a unit vector per step from TF-IDF of the whole batch: the same answer."""
+    steps = random_steps(5)
+    group, packing = batch(steps)
+    from proxmo_jax.words import Vocabulary
+
+    words = Vocabulary().counts(steps["texts"].tolist())
+    packed = WordCounts(packing.pack(words.ids), packing.pack(words.counts), words.alphabetical)
+    unit, comparable = tfidf(packed, group.mask)
+    dense = Group(**{**group.__dict__, "words": None, "anchor": None, "embedding": unit, "comparable": comparable})
+    a, b = (BATCHED(g, proxmo(exclude_self=True)).joint for g in (group, dense))
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_proximity_weights_on_request():
+    group, _ = batch(random_steps(2))
+    answer = batch_advantages(group, proxmo(), with_proximity=True)
+    flat = np.asarray(group.mask).reshape(len(group.mask), -1)
+    np.testing.assert_allclose(np.asarray(answer.proximity).sum(-1), flat, atol=1e-5)
+    assert batch_advantages(group, proxmo()).proximity is None
+
+
+def test_a_second_batch_of_the_same_shape_compiles_nothing():
+    run = jax.jit(lambda group, settings: batch_advantages(group, settings))
+    for seed in range(3):
+        run(pad_groups(batch(random_steps(0))[0], 8), Settings(temperature=0.1 + seed))
+    assert run._cache_size() == 1
+
+
+def test_words_without_an_embedding_are_explained():
+    group, _ = batch(random_steps(0))
+    one = jax.tree.map(lambda x: x[0], Group(**{**group.__dict__, "words": None}))
+    from proxmo_jax.advantages import advantages
+
+    with pytest.raises(ValueError, match="embedding: got nothing, need"):
+        advantages(one, proxmo())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": [1.0, np.nan]}, "reward: row 1 has nan, need finite numbers"),
+        ({"reward": [1.0]}, r"reward: got shape \(1,\), need 2 rows"),
+        ({"reward": ["a", "b"]}, "reward: need numbers"),
+        ({"success": [True, False]}, "success: the steps of trajectory 5 disagree"),
+        ({"success": ["yes", "no"]}, "success: need true or false"),
+        ({"texts": ["a"]}, "texts: got 1 rows, need 2"),
+        ({"anchor": [0, 0]}, "anchor: texts number their own anchors"),
+        ({"step": [0, np.inf]}, "step: row 1 has inf"),
+        ({"group": [0, 1]}, "trajectory: 5 stands in two groups"),
+        ({"step": [1, 1]}, "step: trajectory 5 has step 1 twice"),
+        ({"trajectory": [5]}, r"trajectory: got shape \(1,\), need \(2,\)"),
+        ({"group": []}, "group: need a non-empty array"),
+    ],
+)
+def test_bad_steps_are_named(change, message):
+    steps = {
+        "group": [0, 0], "trajectory": [5, 5], "step": [0, 1], "reward": [0.0, 1.0], "success": [True, True],
+        "action_valid": [True, True], "texts": ["aa", "bb"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        Group.from_steps(**{**steps, **change})

@@ -42,6 +42,7 @@ from proxmo_jax.learner import (
     row_log_probs,
 )
 from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import data_mesh, replicate, split
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
@@ -59,7 +60,8 @@ class Config:
     config: Path | None = None
     """TOML file with settings of these names; options on the command line win."""
     method: str = "proxmo"
-    """Estimator: grpo, dr_grpo, rloo, gigpo, proxmo, proxmo_without_modulation, proxmo_without_proximity, official."""
+    """Estimator: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation,
+    proxmo_without_proximity, official."""
     seed: int = 0
 
     level: str = "easy"
@@ -435,6 +437,8 @@ class Loop:
         jax.block_until_ready(rollout.buffer)
         played = time.time()
 
+        if self.settings.similarity_threshold is not None:
+            self.let_similar_texts_share_anchors(rollout)
         texts = min(bucket(rollout.texts), config.members * config.max_turns)
         answer = estimate(
             rollout.buffer, rollout.won, self.player.vocabulary.alphabetical(), self.settings, texts=texts
@@ -485,6 +489,17 @@ class Loop:
             "time/update": updated - estimated,
             "time/iteration": total,
         }
+
+    def let_similar_texts_share_anchors(self, rollout: Rollout) -> None:
+        """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""
+        assert rollout.buffer is not None
+        at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
+        texts = [rollout.transcripts[e][t][0] for e, t in at]
+        group = np.array([e // self.config.members for e, _ in at])
+        anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
+        threshold = self.settings.similarity_threshold or 1.0
+        anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
+        rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
 
 
 def note(row: dict) -> str:

@@ -47,23 +47,19 @@ def _kernel(query, key, count, score, peak, weight, total, *, skip_own: bool):
     total[...] = decay * total[...] + (e * score[...]).sum(axis=0, keepdims=True)
 
 
-@partial(jax.jit, static_argnames=("skip_own", "interpret"))
-def pallas(
-    query: jax.Array,
-    key: jax.Array,
-    count: jax.Array,
-    score: jax.Array,
-    temperature: jax.Array | float,
-    *,
-    skip_own: bool,
-    interpret: bool | None = None,
-) -> Partial:
-    """As `proximity.dense`: query [N, D], key [K, D], count and score [K] -> sums [N].
+@partial(jax.jit, static_argnames="skip_own")
+def pallas(query, key, count, score, temperature, *, skip_own: bool) -> Partial:
+    """As `proximity.dense`: query [N, D], key [K, D], count and score [K], temperature [] -> sums [N].
 
-    `interpret` runs the kernel without a TPU, slowly; by default where the backend is not one.
+    Lowered for anything but a TPU the kernel is interpreted: right, and slow.
     """
-    if interpret is None:
-        interpret = jax.default_backend() != "tpu"
+    run = partial(_call, skip_own=skip_own)
+    return jax.lax.platform_dependent(
+        query, key, count, score, temperature, tpu=partial(run, interpret=False), default=partial(run, interpret=True)
+    )
+
+
+def _call(query, key, count, score, temperature, *, skip_own: bool, interpret: bool) -> Partial:
     queries, width = query.shape
     query = query / temperature  # once, instead of the whole product
     query, key = (jnp.pad(x, ((0, -len(x) % BLOCK), (0, -width % BLOCK))) for x in (query, key))

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -119,11 +120,15 @@ def imports(path: Path) -> set[str]:
 
 
 def test_arrows_run_one_way():
-    estimator = ("types", "advantages", "embeddings", "proximity")
-    for name in estimator:
-        roots = {n.split(".")[0] for n in imports(ROOT / "proxmo_jax" / f"{name}.py")}
-        third_party = roots - {"proxmo_jax", "re", "collections", "typing", "dataclasses", "difflib"}
-        assert third_party <= {"jax", "numpy", "chex"}, name
+    estimator = ["words", "packing", "types", "embeddings", "proximity", "pallas_kernel", "advantages", "batch"]
+    for at, name in enumerate(estimator):
+        found = imports(ROOT / "proxmo_jax" / f"{name}.py")
+        roots = {n.split(".")[0] for n in found} - set(sys.stdlib_module_names)
+        assert roots <= {"jax", "numpy", "chex", "proxmo_jax"}, name
+        before = {
+            f"proxmo_jax.{other}" for other in estimator[: max(at, 6)]
+        }  # the kernel is opened where it is asked for
+        assert {n for n in found if n.startswith("proxmo_jax")} <= before, name
     for path in (ROOT / "envs_bridge").rglob("*.py"):
         if path.name != "collect.py":
             assert not {n for n in imports(path) if n.split(".")[0] in ("jax", "flax", "proxmo_jax")}, path

@@ -107,23 +107,33 @@ def test_weights_are_a_distribution_and_give_the_baseline(seed, exclude_self):
 
 
 def test_compiles_for_a_tpu():
-    """The kernel is lowered and compiled for a real TPU target; libtpu is a compiler, no device is needed."""
+    """The whole estimator on a 2 x 2 slice, with every kernel; libtpu is a compiler, no device is needed."""
     pytest.importorskip("libtpu", reason="libtpu (pip install libtpu) compiles for TPU without one")
     import os
     import subprocess
     import sys
 
     program = """
-import jax, jax.numpy as jnp
+import jax, numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
-from proxmo_jax.pallas_kernel import pallas
-device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=SingleDeviceSharding(device))
-for skip_own in (False, True):
-    run = jax.vmap(lambda u, c, s: pallas(u, u, c, s, 0.1, skip_own=skip_own, interpret=False))
-    text = jax.jit(run).lower(shape(4, 400, 1024), shape(4, 400), shape(4, 400)).compile().as_text()
-    assert "tpu_custom_call" in text, text[:2000]
+from jax.sharding import AxisType, Mesh
+from proxmo_jax import Group, WordCounts, proxmo
+from proxmo_jax.batch import sharded_advantages
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+like = jax.ShapeDtypeStruct
+shape = (16, 8, 50)
+words = WordCounts(like((16, 256, 64), np.int32), like((16, 256, 64), np.float32), like((2048,), np.int32))
+group = Group(
+    reward=like(shape, np.float32), mask=like(shape, bool), success=like(shape[:2], bool),
+    action_valid=like(shape, bool), anchor=like(shape, np.int32), words=words,
+)
+for kernel in ("dense", "blockwise", "pallas"):
+    for exclude_self in (False, True):
+        settings = proxmo(kernel=kernel, exclude_self=exclude_self)
+        text = sharded_advantages.lower(group, settings, mesh=mesh).compile().as_text()
+        assert ("tpu_custom_call" in text) == (kernel == "pallas"), kernel
+        assert "all-reduce" in text
 print("compiled")
 """
     environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "", "JAX_PLATFORMS": "cpu"}

@@ -74,20 +74,22 @@ class Memory:
 def compact(memory: Memory, *, notes: int | None = None, words: int | None = None) -> str:
     """A short prompt for small policies: task, notes, what is seen now.
 
+    Every place not visited yet stands behind its own `new`, and every thing before the place it was seen in, so that
+    what a name means is told by the word beside it: two layers of attention can look that up.
     `notes`: how many of the places seen before are described (all by default, the latest first to stay). `words`:
     how many words of the current observation are kept (all by default).
     """
-    new = " ".join(place for place, things in memory.places.items() if things is None)
+    new = " ".join(f"new {place}" for place, things in memory.places.items() if things is None)
     seen = [
-        f"{place} : {' '.join(things) or 'nothing'}"
+        " ".join(f"{thing} in {place}" for thing in things or ["nothing"])
         for place, things in memory.places.items()
         if things is not None and place != memory.here
     ]
     kept = seen if notes is None else seen[len(seen) - notes :]
     now = memory.now if words is None else " ".join(memory.now.split()[:words])
     return (
-        f"task : {memory.task}\nnew : {new}\nseen : {' ; '.join(kept)}\nhand : {memory.hand}\n"
-        f"last : {memory.last}\nnow : {now}\n{ANSWER_START}"
+        f"task : {memory.task}\n{new}\nseen {' '.join(kept)}\nhand {memory.hand}\n"
+        f"last {memory.last}\nnow {now}\n{ANSWER_START}"
     )
 
 

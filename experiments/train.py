@@ -9,6 +9,7 @@ Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollou
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -67,24 +68,26 @@ class Config:
     level: str = "easy"
     """Size of the generated houses: easy, medium or hard."""
     train_games: int = 2000
-    eval_games: int = 96
+    eval_games: int = 192
     """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
 
-    iterations: int = 140
-    groups: int = 16
+    iterations: int = 60
+    groups: int = 24
     members: int = 8
-    max_turns: int = 12
+    max_turns: int = 20
     temperature: float = 1.0
     reward_scale: float = 10.0
-    invalid_penalty: float = 1.0
+    invalid_penalty: float = 1.5
     """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""
     penalise_inadmissible: bool = True
     """Commands that do nothing count as invalid, too; published: only ill-formed answers do."""
 
     learning_rate: float = 3e-4
+    final_rate: float = 0.05
+    """Share of the learning rate left at the last iteration (cosine); published: constant, 1."""
     epochs: int = 1
     rows_per_batch: int = 32
-    micro_batches: int = 2
+    micro_batches: int = 8
     """Parts a mini-batch is computed in, to save memory; the result is the same."""
     row_length: int = 160
     weight_decay: float = 0.01
@@ -93,12 +96,12 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 800
+    warm_start_steps: int = 1600
     warm_start_rate: float = 4e-3
-    search_rate: float = 0.6
+    search_rate: float = 1.0
     """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
-    mistake_rate: float = 0.3
-    """Share of its turns that are mistakes; cloned with the rest, so that there is something left to learn."""
+    mistake_rate: float = 0.9
+    """How often it errs, though never twice in a row; cloned with the rest, so that something is left to learn."""
     warm_start_from: Path | None = None
     """Take the warm start (and tokenizer) of another run's folder instead of making one."""
 
@@ -212,7 +215,8 @@ def main(config: Config, console: Console | None = None) -> Path:
             metrics.write(
                 {"iteration": 0, **evaluation.run(state.params, console, "warm start", "episodes_before.txt")}
             )
-        loop = Loop(config, player, pool, train_games, mesh, optimizer, reference)
+        last_row = read_metrics(config.out / "metrics.jsonl")[-1]
+        loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
             for iteration in range(first + 1, config.iterations + 1):
@@ -389,10 +393,10 @@ class Evaluation:
             "eval/turns": float((rollout.prompt_lengths > 0).sum(1).mean()),
             "time/eval": time.time() - began,
         }
-        kinds = np.array([next(t for t in TASK_TYPES if t in game) for game in self.games])
-        for kind in TASK_TYPES:
-            if (kinds == kind).any():
-                row[f"eval/success_rate/{kind}"] = float(rollout.won[kinds == kind].mean())
+        kinds = np.array([kind_of(game) for game in self.games])
+        for i, kind in enumerate(TASK_TYPES):
+            if (kinds == i).any():
+                row[f"eval/success_rate/{kind}"] = float(rollout.won[kinds == i].mean())
         low, high = wilson(wins, count)
         console.print(
             f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})"
@@ -411,8 +415,13 @@ class Evaluation:
 class Loop:
     """One iteration: rollout -> advantages -> reference log-probs -> policy updates; what is large stays on device."""
 
-    def __init__(self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference):
+    def __init__(
+        self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference, last: dict
+    ):  # fmt: skip
+        """`last` is the metrics row of the iteration before the next one."""
         self.config, self.player, self.pool, self.games = config, player, pool, games
+        self.kinds = np.array([kind_of(game) for game in games])
+        self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in TASK_TYPES])
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
         self.settings = PRESETS[config.method](invalid_penalty=config.invalid_penalty)
         self.loss = LossSettings(clip=config.clip, kl_weight=config.kl_weight, entropy_weight=config.entropy_weight)
@@ -423,10 +432,17 @@ class Loop:
         )  # fmt: skip
         self.buffer = replicate(mesh, empty)
 
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """This iteration's games: task types of middling success more often, as their groups have more to say."""
+        weight = np.sqrt(self.solved * (1 - self.solved)) + 0.1
+        weight = weight[self.kinds] / np.bincount(self.kinds, minlength=len(weight))[self.kinds]
+        count = self.config.groups
+        return rng.choice(len(self.games), count, replace=len(self.games) < count, p=weight / weight.sum())
+
     def iteration(self, state: TrainState, iteration: int, key: jax.Array) -> tuple[TrainState, dict]:
         config = self.config
         rng = np.random.default_rng([config.seed, iteration])
-        chosen = rng.choice(len(self.games), config.groups, replace=len(self.games) < config.groups)
+        chosen = self.draw(rng)
         games = [self.games[i] for i in chosen for _ in range(config.members)]
 
         began = time.time()
@@ -455,12 +471,14 @@ class Loop:
             )
             for rows in mini
         ]
+        rate = jnp.float32(learning_rate_share(config, iteration))
         for _ in range(config.epochs):
             for rows in mini:
                 state, part = policy_step(
                     state,
                     rows,
                     temperature,
+                    rate,
                     config=self.player.config,
                     optimizer=self.optimizer,
                     settings=self.loss,
@@ -471,6 +489,9 @@ class Loop:
         updated = time.time()
         self.buffer = rollout.buffer
 
+        won = rollout.won.reshape(config.groups, -1).mean(1)
+        for game, rate in zip(chosen, won, strict=True):
+            self.solved[self.kinds[game]] += 0.1 * (rate - self.solved[self.kinds[game]])
         total = updated - began
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         turns = (rollout.prompt_lengths > 0).sum(1)
@@ -482,6 +503,7 @@ class Loop:
             "train/turns": float(turns.mean()),
             "train/mixed_groups": float(np.mean([0 < w.mean() < 1 for w in rollout.won.reshape(-1, config.members)])),
             "train/advantage_size": float(jnp.abs(advantage).sum() / turns.sum()),
+            **{f"train/success_rate/{kind}": float(p) for kind, p in zip(TASK_TYPES, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
             "time/rollout": played - began,
@@ -500,6 +522,17 @@ class Loop:
         threshold = self.settings.similarity_threshold or 1.0
         anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
+
+
+def learning_rate_share(config: Config, iteration: int) -> float:
+    """Cosine from 1 at the first iteration to `final_rate` at the last."""
+    progress = (iteration - 1) / max(config.iterations - 1, 1)
+    return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def kind_of(game: str) -> int:
+    """Which of the task types a game file is, by its folder's name."""
+    return next(i for i, kind in enumerate(TASK_TYPES) if kind in game)
 
 
 def note(row: dict) -> str:

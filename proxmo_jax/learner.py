@@ -175,13 +175,18 @@ def policy_step(
     state: TrainState,
     rows: Rows,
     temperature: jax.Array,
+    rate: jax.Array | float = 1.0,
     *,
     config: PolicyConfig,
     optimizer: optax.GradientTransformation,
     settings: LossSettings,
     micro_batches: int = 1,
 ) -> tuple[TrainState, PolicyLoss]:
-    """One optimiser step on one mini-batch of rows, its gradient summed over `micro_batches` parts."""
+    """One optimiser step on one mini-batch of rows, its gradient summed over `micro_batches` parts.
+
+    `rate` scales the optimiser's learning rate: iterations differ in their number of steps, so a schedule over
+    iterations cannot be the optimiser's own.
+    """
 
     def loss(params, part: Rows, total):
         parts = policy_loss(
@@ -197,7 +202,7 @@ def policy_step(
         return parts.loss, parts
 
     gradient, parts = _gradient(loss, state.params, rows, micro_batches)
-    return _apply(state, gradient, optimizer), parts
+    return _apply(state, gradient, optimizer, rate), parts
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "micro_batches"), donate_argnums=0)
@@ -217,7 +222,7 @@ def cloning_step(
         return value, value
 
     gradient, value = _gradient(loss, state.params, rows, micro_batches)
-    return _apply(state, gradient, optimizer), value
+    return _apply(state, gradient, optimizer, 1.0), value
 
 
 def _gradient(loss, params, rows: Rows, micro_batches: int):
@@ -239,8 +244,9 @@ def _gradient(loss, params, rows: Rows, micro_batches: int):
     return jax.lax.scan(add, start, parts)[0]
 
 
-def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation) -> TrainState:
+def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation, rate) -> TrainState:
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    updates = jax.tree.map(lambda x: rate * x, updates)
     return TrainState(optax.apply_updates(state.params, updates), opt_state)
 
 

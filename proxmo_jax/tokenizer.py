@@ -7,13 +7,13 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
-# A thing with its number ('desk 2') is one word: naming it is then one choice, not two.
-WORD = r"[a-z]+ [0-9]+|\w+|[^\w\s]"
+# A thing and its number are two words: all desks share one, and the numbers are read and copied alike for all things.
+WORD = r"\w+|[^\w\s]"
 SPECIAL = (PAD, UNKNOWN, "<think>", "</think>", "<action>", STOP)
 
 
 def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
-    """One token per word, numbered thing or punctuation mark of `texts`, lower-cased; written to `folder`."""
+    """One token per word, number or punctuation mark of `texts`, lower-cased; written to `folder`."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from envs_bridge.household.engine import Household
 from envs_bridge.turn import Observation
 
+NOTHING = "Nothing happens."
 APPLIANCES = {"clean": "sinkbasintype", "hot": "microwavetype", "cool": "fridgetype"}
 VERBS = {"clean": "clean", "hot": "heat", "cool": "cool"}
 
@@ -106,7 +107,8 @@ class Habits:
 
     search_rate   how little it knows of where things are: at 1 it looks in places at random until it sees what it
                   wants, never twice in the same; at 0 it always knows
-    mistake_rate  share of turns with a command that does nothing here, such as taking the wanted thing where it is not
+    mistake_rate  how often a turn is a mistake, a command that does nothing here, such as taking the wanted thing where
+                  it is not; never twice in a row, so that demonstrations show that a failure is not to be repeated
     """
 
     search_rate: float = 0.0
@@ -127,7 +129,7 @@ def demonstrate(
     for _ in range(max_turns):
         here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
         looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
-        if rng.random() < habits.mistake_rate:
+        if rng.random() < habits.mistake_rate and seen.text != NOTHING:
             command = rng.choice(_misplaced(world) or list(seen.admissible))
         else:
             command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)

@@ -23,7 +23,8 @@ class WorkerError(RuntimeError):
 class Pool:
     """`workers` processes, each playing a share of the slots. Use as a context manager, or call `close`."""
 
-    def __init__(self, workers: int = 2, *, python: str = sys.executable, timeout: float = 60.0):
+    def __init__(self, workers: int = 2, *, python: str = sys.executable, engine: str = "fast", timeout: float = 60.0):
+        """`engine`: "fast" (ours) or "textworld" (ALFWorld's own, which `python` must have)."""
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.timeout = timeout
@@ -32,7 +33,10 @@ class Pool:
         self._buffers = [bytearray() for _ in range(workers)]
         processes = [
             subprocess.Popen(
-                [python, "-m", "envs_bridge.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [python, "-m", "envs_bridge.worker", engine],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
             )
             for _ in range(workers)
         ]

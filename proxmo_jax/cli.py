@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich.console import Console
 
 USAGE = """usage: proxmo COMMAND [options]
 
   train             train an agent on household games
   advantages        compute the advantages of a file of steps
   bench estimator   time the estimator, beside the official code if it is there
+  verify-env household   play our engine and ALFWorld's own side by side
 
 proxmo COMMAND --help lists the options."""
 
@@ -42,11 +44,15 @@ def _dispatch(arguments: list[str]) -> int:
         return _train(rest)
     if command == "advantages":
         return _advantages(rest)
+    if command == "verify-env" and rest[:1] == ["household"]:
+        return _verify_household(rest[1:])
+    if command == "verify-env":
+        raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household")
     if command == "bench" and rest[:1] == ["estimator"]:
         return _bench_estimator(rest[1:])
     if command == "bench":
         raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator")
-    raise ValueError(f"unknown command {command!r}; need train, advantages or bench")
+    raise ValueError(f"unknown command {command!r}; need train, advantages, bench or verify-env")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,45 @@ def _advantages(arguments: list[str]) -> int:
     count = advantages_of_file(source, target, PRESETS[preset](**knobs))
     print(f"{target}: advantages of {count} steps by {preset}")
     return 0
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Play random and expert-guided episodes in our household engine and in ALFWorld's own, and compare every turn."""
+
+    games: Path
+    """Folder with game.tw-pddl files, at any depth."""
+    episodes: int = 100
+    seed: int = 0
+    python: str = sys.executable
+    """Interpreter that has the packages alfworld and textworld."""
+
+
+def _verify_household(arguments: list[str]) -> int:
+    from envs_bridge.household.verify import lockstep
+    from envs_bridge.pool import Pool
+    from proxmo_jax.report import progress_bar
+
+    options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
+    games = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
+    if not games:
+        raise ValueError(f"--games: {options.games} holds no game.tw-pddl file")
+    if options.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, got {options.episodes}")
+    with Pool(1, python=options.python, engine="textworld", timeout=600) as pool, progress_bar(Console()) as bar:
+        task = bar.add_task("comparing", total=options.episodes, note="")
+        episodes, steps, difference = lockstep(
+            games,
+            lambda game: pool.reset([(0, game)])[0],
+            lambda command: pool.step([(0, command)])[0],
+            episodes=options.episodes,
+            seed=options.seed,
+            on_episode=lambda done: bar.update(task, completed=done),
+        )
+    if difference is not None:
+        print(difference)
+    print(f"{episodes} episodes, {steps} steps, {0 if difference is None else 1} differences")
+    return 0 if difference is None else 1
 
 
 def _bench_estimator(arguments: list[str]) -> int:

@@ -282,7 +282,8 @@ def _read_grammar(grammar: str) -> tuple[str, str, str]:
         raise GameFileError('the grammar has no "Your task is to: ..." text')
     helped = re.search(r'"help\.feedback":\s*\[\s*\{\s*"rhs":\s*("(?:[^"\\]|\\.)*")', grammar)
     # A block of the grammar reaches TextWorld's JSON reader as it stands, so its escapes are JSON's.
-    return wording, json.loads(task.group(1)).strip(), json.loads(helped.group(1)) if helped else ""
+    # The engine's grammar reader drops white space before a text.
+    return wording, json.loads(task.group(1)).strip(), json.loads(helped.group(1)).lstrip() if helped else ""
 
 
 def _atoms(form: list | str) -> list[list[str]]:

@@ -1,0 +1,49 @@
+"""ALFWorld's own engine behind the bridge's protocol, its texts unchanged. Slow; needs the extra `alfworld`.
+
+It runs in a worker process of its own (`Pool(engine="textworld")`), under whatever interpreter has the packages: two of
+their dependencies are GPL, and one of them changes the process it runs in.
+"""
+
+import json
+import sys
+from typing import Any
+
+from envs_bridge.turn import Observation
+
+
+class GenuineHousehold:
+    """One game in TextWorld with ALFWorld's names for things; the Environment of `envs_bridge.turn`."""
+
+    def __init__(self, path: str):
+        try:
+            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+            from textworld import EnvInfos
+            from textworld.envs.pddl import PddlEnv
+        except ImportError as error:
+            raise ValueError(
+                f"ALFWorld's engine needs the packages alfworld and textworld in {sys.executable} ({error});"
+                " install them with: pip install 'proxmo-jax[alfworld]'"
+            ) from error
+        self._game: Any = AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True)))
+        self._game.load(path)
+        self.task = ""
+
+    @classmethod
+    def load(cls, path: str) -> "GenuineHousehold":
+        with open(path, encoding="utf-8") as file:
+            if not isinstance(json.load(file), dict):
+                raise ValueError(f"{path}: not an ALFWorld game file (need a JSON object)")
+        return cls(path)
+
+    def reset(self) -> Observation:
+        state = self._game.reset()
+        self.task = state.feedback.rpartition("Your task is to: ")[2].strip()
+        return self._seen(state)
+
+    def step(self, command: str) -> Observation:
+        state, _, _ = self._game.step(command)
+        return self._seen(state)
+
+    def _seen(self, state) -> Observation:
+        won = bool(state["won"])
+        return Observation(state.feedback, tuple(state["admissible_commands"]), float(won), won, won)

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from envs_bridge.actions import project
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate
-from envs_bridge.pool import Pool
+from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
-from proxmo_jax.buffers import Buffer, clear, write
+from proxmo_jax.buffers import Buffer, clear, forget, write
 from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import sample
 from proxmo_jax.sharding import split
 from proxmo_jax.words import Vocabulary, bucket
+
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Rollout:
     """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
 
     prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; transcripts: per episode
-    (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw.
+    (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw;
+    finished bool [E], False for an episode that could not be played; lost: how often one was lost with its worker.
     """
 
     buffer: Buffer | None
@@ -50,6 +54,8 @@ class Rollout:
     valid: float = 0.0
     admissible: float = 0.0
     texts: int = 0
+    finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    lost: int = 0
 
 
 @dataclass
@@ -122,67 +128,118 @@ def collect(
 
     games: one file per episode (a group's members name the same file, group after group). With a buffer, every
     turn is written into it; it comes back in the rollout, the one given is consumed. `on_turn(turn, active)` is
-    told of the progress.
+    told of the progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still
+    lost then is in nobody's statistics. Raises WorkerError if that is all of them.
     """
     limits, count = player.limits, len(games)
-    seen_in_group: list[dict[str, int]] = []  # the number of each text a group saw
-    members = 1
-    if buffer is not None:
-        buffer = clear(buffer)
-        seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
-        members = count // len(seen_in_group)
-    started = pool.reset(list(enumerate(games)))
-    memories = [Memory.start(task, seen.text) for seen, task in started]
-    latest = [seen.text for seen, _ in started]
-    admissible = [seen.admissible for seen, _ in started]
     shape = (count, limits.turns)
     rollout = Rollout(
-        buffer, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool), [[] for _ in games],
-        [memory.task for memory in memories],
+        None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool), [[] for _ in games],
+        [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
-    active = np.arange(count)
-    valid_turns = admissible_turns = 0
-    for turn in range(limits.turns):
-        if on_turn:
-            on_turn(turn, len(active))
-        batch = min(bucket(len(active)), bucket(count))
-        rows = player.encode([memories[e] for e in active])
-        prompts, lengths = player.pad(rows, batch)
+    play = _Play(player, params, pool, list(games), rollout, temperature, reward_scale, penalise_inadmissible)
+    if buffer is not None:
+        play.buffer = clear(buffer)
+        play.seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
+    for attempt in range(TRIES):
+        waiting = np.flatnonzero(~rollout.finished)
+        play.start(waiting)
+        for turn in range(limits.turns):
+            if len(play.active) == 0:
+                break
+            if on_turn:
+                on_turn(turn, len(play.active))
+            play.turn(turn, jax.random.fold_in(key, attempt * limits.turns + turn))
+        rollout.finished[play.active] = True  # out of turns
+        lost = np.flatnonzero(~rollout.finished)
+        play.forget(lost)
+        if len(lost) == 0:
+            break
+    if not rollout.finished.any():
+        raise WorkerError(f"no episode could be played: {pool.fault}")
+    turns = max(int((rollout.response_lengths > 0).sum()), 1)
+    rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
+    rollout.texts = max(map(len, play.seen_in_group), default=0)
+    rollout.buffer = play.buffer
+    return rollout
+
+
+@dataclass
+class _Play:
+    """Episodes under way: what the worlds said last, and where it is written down."""
+
+    player: Player
+    params: Any
+    pool: Pool
+    games: list[str]
+    rollout: Rollout
+    temperature: float
+    reward_scale: float
+    penalise_inadmissible: bool
+    buffer: Buffer | None = None
+    seen_in_group: list[dict[str, int]] = field(default_factory=list)  # the number of each text a group saw
+
+    def __post_init__(self):
+        count = len(self.games)
+        self.memories: list[Memory] = [Memory("", "")] * count
+        self.latest = [""] * count
+        self.admissible: list[tuple[str, ...]] = [()] * count
+        self.valid, self.admissible_turns = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.active = np.arange(count)
+
+    def start(self, episodes: np.ndarray) -> None:
+        """Reset the worlds of these episodes; those that answer are active."""
+        answers = self.pool.reset([(int(e), self.games[e]) for e in episodes])
+        for e, started in zip(episodes, answers, strict=True):
+            if started is not None:
+                seen, task = started
+                self.rollout.tasks[e], self.memories[e] = task, Memory.start(task, seen.text)
+                self.latest[e], self.admissible[e] = seen.text, seen.admissible
+        self.active = episodes[[started is not None for started in answers]]
+
+    def turn(self, turn: int, key: jax.Array) -> None:
+        """One turn of every active episode: prompts, answers, the worlds' answers, all written down."""
+        player, rollout, active = self.player, self.rollout, self.active
+        batch = min(bucket(len(active)), bucket(len(self.games)))
+        prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
         samples = sample(
-            params,
+            self.params,
             *split(player.mesh, (prompts, lengths)),
-            jax.random.fold_in(key, turn),
-            jnp.float32(temperature),
+            key,
+            jnp.float32(self.temperature),
             config=player.config,
-            max_tokens=limits.response,
+            max_tokens=player.limits.response,
             stop_id=player.tokenizer.eos_token_id,
             pad_id=player.tokenizer.pad_token_id,
         )
-        seen_texts = [latest[e] for e in active]
+        seen_texts = [self.latest[e] for e in active]
         tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
             skip_special_tokens=False,
         )
         projected = [project(ANSWER_START + answer) for answer in answers]
-        seen = pool.step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
+        seen = self.pool.step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
 
         reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
-        for i, e in enumerate(active):
+        for i, (e, now) in enumerate(zip(active, seen, strict=True)):
+            if now is None:
+                continue
             command, well_formed = projected[i]
-            possible = command in admissible[e]
-            valid_turns += well_formed
-            admissible_turns += possible
-            reward[i] = reward_scale * seen[i].won
-            valid[i] = well_formed and (possible or not penalise_inadmissible)
-            rollout.transcripts[e].append((latest[e], command))
-            rollout.won[e] = seen[i].won
-            memories[e].remember(command, seen[i].text)
-            admissible[e], latest[e] = seen[i].admissible, seen[i].text
+            possible = command in self.admissible[e]
+            self.valid[e] += well_formed
+            self.admissible_turns[e] += possible
+            reward[i] = self.reward_scale * now.won
+            valid[i] = well_formed and (possible or not self.penalise_inadmissible)
+            rollout.transcripts[e].append((self.latest[e], command))
+            rollout.won[e], rollout.finished[e] = now.won, now.done
+            self.memories[e].remember(command, now.text)
+            self.admissible[e], self.latest[e] = now.admissible, now.text
         rollout.prompt_lengths[active, turn] = lengths[: len(active)]
         rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
-        if buffer is not None:
-            episodes = np.full(batch, count, np.int32)  # rows past the active ones fall off the end
+        if self.buffer is not None:
+            members = len(self.games) // len(self.seen_in_group)
+            episodes = np.full(batch, len(self.games), np.int32)  # rows past the active ones fall off the end
             episodes[: len(active)] = active
             fields = {
                 "prompts": prompts,
@@ -191,16 +248,24 @@ def collect(
                 "reward": reward,
                 "action_valid": valid,
                 "mask": np.ones(batch, bool),
-                **player.observe(seen_texts, [seen_in_group[e // members] for e in active], batch),
+                **player.observe(seen_texts, [self.seen_in_group[e // members] for e in active], batch),
             }
-            buffer = write(buffer, episodes, jnp.int32(turn), fields)
-        active = active[[not s.done for s in seen]]
-        if len(active) == 0:
-            break
-    turns = max(int((rollout.response_lengths > 0).sum()), 1)
-    rollout.texts = max(map(len, seen_in_group), default=0)
-    rollout.buffer, rollout.valid, rollout.admissible = buffer, valid_turns / turns, admissible_turns / turns
-    return rollout
+            self.buffer = write(self.buffer, episodes, jnp.int32(turn), fields)
+        self.active = active[[now is not None and not now.done for now in seen]]
+
+    def forget(self, episodes: np.ndarray) -> None:
+        """Leave nothing of these episodes, as if they had not begun."""
+        rollout = self.rollout
+        rollout.lost += len(episodes)
+        rollout.prompt_lengths[episodes] = rollout.response_lengths[episodes] = 0
+        rollout.won[episodes] = False
+        self.valid[episodes] = self.admissible_turns[episodes] = 0
+        for e in episodes:
+            rollout.transcripts[e] = []
+        if self.buffer is not None and len(episodes):
+            padded = np.full(bucket(len(self.games)), len(self.games), np.int32)
+            padded[: len(episodes)] = episodes
+            self.buffer = forget(self.buffer, padded)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Started as `python -m envs_bridge.worker ENGINE`: `fast` (ours) or `textworld` (ALFWorld's own). JSON lines over stdin
 and a private copy of stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"step": [[slot,
-command], ...]}; the answer is a list with one [text, admissible, reward, done, won, task] per entry, or {"error":
-sentence}.
+command], ...]}; the answer is a list with one [text, admissible, reward, done, won, task] per entry, or a sentence for
+an entry that could not be done.
 """
 
 import json
@@ -25,12 +25,21 @@ def _fields(seen: Observation, task: str) -> list:
 
 def answer(request: dict, worlds: dict[int, Environment], engine) -> list:
     """Do one request on the worlds of this worker."""
-    replies = []
-    for slot, path in request.get("reset", []):
-        worlds[slot] = engine.load(path)
-        replies.append(_fields(worlds[slot].reset(), worlds[slot].task))
-    for slot, command in request.get("step", []):
-        replies.append(_fields(worlds[slot].step(command), worlds[slot].task))
+    replies: list = []
+    for verb in ("reset", "step"):
+        for slot, text in request.get(verb, []):
+            try:
+                if verb == "reset":
+                    worlds.pop(slot, None)
+                    worlds[slot] = engine.load(text)
+                    seen = worlds[slot].reset()
+                elif slot in worlds:
+                    seen = worlds[slot].step(text)
+                else:
+                    raise ValueError(f"slot {slot} has no game")
+                replies.append(_fields(seen, worlds[slot].task))
+            except Exception as error:  # one broken game is not the end of the others
+                replies.append(str(error) or type(error).__name__)
     return replies
 
 
@@ -42,11 +51,7 @@ def main() -> None:
     engine = ENGINES[sys.argv[1]]
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
     for line in sys.stdin:
-        try:
-            reply: object = answer(json.loads(line), worlds, engine)
-        except Exception as error:  # the trainer decides what to do about it; the worker lives on
-            reply = {"error": str(error) or type(error).__name__}
-        print(json.dumps(reply), file=pipe, flush=True)
+        print(json.dumps(answer(json.loads(line), worlds, engine)), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

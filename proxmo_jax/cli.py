@@ -133,6 +133,8 @@ def _verify_household(arguments: list[str]) -> int:
             seed=options.seed,
             on_episode=lambda done: bar.update(task, completed=done),
         )
+    if pool.fault:
+        raise RuntimeError(f"ALFWorld's engine failed after {steps} steps: {pool.fault}")
     if difference is not None:
         print(difference)
     print(f"{episodes} episodes, {steps} steps, {0 if difference is None else 1} differences")

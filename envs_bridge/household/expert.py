@@ -107,8 +107,8 @@ class Habits:
 
     search_rate   how little it knows of where things are: at 1 it looks in places at random until it sees what it
                   wants, never twice in the same; at 0 it always knows
-    mistake_rate  how often a turn is a mistake, a command that does nothing here, such as taking the wanted thing where
-                  it is not; never twice in a row, so that demonstrations show that a failure is not to be repeated
+    mistake_rate  how often a turn is wasted on a command that does nothing, such as examining a thing out of reach;
+                  never twice in a row, so that demonstrations show that a failure is not to be repeated
     """
 
     search_rate: float = 0.0
@@ -130,7 +130,7 @@ def demonstrate(
         here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
         looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
         if rng.random() < habits.mistake_rate and seen.text != NOTHING:
-            command = rng.choice(_misplaced(world) or list(seen.admissible))
+            command = rng.choice(_fidgets(world) or list(seen.admissible))
         else:
             command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)
         turns.append((seen, command))
@@ -158,16 +158,15 @@ def _search(world: Household, looked_in: set[int], rng: random.Random, rate: flo
     return ""
 
 
-def _misplaced(world: Household) -> list[str]:
-    """Commands that would be right somewhere else: using or taking what the goal wants where it is not."""
+def _fidgets(world: Household) -> list[str]:
+    """Commands about the wanted thing or the place that do nothing here and now."""
     game = world.game
     here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
-    places = [game.receptacles[r] for r in here] or list(game.receptacles)
     wanted = [
         game.objects[o]
         for o, kind in enumerate(game.object_type)
         if kind in (game.goal.object_type, game.goal.lamp_type)
     ]
-    commands = [f"take {thing} from {place}" for thing in wanted for place in places]
-    commands += [f"use {thing}" for thing in wanted] + [f"open {place}" for place in places]
+    commands = [f"{verb} {thing}" for verb in ("use", "examine") for thing in wanted]
+    commands += [f"open {game.receptacles[r]}" for r in here]
     return [command for command in commands if command not in world.commands]

@@ -16,7 +16,7 @@ from envs_bridge.household.expert import demonstrate
 from envs_bridge.household.game import TASK_TYPES, parse_game
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
-SCENES = {"train": range(1, 21), "valid_seen": range(1, 21), "valid_unseen": range(21, 31)}
+SCENES = {"train": range(1, 81), "valid_seen": range(1, 81), "valid_unseen": range(81, 100)}
 ROOM_NUMBERS = {"kitchen": 0, "livingroom": 200, "bedroom": 300, "bathroom": 400}
 HERE = Path(__file__).parent
 

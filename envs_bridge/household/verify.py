@@ -9,6 +9,7 @@ from envs_bridge.household.expert import next_command
 from envs_bridge.turn import Observation
 
 SHOWN = 12  # last turns of a transcript in a report
+NOTHING_SAID = Observation("", ())
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Difference:
 
 def lockstep(
     games: Sequence[str],
-    reset: Callable[[str], tuple[Observation, str]],
-    step: Callable[[str], Observation],
+    reset: Callable[[str], tuple[Observation, str] | None],
+    step: Callable[[str], Observation | None],
     *,
     episodes: int,
     seed: int,
@@ -48,6 +49,7 @@ def lockstep(
     `reset(game)` and `step(command)` drive the other engine. Every third episode follows the expert to the win, every
     third takes it for half of its commands, the rest are random; now and then a command is nonsense. Text, admissible
     commands, reward, end and win are compared after every step, the task at the start; it stops at a difference.
+    An engine that answers None (its worker died) is taken to have said nothing.
     """
     steps = 0
     for episode in range(episodes):
@@ -55,7 +57,8 @@ def lockstep(
         rng = random.Random(f"{seed}/{episode}")
         world = Household.load(game)
         commands: list[str] = []
-        ours, (theirs, task) = world.reset(), reset(game)
+        ours = world.reset()
+        theirs, task = reset(game) or (NOTHING_SAID, world.task)
         if task != world.task:
             theirs = Observation(f"task: {task}", theirs.admissible)
         guided = (1.0, 0.5, 0.0)[episode % 3]
@@ -65,7 +68,7 @@ def lockstep(
             if ours.done:
                 break
             commands.append(_command(world, ours, rng, guided))
-            ours, theirs = world.step(commands[-1]), step(commands[-1])
+            ours, theirs = world.step(commands[-1]), step(commands[-1]) or NOTHING_SAID
             steps += 1
         if on_episode:
             on_episode(episode + 1)

@@ -1,0 +1,79 @@
+"""Rollouts whose worker dies in the middle: nothing broken is learned from, and nothing stops."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from envs_bridge.collect import Limits, Player, collect, demonstrations
+from envs_bridge.household.expert import Habits
+from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.prompts import compact
+from proxmo_jax.buffers import Buffer
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.sharding import data_mesh, replicate
+from proxmo_jax.tokenizer import build_word_tokenizer
+
+TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def player(games, tmp_path_factory):
+    demos = demonstrations(games, seed=0, habits=Habits(), max_turns=20)
+    texts = [f"{compact(demo.memory)} {demo.command}" for demo in demos]
+    tokenizer = build_word_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"))
+    size = -(-len(tokenizer) // 32) * 32
+    config = PolicyConfig(vocab_size=size, hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=1)
+    mesh = jax.make_mesh((1,), ("data",), devices=data_mesh().devices[:1])
+    return Player(tokenizer, config, Limits(turns=TURNS, prompt=128, response=4), mesh=mesh)
+
+
+def play(player, pool, games, on_turn=None):
+    params = init_params(player.config, jax.random.key(0))
+    limits = player.limits
+    buffer = Buffer.empty(2, 8, TURNS, prompt=limits.prompt, response=limits.response, words=limits.words)
+    files = [game for game in games[:2] for _ in range(8)]
+    buffer = replicate(player.mesh, buffer)
+    return collect(player, params, pool, files, jax.random.key(1), temperature=1.0, buffer=buffer, on_turn=on_turn)
+
+
+def test_lost_episodes_are_played_anew(player, games):
+    turns = []
+
+    def kill_once(turn, active):
+        turns.append((turn, active))
+        if turns == [(0, 16), (1, 16)]:
+            os.kill(pool._processes[1].pid, signal.SIGKILL)
+
+    with Pool(2) as pool:
+        rollout = play(player, pool, games, kill_once)
+    assert turns == [(0, 16), (1, 16), (2, 8), (0, 8), (1, 8), (2, 8)]
+    assert rollout.lost == 8
+    assert rollout.finished.all()
+    assert (rollout.prompt_lengths > 0).all()
+    assert np.asarray(rollout.buffer.mask).all()
+    assert [len(transcript) for transcript in rollout.transcripts] == [TURNS] * 16
+
+
+def test_what_stays_lost_is_nowhere(player, games):
+    """One group's worker dies every time: the group is out of mask, lengths and rates; the other is whole."""
+
+    def kill_always(turn, active):
+        if turn == 1:
+            os.kill(pool._processes[1].pid, signal.SIGKILL)
+
+    with Pool(2) as pool:
+        rollout = play(player, pool, games, kill_always)
+    assert rollout.finished.tolist() == [True] * 8 + [False] * 8
+    mask = np.asarray(rollout.buffer.mask)
+    assert mask[:8].all()
+    assert not mask[8:].any()
+    assert not rollout.prompt_lengths[8:].any()
+    assert 0 <= rollout.admissible <= 1
+
+
+def test_no_episode_at_all_is_an_error(player, games, tmp_path):
+    with Pool(1) as pool, pytest.raises(WorkerError, match=r"no episode could be played: .*cannot be read"):
+        play(player, pool, [str(tmp_path / "gone"), str(tmp_path / "gone too")])

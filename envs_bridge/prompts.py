@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 # The thought is closed before the answer begins, so a small policy answers with a command alone.
 ANSWER_START = "<think></think><action>"
 NOTHING = "Nothing happens."
+CLOSED = "closed"  # stands for what is in a place that was seen from outside only
 _ROOM = re.compile(r"Looking quickly around you, you see (.*?)\.(?:\n|$)", re.S)
 _CONTENTS = re.compile(r"(?:On the [^,.]+|In it), you see ([^.]*)\.")
 _TAKEN = re.compile(r"You pick up the (.+) from the ")
@@ -57,7 +58,9 @@ class Memory:
         contents = _CONTENTS.search(observation)
         if contents and self.here and not command.startswith(("look", "examine")):
             self.places[self.here] = _things(contents.group(1))
-        around = self.places.get(self.here) or []
+        elif observation.endswith(" is closed.") and not self.places.get(self.here):
+            self.places[self.here] = [CLOSED]
+        around = [thing for thing in self.places.get(self.here) or [] if thing != CLOSED]
         if taken := _TAKEN.match(observation):
             self.hand = taken.group(1)
             self.places[self.here] = [thing for thing in around if thing != self.hand]
@@ -83,13 +86,13 @@ def compact(memory: Memory, *, notes: int | None = None, words: int | None = Non
     seen = [
         " ".join(f"{thing} in {place}" for thing in things or ["nothing"])
         for place, things in memory.places.items()
-        if things is not None and place != memory.here
+        if things is not None
     ]
     kept = seen if notes is None else seen[len(seen) - notes :]
     now = memory.now if words is None else " ".join(memory.now.split()[:words])
     return (
         f"task : {memory.task}\n{new}\nseen {' '.join(kept)}\nhand {memory.hand}\n"
-        f"last {memory.last}\nnow {now}\n{ANSWER_START}"
+        f"last {memory.last}\nnow {now}\nat {memory.here}\n{ANSWER_START}"
     )
 
 

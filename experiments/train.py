@@ -71,8 +71,8 @@ class Config:
     eval_games: int = 192
     """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
 
-    iterations: int = 60
-    groups: int = 24
+    iterations: int = 50
+    groups: int = 16
     members: int = 8
     max_turns: int = 20
     temperature: float = 1.0
@@ -96,12 +96,14 @@ class Config:
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
 
-    warm_start_steps: int = 1600
+    warm_start_steps: int = 2000
     warm_start_rate: float = 4e-3
     search_rate: float = 1.0
     """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
     mistake_rate: float = 0.9
-    """How often it errs, though never twice in a row; cloned with the rest, so that something is left to learn."""
+    """How often a careless demonstrator wastes a turn, though never two in a row."""
+    careless_share: float = 0.15
+    """Share of the warm start, its end, that clones careless demonstrations, so that something is left to learn."""
     warm_start_from: Path | None = None
     """Take the warm start (and tokenizer) of another run's folder instead of making one."""
 
@@ -111,9 +113,9 @@ class Config:
     max_response_tokens: int = 8
 
     workers: int = 2
-    eval_every: int = 20
+    eval_every: int = 10
     eval_temperature: float = 0.4
-    save_every: int = 20
+    save_every: int = 10
 
 
 AT_LEAST_ONE = (
@@ -138,6 +140,9 @@ def check(config: Config) -> None:
     for name in AT_LEAST_ONE:
         option = f"--{name.replace('_', '-')}"
         need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
+    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate"):
+        value = getattr(config, name)
+        need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
     need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(
@@ -168,9 +173,13 @@ def main(config: Config, console: Console | None = None) -> Path:
         f"[bold]{config.method}[/] on {len(train_games)} {config.level} household games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    habits = Habits(config.search_rate, config.mistake_rate)
-    demos = demonstrations(train_games, seed=config.seed, habits=habits, max_turns=2 * config.max_turns)
-    tokenizer = make_tokenizer(config, demos)
+    careful, careless = (
+        demonstrations(
+            train_games, seed=config.seed, habits=Habits(config.search_rate, rate), max_turns=2 * config.max_turns
+        )
+        for rate in (0.0, config.mistake_rate)
+    )
+    tokenizer = make_tokenizer(config, [*careful, *careless])
     policy = PolicyConfig(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=config.hidden_size,
@@ -193,7 +202,10 @@ def main(config: Config, console: Console | None = None) -> Path:
         warm = config.out / "warm_start"
         if not (warm / "config.json").exists():
             source = config.warm_start_from and config.warm_start_from / "warm_start"
-            params = load_params(source, fresh) if source else warm_start(config, player, demos, fresh, console, stop)
+            if source:
+                params = load_params(source, fresh)
+            else:
+                params = warm_start(config, player, careful, careless, fresh, console, stop)
             if stop:
                 console.print(
                     f"Stopped during the warm start; do it again with: proxmo train --out {config.out} --resume"
@@ -342,10 +354,12 @@ def answer_room(config: Config) -> int:
     return max(config.row_length // 8, config.max_response_tokens)
 
 
-def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
-    """Behaviour cloning on the demonstrations."""
-    rollout = demonstration_buffer(player, demos)
-    rollout.buffer = replicate(player.mesh, rollout.buffer)
+def warm_start(config: Config, player: Player, careful, careless, params, console: Console, stop: StopOnSignal):
+    """Behaviour cloning: skill from careful demonstrations first, then, at the end, a habit from careless ones."""
+    rollouts = [demonstration_buffer(player, examples) for examples in (careful, careless)]
+    for rollout in rollouts:
+        rollout.buffer = replicate(player.mesh, rollout.buffer)
+    turning_point = config.warm_start_steps - round(config.careless_share * config.warm_start_steps)
     optimizer = make_optimizer(
         config.warm_start_rate,
         config.weight_decay,
@@ -355,11 +369,14 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
     )
     state = TrainState(params, optimizer.init(params))
     rng = np.random.default_rng(config.seed)
-    zero = jnp.zeros(rollout.prompt_lengths.shape)
     step = 0
     with progress_bar(console) as bar:
         task = bar.add_task("warm start", total=config.warm_start_steps, note="")
         while step < config.warm_start_steps and not stop:
+            rollout, until = rollouts[0], turning_point
+            if step >= turning_point:
+                rollout, until = rollouts[1], config.warm_start_steps
+            zero = jnp.zeros(rollout.prompt_lengths.shape)
             for rows in batches(config, player.mesh, rollout, zero, rng):
                 state, loss = cloning_step(
                     state, rows, config=player.config, optimizer=optimizer, micro_batches=config.micro_batches
@@ -367,7 +384,7 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
                 step += 1
                 if step % 50 == 0:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
-                if step == config.warm_start_steps or stop:
+                if step == until or stop:
                     break
     return state.params
 

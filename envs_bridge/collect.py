@@ -263,6 +263,10 @@ class _Play:
         for e in episodes:
             rollout.transcripts[e] = []
         if self.buffer is not None and len(episodes):
+            members = len(self.games) // len(self.seen_in_group)
+            for g, numbers in enumerate(self.seen_in_group):
+                if not rollout.finished[g * members : (g + 1) * members].any():
+                    numbers.clear()  # so that lost attempts do not use up the room for what the group sees
             padded = np.full(bucket(len(self.games)), len(self.games), np.int32)
             padded[: len(episodes)] = episodes
             self.buffer = forget(self.buffer, padded)

@@ -48,7 +48,7 @@ class Config:
     official_python: Path = Path(sys.executable)
     """The interpreter to run it with; it needs torch and scikit-learn."""
     groups: tuple[int, ...] = (16, 24, 64, 96, 256)
-    """Numbers of groups of 8 attempts of at most 50 turns, each about 28."""
+    """Numbers of groups of 8 attempts of at most 50 turns, each about 26."""
     official_groups: int = 96
     """The official code's time and memory grow with the square: it is timed up to this many groups."""
     million: bool = True

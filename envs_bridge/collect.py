@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from envs_bridge.actions import project
+from envs_bridge.household.dialect import ForeignGame
 from envs_bridge.household.engine import Household
-from envs_bridge.household.expert import Habits, demonstrate
+from envs_bridge.household.expert import Habits, demonstrate, replay
 from envs_bridge.pool import Pool, WorkerError
-from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
+from envs_bridge.prompts import ANSWER_START, Memory, Notes
+from envs_bridge.turn import Observation
 from proxmo_jax.buffers import Buffer, clear, forget, write
 from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import sample
@@ -60,28 +62,34 @@ class Rollout:
 
 @dataclass
 class Player:
-    """The policy as the loop sees it: prompts in, sampled tokens out."""
+    """The policy as the loop sees it: prompts in, sampled tokens out.
+
+    start: begins the memory of an episode from its task and first observation, which is how prompts are written.
+    answer_start: what every answer begins with, said for the policy at the end of its prompt.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     config: PolicyConfig
     limits: Limits
     mesh: Mesh
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    start: Callable[[str, Observation], Memory] = Notes.start
+    answer_start: str = ANSWER_START
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
-        texts = [compact(memory) for memory in memories]
+        texts = [memory.prompt() + self.answer_start for memory in memories]
         rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
         for i, ids in enumerate(rows):
-            shorter = shortened(memories[i])
+            shorter = memories[i].shortened()
             while len(ids) > self.limits.prompt:
                 text = next(shorter, None)
                 if text is None:
                     raise ValueError(
-                        f"prompt: task and places alone have {len(ids)} tokens, need at most {self.limits.prompt}"
+                        f"prompt: what cannot be left out has {len(ids)} tokens, need at most {self.limits.prompt}"
                         " (--max-prompt-tokens)"
                     )
-                ids = self.tokenizer.encode(text, add_special_tokens=False)
+                ids = self.tokenizer.encode(text + self.answer_start, add_special_tokens=False)
             rows[i] = ids
         return rows
 
@@ -96,12 +104,16 @@ class Player:
             lengths[i] = len(ids)
         return prompts, lengths
 
-    def observe(self, texts: Sequence[str], seen: Sequence[dict[str, int]], batch: int) -> dict[str, np.ndarray]:
+    def observe(
+        self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int
+    ) -> dict[str, np.ndarray]:  # fmt: skip
         """Word counts of a turn's observations and their numbers in their groups, padded to `batch` rows.
 
-        seen: for each text the numbers given so far in its group; new texts get the next ones.
+        seen: for each observation the numbers given so far in its group; new texts get the next ones. The workers have
+        counted the words; here they only become arrays.
         """
-        words = self.vocabulary.counts(texts, self.limits.words)
+        texts = [world.text for world in worlds]
+        words = self.vocabulary.counts(texts, self.limits.words, [world.words for world in worlds])
         ids = np.zeros((batch, self.limits.words), np.int32)
         counts, anchor = np.zeros(ids.shape, np.float32), np.zeros(batch, np.int32)
         ids[: len(texts)], counts[: len(texts)] = words.ids, words.counts
@@ -150,6 +162,7 @@ def collect(
             if on_turn:
                 on_turn(turn, len(play.active))
             play.turn(turn, jax.random.fold_in(key, attempt * limits.turns + turn))
+        play.flush()
         rollout.finished[play.active] = True  # out of turns
         lost = np.flatnonzero(~rollout.finished)
         play.forget(lost)
@@ -181,20 +194,20 @@ class _Play:
 
     def __post_init__(self):
         count = len(self.games)
-        self.memories: list[Memory] = [Memory("", "")] * count
-        self.latest = [""] * count
-        self.admissible: list[tuple[str, ...]] = [()] * count
+        nothing = Observation("", ())
+        self.memories: list[Memory] = [self.player.start("", nothing)] * count
+        self.latest = [nothing] * count
         self.valid, self.admissible_turns = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.active = np.arange(count)
+        self.unwritten: tuple | None = None  # a turn that is complete on the host: episodes, turn, fields
 
     def start(self, episodes: np.ndarray) -> None:
         """Reset the worlds of these episodes; those that answer are active."""
         answers = self.pool.reset([(int(e), self.games[e]) for e in episodes])
         for e, started in zip(episodes, answers, strict=True):
             if started is not None:
-                seen, task = started
-                self.rollout.tasks[e], self.memories[e] = task, Memory.start(task, seen.text)
-                self.latest[e], self.admissible[e] = seen.text, seen.admissible
+                self.latest[e], self.rollout.tasks[e] = started
+                self.memories[e] = self.player.start(self.rollout.tasks[e], self.latest[e])
         self.active = episodes[[started is not None for started in answers]]
 
     def turn(self, turn: int, key: jax.Array) -> None:
@@ -212,46 +225,58 @@ class _Play:
             stop_id=player.tokenizer.eos_token_id,
             pad_id=player.tokenizer.pad_token_id,
         )
-        seen_texts = [self.latest[e] for e in active]
         tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
             skip_special_tokens=False,
         )
-        projected = [project(ANSWER_START + answer) for answer in answers]
-        seen = self.pool.step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
+        projected = [project(player.answer_start + answer) for answer in answers]
+        self.pool.send_step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
 
+        # While the worlds play this turn, the last one goes to the device.
+        self.flush()
+        observed: dict[str, np.ndarray] = {}
+        if self.buffer is not None:
+            members = len(self.games) // len(self.seen_in_group)
+            numbers = [self.seen_in_group[e // members] for e in active]
+            observed = player.observe([self.latest[e] for e in active], numbers, batch)
         reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
+
+        seen = self.pool.receive()
         for i, (e, now) in enumerate(zip(active, seen, strict=True)):
             if now is None:
                 continue
             command, well_formed = projected[i]
-            possible = command in self.admissible[e]
+            possible = command in self.latest[e].admissible
             self.valid[e] += well_formed
             self.admissible_turns[e] += possible
             reward[i] = self.reward_scale * now.won
             valid[i] = well_formed and (possible or not self.penalise_inadmissible)
-            rollout.transcripts[e].append((self.latest[e], command))
+            rollout.transcripts[e].append((self.latest[e].text, command))
             rollout.won[e], rollout.finished[e] = now.won, now.done
-            self.memories[e].remember(command, now.text)
-            self.admissible[e], self.latest[e] = now.admissible, now.text
+            self.memories[e].remember(command, now)
+            self.latest[e] = now
         rollout.prompt_lengths[active, turn] = lengths[: len(active)]
         rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
-        if self.buffer is not None:
-            members = len(self.games) // len(self.seen_in_group)
-            episodes = np.full(batch, len(self.games), np.int32)  # rows past the active ones fall off the end
-            episodes[: len(active)] = active
-            fields = {
-                "prompts": prompts,
-                "responses": samples.tokens,
-                "log_probs": samples.log_probs,
-                "reward": reward,
-                "action_valid": valid,
-                "mask": np.ones(batch, bool),
-                **player.observe(seen_texts, [self.seen_in_group[e // members] for e in active], batch),
-            }
-            self.buffer = write(self.buffer, episodes, jnp.int32(turn), fields)
+        episodes = np.full(batch, len(self.games), np.int32)  # rows past the active ones fall off the end
+        episodes[: len(active)] = active
+        fields = {
+            "prompts": prompts,
+            "responses": samples.tokens,
+            "log_probs": samples.log_probs,
+            "reward": reward,
+            "action_valid": valid,
+            "mask": np.ones(batch, bool),
+            **observed,
+        }
+        self.unwritten = episodes, jnp.int32(turn), fields
         self.active = active[[now is not None and not now.done for now in seen]]
+
+    def flush(self) -> None:
+        """Send the turn that is complete to the buffer; does not wait for the device."""
+        if self.unwritten and self.buffer is not None:
+            self.buffer = write(self.buffer, *self.unwritten)
+        self.unwritten = None
 
     def forget(self, episodes: np.ndarray) -> None:
         """Leave nothing of these episodes, as if they had not begun."""
@@ -280,17 +305,35 @@ class Example:
     command: str
 
 
-def demonstrations(games: Sequence[str], *, seed: int, habits: Habits, max_turns: int) -> list[Example]:
-    """The turns of one demonstrated episode per game."""
+def demonstrations(
+    games: Sequence[str],
+    *,
+    seed: int,
+    habits: Habits,
+    max_turns: int,
+    start: Callable[[str, Observation], Memory] = Notes.start,
+) -> list[Example]:
+    """The turns of one demonstrated episode per game, as a policy with such a memory would read them.
+
+    Where the demonstrator is at a loss the stored walkthrough stands in; games our engine does not play are left out.
+    """
     examples = []
     for i, game in enumerate(games):
-        world = Household.load(game)
-        turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
-        memory = Memory.start(world.task, turns[0][0].text)
+        try:
+            world = Household.load(game)
+        except ForeignGame:
+            continue
+        try:
+            turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
+        except ValueError:  # a house the expert does not understand
+            turns = replay(world, world.game.walkthrough)
+        if not turns:
+            continue
+        memory = start(world.task, turns[0][0])
         for t, (_, command) in enumerate(turns):
             examples.append(Example(memory.copy(), command))
             if t + 1 < len(turns):
-                memory.remember(command, turns[t + 1][0].text)
+                memory.remember(command, turns[t + 1][0])
     return examples
 
 

@@ -11,10 +11,10 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from envs_bridge.turn import Observation
+from envs_bridge.turn import SAID_AT_MOST, Observation
 from envs_bridge.worker import VERSION
 
 LIMIT = 1 << 26  # bytes of one answer; more is garbage
@@ -27,18 +27,26 @@ class WorkerError(RuntimeError):
 class Pool:
     """`workers` processes, each playing a share of the slots. Use as a context manager, or call `close`.
 
-    `faults` counts the times a worker had to be replaced or could not start a game, and `fault` is what was wrong last.
+    `reset` and `step` wait for the answers; `send_step` and `receive` are the two halves of `step`, for what can be
+    done while the worlds play. `faults` counts the times a worker had to be replaced or could not play a game, and
+    `fault` is what was wrong last.
     """
 
     def __init__(
         self, workers: int = 2, *, python: str = sys.executable, engine: str = "fast", timeout: float = 60.0
     ):  # fmt: skip
-        """`engine`: "fast" (ours) or "textworld" (ALFWorld's own, which `python` must have). `timeout` in seconds."""
+        """`engine`: a name in `envs_bridge.worker.ENGINES`, whose packages `python` must have. `timeout` in seconds."""
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.timeout, self.faults, self.fault = timeout, 0, ""
         self._command = [python, "-m", "envs_bridge.worker", engine]
-        self._processes: list[subprocess.Popen] = [self._start() for _ in range(workers)]
+        self._links: list[_Link] = []
+        self._waiting: dict[int, list[int]] = {}  # worker -> positions of the entries it was asked
+        try:
+            for _ in range(workers):
+                self._links.append(_Link(self._command))
+        except OSError as error:
+            raise WorkerError(f"a worker did not start: {python} ({error.strerror})") from error
         self._greet(range(workers))
 
     def __enter__(self) -> "Pool":
@@ -48,30 +56,28 @@ class Pool:
         self.close()
 
     def close(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
-        for process in self._processes:
-            try:
-                process.wait(timeout=2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
+        for link in self._links:
+            link.hang_up()
+        for link in self._links:
+            link.close()
 
     def reset(self, games: Sequence[tuple[int, str]]) -> list[tuple[Observation, str] | None]:
         """Start (slot, game file) pairs; answers (observation, task) in the same order, None for one that failed."""
-        return self._ask("reset", games)
+        self._send("reset", games)
+        return self._collect()
 
     def step(self, commands: Sequence[tuple[int, str]]) -> list[Observation | None]:
         """Play (slot, command) pairs; answers in the same order, None for a lost episode."""
-        return [answer and answer[0] for answer in self._ask("step", commands)]
+        self.send_step(commands)
+        return self.receive()
 
-    def _start(self) -> subprocess.Popen:
-        root = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(self._command, stdin=pipe, stdout=pipe, env=environment)
+    def send_step(self, commands: Sequence[tuple[int, str]]) -> None:
+        """The first half of `step`: the worlds begin to play."""
+        self._send("step", commands)
+
+    def receive(self) -> list[Observation | None]:
+        """The second half of `step`: wait for the answers."""
+        return [answer and answer[0] for answer in self._collect()]
 
     def _greet(self, workers: Iterable[int]) -> None:
         """Read the version each new worker says first. Raises WorkerError, the pool closed, if it is not ours."""
@@ -83,33 +89,29 @@ class Pool:
 
     def _replace(self, worker: int, reason: str) -> None:
         self.faults, self.fault = self.faults + 1, reason
-        process = self._processes[worker]
-        process.kill()
-        process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # type: ignore[union-attr]
-        process.stdout.close()  # type: ignore[union-attr]
-        self._processes[worker] = self._start()
+        self._links[worker].kill()
+        self._links[worker] = _Link(self._command)
         self._greet([worker])
 
-    def _ask(self, verb: str, entries: Sequence[tuple[int, str]]) -> list[tuple[Observation, str] | None]:
-        shares: dict[int, list[int]] = {}
+    def _send(self, verb: str, entries: Sequence[tuple[int, str]]) -> None:
+        self._waiting = {}
         for position, (slot, _) in enumerate(entries):
-            shares.setdefault(self._worker_of(slot), []).append(position)
-        for worker, positions in shares.items():
-            # A dead worker is found when its answer is read.
-            with contextlib.suppress(BrokenPipeError):
-                requests = self._processes[worker].stdin
-                requests.write(json.dumps({verb: [entries[p] for p in positions]}).encode() + b"\n")  # type: ignore[union-attr]
-                requests.flush()  # type: ignore[union-attr]
-        answers: list = [None] * len(entries)
-        for worker, replies in self._receive(set(shares)).items():
+            self._waiting.setdefault(self._worker_of(slot), []).append(position)
+        for worker, positions in self._waiting.items():
+            self._links[worker].outgoing += json.dumps({verb: [entries[p] for p in positions]}).encode() + b"\n"
+            self._links[worker].write()
+
+    def _collect(self) -> list[tuple[Observation, str] | None]:
+        """What the workers answer to the request under way, in its order."""
+        waiting, self._waiting = self._waiting, {}
+        answers: list = [None] * sum(map(len, waiting.values()))
+        for worker, replies in self._receive(set(waiting)).items():
             try:
-                parsed = _parse(replies, len(shares[worker]))
+                parsed = _parse(replies, len(waiting[worker]), self._links[worker].words)
             except ValueError as error:
                 self._replace(worker, f"worker {worker} {error}")
                 continue
-            for position, reply in zip(shares[worker], parsed, strict=True):
+            for position, reply in zip(waiting[worker], parsed, strict=True):
                 if isinstance(reply, str):
                     self.faults, self.fault = self.faults + 1, reply
                 else:
@@ -118,47 +120,106 @@ class Pool:
 
     def _worker_of(self, slot: int) -> int:
         """Blocks of eight slots share a worker, so that the members of a group share its cache."""
-        return slot // 8 % len(self._processes)
+        return slot // 8 % len(self._links)
 
     def _receive(self, workers: set[int]) -> dict[int, object]:
         """One JSON line from each of these workers; a sentence for one that gives none in time."""
         answers: dict[int, object] = {}
-        buffers = {worker: bytearray() for worker in workers}
         until = time.monotonic() + self.timeout
         with selectors.DefaultSelector() as selector:
             for worker in workers:
-                selector.register(self._processes[worker].stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-            while selector.get_map():
+                link = self._links[worker]
+                selector.register(link.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+                if link.outgoing:
+                    selector.register(link.process.stdin, selectors.EVENT_WRITE, worker)  # type: ignore[arg-type]
+            while len(answers) < len(workers):
                 events = selector.select(max(until - time.monotonic(), 0))
                 if not events:
                     for worker in workers - set(answers):
                         answers[worker] = f"did not answer within {self.timeout:g} s"
-                    break
-                for key, _ in events:
-                    worker, buffer = key.data, buffers[key.data]
-                    chunk = os.read(key.fd, 1 << 20)
-                    buffer += chunk
-                    if not chunk:
-                        answers[worker] = f"ended unexpectedly (exit status {self._processes[worker].wait()})"
-                    elif len(buffer) > LIMIT:
-                        answers[worker] = f"answered more than {LIMIT} bytes"
-                    elif buffer.endswith(b"\n"):
-                        answers[worker] = _load(buffer)
+                for key, event in events:
+                    link = self._links[key.data]
+                    if event == selectors.EVENT_WRITE:
+                        finished = link.write()
                     else:
-                        continue
-                    selector.unregister(key.fileobj)
+                        finished = link.read()
+                        if finished:
+                            answers[key.data] = link.take()
+                    if finished:
+                        selector.unregister(key.fileobj)
         return answers
 
 
-def _load(line: bytearray) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return f"answered {bytes(line[:80])!r}, which is not JSON"
+class _Link:
+    """One worker process, what is still to be written to it, what was read of its next line, and its words so far."""
+
+    def __init__(self, command: list[str]):
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)
+        # A worker that hangs does not read: what it is told must not hang this process, too.
+        os.set_blocking(self.process.stdin.fileno(), False)  # type: ignore[union-attr]
+        self.outgoing, self.incoming, self._ended = bytearray(), bytearray(), False
+        self.words: dict[str, Mapping[str, int]] = {}
+
+    def write(self) -> bool:
+        """Write what the pipe takes; True when nothing is left. A dead worker is found when its answer is read."""
+        try:
+            written = os.write(self.process.stdin.fileno(), self.outgoing) if self.outgoing else 0  # type: ignore[union-attr]
+            del self.outgoing[:written]
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            self.outgoing.clear()
+        return not self.outgoing
+
+    def read(self) -> bool:
+        """Read what is there; True when a line, or the worker, has ended."""
+        chunk = os.read(self.process.stdout.fileno(), 1 << 20)  # type: ignore[union-attr]
+        self.incoming += chunk
+        self._ended = not chunk
+        return self._ended or len(self.incoming) > LIMIT or self.incoming.endswith(b"\n")
+
+    def take(self) -> object:
+        """The line that was read, parsed, or a sentence about what came instead."""
+        line, self.incoming = self.incoming, bytearray()
+        if self._ended:
+            return f"ended unexpectedly (exit status {self.process.wait()})"
+        if len(line) > LIMIT:
+            return f"answered more than {LIMIT} bytes"
+        try:
+            return json.loads(line)
+        except ValueError:
+            return f"answered {bytes(line[:80])!r}, which is not JSON"
+
+    def hang_up(self) -> None:
+        """Tell the worker to end."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Wait for the worker's end; kill it if that takes more than two seconds."""
+        try:
+            self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.hang_up()
+        self.process.stdout.close()  # type: ignore[union-attr]
 
 
-def _parse(replies: object, count: int) -> list[tuple[Observation, str] | str]:
-    """Observation and task, or a sentence, per entry. Raises ValueError for anything else."""
+def _parse(
+    replies: object, count: int, words: dict[str, Mapping[str, int]]
+) -> list[tuple[Observation, str] | str]:  # fmt: skip
+    """Observation and task, or a sentence, per entry. Raises ValueError for anything else.
+
+    words: the counts this worker has sent so far, by text; new ones are added.
+    """
     if isinstance(replies, str):
         raise ValueError(replies)
     if not isinstance(replies, list) or len(replies) != count:
@@ -175,8 +236,16 @@ def _parse(replies: object, count: int) -> list[tuple[Observation, str] | str]:
                 bool() as done,
                 bool() as won,
                 str() as task,
+                dict() | None as counts,
             ]:
-                parsed.append((Observation(text, tuple(map(str, admissible)), float(reward), done, won), task))
+                if counts is not None:
+                    if not all(type(n) is int and n > 0 for n in counts.values()):
+                        raise ValueError(f"answered {str(counts)[:80]!r} as word counts")
+                    if len(words) >= SAID_AT_MOST:  # the worker forgets at the same text
+                        words.clear()
+                    words[text] = counts
+                seen = Observation(text, tuple(map(str, admissible)), float(reward), done, won, words.get(text))
+                parsed.append((seen, task))
             case _:
                 raise ValueError(f"answered {str(reply)[:80]!r} for an episode")
     return parsed

@@ -3,8 +3,12 @@
 An environment has `reset() -> Observation` and `step(command) -> Observation`. Nothing here imports JAX.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+# Texts a worker and the pool remember of each other; both forget at once when there would be more.
+SAID_AT_MOST = 50_000
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Observation:
     reward      the environment's own reward of this turn (before any reward scale)
     done        the episode is over; the caller resets
     won         the task is solved
+    words       counts of the text's words, if a pool's worker has counted them
     """
 
     text: str
@@ -23,6 +28,7 @@ class Observation:
     reward: float = 0.0
     done: bool = False
     won: bool = False
+    words: Mapping[str, int] | None = field(default=None, compare=False, repr=False)
 
 
 class Environment(Protocol):

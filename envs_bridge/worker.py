@@ -1,57 +1,93 @@
 """A worker process: plays many environments for the pool, one batched message per turn. Never imports JAX.
 
-Started as `python -m envs_bridge.worker ENGINE`: `fast` (ours) or `textworld` (ALFWorld's own). JSON lines over stdin
-and a private copy of stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"step": [[slot,
-command], ...]}; the answer is a list with one [text, admissible, reward, done, won, task] per entry, or a sentence for
-an entry that could not be done.
+Started as `python -m envs_bridge.worker ENGINE`, ENGINE one of `ENGINES`. JSON lines over stdin and a private copy of
+stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"step": [[slot, command], ...]}; the answer
+is a list with one [text, admissible, reward, done, won, task, words] per entry, or a sentence for an entry that could
+not be done. `words` holds the counts of the text's words the first time this worker says that text, null after.
 """
 
 import json
 import os
+import re
 import signal
 import sys
+from collections import Counter
 
+from envs_bridge.household.dialect import ForeignGame
 from envs_bridge.household.engine import Household
 from envs_bridge.household.genuine import GenuineHousehold
-from envs_bridge.turn import Environment, Observation
+from envs_bridge.turn import SAID_AT_MOST, Environment, Observation
 
-VERSION = 1
-ENGINES = {"fast": Household, "textworld": GenuineHousehold}
-
-
-def _fields(seen: Observation, task: str) -> list:
-    return [seen.text, seen.admissible, seen.reward, seen.done, seen.won, task]
+VERSION = 2
+WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.words` counts, which this process must not import
 
 
-def answer(request: dict, worlds: dict[int, Environment], engine) -> list:
-    """Do one request on the worlds of this worker."""
-    replies: list = []
-    for verb in ("reset", "step"):
-        for slot, text in request.get(verb, []):
-            try:
-                if verb == "reset":
-                    worlds.pop(slot, None)
-                    worlds[slot] = engine.load(text)
-                    seen = worlds[slot].reset()
-                elif slot in worlds:
-                    seen = worlds[slot].step(text)
-                else:
-                    raise ValueError(f"slot {slot} has no game")
-                replies.append(_fields(seen, worlds[slot].task))
-            except Exception as error:  # one broken game is not the end of the others
-                replies.append(str(error) or type(error).__name__)
-    return replies
+def load_fast(path: str) -> Environment:
+    """Our engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
+    try:
+        return Household.load(path)
+    except ForeignGame as foreign:
+        try:
+            return GenuineHousehold.load(path)
+        except ValueError as error:
+            raise ValueError(f"{foreign}, and {error}") from error
+
+
+ENGINES = {
+    "fast": load_fast,
+    "textworld": GenuineHousehold.load,
+    "textworld-stock": GenuineHousehold.load_stock,
+}
+
+
+class Worker:
+    """The worlds of one process, by slot, and the texts they have said."""
+
+    def __init__(self, load):
+        self._load, self._worlds, self._said = load, {}, set()
+
+    def answer(self, request: dict) -> list:
+        """Do one request on the worlds of this worker."""
+        replies: list = []
+        for verb in ("reset", "step"):
+            for slot, text in request.get(verb, []):
+                try:
+                    seen = self._reset(slot, text) if verb == "reset" else self._step(slot, text)
+                    replies.append(self._fields(seen, self._worlds[slot].task))
+                except Exception as error:  # one broken game is not the end of the others
+                    replies.append(str(error) or type(error).__name__)
+        return replies
+
+    def _reset(self, slot: int, path: str) -> Observation:
+        self._worlds.pop(slot, None)
+        world = self._load(path)
+        seen = world.reset()
+        self._worlds[slot] = world
+        return seen
+
+    def _step(self, slot: int, command: str) -> Observation:
+        if slot not in self._worlds:
+            raise ValueError(f"slot {slot} has no game")
+        return self._worlds[slot].step(command)
+
+    def _fields(self, seen: Observation, task: str) -> list:
+        words = None
+        if seen.text not in self._said:
+            if len(self._said) >= SAID_AT_MOST:
+                self._said.clear()
+            self._said.add(seen.text)
+            words = Counter(WORD.findall(seen.text.lower()))
+        return [seen.text, seen.admissible, seen.reward, seen.done, seen.won, task, words]
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    worlds: dict[int, Environment] = {}
-    engine = ENGINES[sys.argv[1]]
+    worker = Worker(ENGINES[sys.argv[1]])
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line), worlds, engine)), file=pipe, flush=True)
+        print(json.dumps(worker.answer(json.loads(line))), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

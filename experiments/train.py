@@ -8,26 +8,34 @@ Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollou
 """
 
 import dataclasses
-import json
 import math
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from envs_bridge.collect import Limits, Player, Rollout, collect, demonstration_buffer, demonstrations
-from envs_bridge.household import lexicon
+from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.household.game import TASK_TYPES
-from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.pool import Pool
-from envs_bridge.prompts import compact
+from experiments.setup import (
+    Config,
+    check,
+    fresh_state,
+    kind_of,
+    make_games,
+    make_player,
+    make_pool,
+    make_tokenizer,
+    memory_of,
+    open_folder,
+    stored_config,
+)
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
@@ -42,118 +50,10 @@ from proxmo_jax.learner import (
     policy_step,
     row_log_probs,
 )
-from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import data_mesh, replicate, split
-from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 from proxmo_jax.words import bucket
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings of a training run. Published values are the defaults where a small model on a CPU can use them."""
-
-    out: Path = Path("runs/household")
-    """Folder of the run; must be new, or hold this run and be given with --resume."""
-    resume: bool = False
-    """Go on from the newest checkpoint in --out, with the settings stored there."""
-    config: Path | None = None
-    """TOML file with settings of these names; options on the command line win."""
-    method: str = "proxmo"
-    """Estimator: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation,
-    proxmo_without_proximity, official."""
-    seed: int = 0
-
-    level: str = "easy"
-    """Size of the generated houses: easy, medium or hard."""
-    train_games: int = 2000
-    eval_games: int = 192
-    """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
-
-    iterations: int = 50
-    groups: int = 16
-    members: int = 8
-    max_turns: int = 20
-    temperature: float = 1.0
-    reward_scale: float = 10.0
-    invalid_penalty: float = 1.5
-    """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""
-    penalise_inadmissible: bool = True
-    """Commands that do nothing count as invalid, too; published: only ill-formed answers do."""
-
-    learning_rate: float = 3e-4
-    final_rate: float = 0.05
-    """Share of the learning rate left at the last iteration (cosine); published: constant, 1."""
-    epochs: int = 1
-    rows_per_batch: int = 32
-    micro_batches: int = 8
-    """Parts a mini-batch is computed in, to save memory; the result is the same."""
-    row_length: int = 160
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    clip: float = 0.2
-    kl_weight: float = 0.01
-    entropy_weight: float = 0.001
-
-    warm_start_steps: int = 2000
-    warm_start_rate: float = 4e-3
-    search_rate: float = 1.0
-    """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
-    mistake_rate: float = 0.9
-    """How often a careless demonstrator wastes a turn, though never two in a row."""
-    careless_share: float = 0.15
-    """Share of the warm start, its end, that clones careless demonstrations, so that something is left to learn."""
-    warm_start_from: Path | None = None
-    """Take the warm start (and tokenizer) of another run's folder instead of making one."""
-
-    hidden_size: int = 64
-    layers: int = 2
-    max_prompt_tokens: int = 128
-    max_response_tokens: int = 8
-
-    workers: int = 2
-    eval_every: int = 10
-    eval_temperature: float = 0.4
-    save_every: int = 10
-
-
-AT_LEAST_ONE = (
-    "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
-    " epochs warm_start_steps max_response_tokens"
-).split()
-
-
-def check(config: Config) -> None:
-    """Refuse settings that cannot work, one clear sentence each (ValueError)."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
-    need(config.method in PRESETS, f"--method must be one of {', '.join(PRESETS)}; got {config.method!r}")
-    need(config.level in LEVELS, f"--level must be one of {', '.join(LEVELS)}; got {config.level!r}")
-    need(
-        config.members >= 2,
-        f"--members must be at least 2, got {config.members}: a group compares attempts at one task",
-    )
-    for name in AT_LEAST_ONE:
-        option = f"--{name.replace('_', '-')}"
-        need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
-    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate"):
-        value = getattr(config, name)
-        need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
-    need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
-    longest = config.max_prompt_tokens + config.max_response_tokens
-    need(
-        config.row_length >= longest,
-        f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}",
-    )
-    devices = jax.device_count()
-    for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
-        need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
-    part = config.micro_batches * devices
-    need(config.rows_per_batch % part == 0, f"--rows-per-batch must be a multiple of micro-batches x devices = {part}")
 
 
 def main(config: Config, console: Console | None = None) -> Path:
@@ -168,42 +68,25 @@ def main(config: Config, console: Console | None = None) -> Path:
     mesh = data_mesh()
 
     # Games, tokenizer, policy.
-    train_games, eval_games = make_games(config)
+    train_games, eval_games = make_games(config, console)
+    source = f"{config.level} household" if config.env == "household" else "ALFWorld"
     console.print(
-        f"[bold]{config.method}[/] on {len(train_games)} {config.level} household games,"
+        f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    careful, careless = (
-        demonstrations(
-            train_games, seed=config.seed, habits=Habits(config.search_rate, rate), max_turns=2 * config.max_turns
-        )
-        for rate in (0.0, config.mistake_rate)
-    )
-    tokenizer = make_tokenizer(config, [*careful, *careless])
-    policy = PolicyConfig(
-        vocab_size=-(-len(tokenizer) // 32) * 32,
-        hidden_size=config.hidden_size,
-        intermediate_size=3 * config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden_size // 16,
-        num_key_value_heads=config.hidden_size // 32,
-        head_dim=16,
-        initializer_range=0.15,
-    )
-    limits = Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
-    player = Player(tokenizer, policy, limits, mesh=mesh)
+    careful, careless = (demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate))
+    player = make_player(config, make_tokenizer(config, [*careful, *careless]), mesh)
+    policy = player.config
     key = jax.random.key(config.seed)
-    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
-    fresh = replicate(mesh, init_params(policy, jax.random.fold_in(key, 0)))
-    state = TrainState(fresh, optimizer.init(fresh))
+    state, optimizer = fresh_state(config, player, jax.random.fold_in(key, 0))
+    fresh = state.params
 
-    with Pool(config.workers) as pool:
+    with make_pool(config) as pool:
         # Warm start, or the checkpoint of a run that was cut off.
         warm = config.out / "warm_start"
         if not (warm / "config.json").exists():
-            source = config.warm_start_from and config.warm_start_from / "warm_start"
-            if source:
-                params = load_params(source, fresh)
+            if config.warm_start_from:
+                params = load_params(config.warm_start_from / "warm_start", fresh)
             else:
                 params = warm_start(config, player, careful, careless, fresh, console, stop)
             if stop:
@@ -246,9 +129,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         checkpoints.close()
 
     rows = read_metrics(config.out / "metrics.jsonl")
-    learning_curve(
-        config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {config.level} household"
-    )
+    learning_curve(config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {source} games")
     went = f"{time.time() - began:.0f} s"
     if rows and rows[-1]["iteration"] >= config.iterations:
         console.print(
@@ -279,60 +160,6 @@ class StopOnSignal:
         return self._asked
 
 
-def stored_config(config: Config) -> Config:
-    """The settings of the run to resume; more `iterations` than it has stored go on from where it ended."""
-    path = config.out / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
-    stored = json.loads(path.read_text())
-    paths = {"out", "config", "warm_start_from"}
-    values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
-    iterations = max(values["iterations"], config.iterations)
-    return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
-
-
-def open_folder(config: Config) -> None:
-    """Make the run's folder and note its settings. Raises ValueError if another run lives there."""
-    path = config.out / "config.json"
-    if path.exists() and not config.resume:
-        raise ValueError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
-    if config.out.exists() and not config.resume and any(config.out.iterdir()):
-        raise ValueError(f"--out: {config.out} is not empty; name a new folder")
-    config.out.mkdir(parents=True, exist_ok=True)
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**values, "resume": False}, indent=1))
-    temporary.replace(path)
-
-
-def make_games(config: Config) -> tuple[list[str], list[str]]:
-    """Training games, and held-out ones: half new games in known houses, half in houses never trained in."""
-    folder = config.out / "games"
-    seen = config.eval_games // 2
-
-    def write(split: str, count: int) -> list[str]:
-        if count == 0:
-            return []
-        return [str(p) for p in generate_games(folder, split=split, count=count, seed=config.seed, level=config.level)]
-
-    held_out = write("valid_seen", seen) + write("valid_unseen", config.eval_games - seen)
-    return write("train", config.train_games), held_out
-
-
-def make_tokenizer(config: Config, demos):
-    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
-    folder = config.out / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(folder)
-    if config.warm_start_from:
-        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
-        tokenizer.save_pretrained(folder)
-        return tokenizer
-    texts = [f"{compact(example.memory)} {example.command}" for example in demos]
-    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
-    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
-
-
 def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
     """Shuffled mini-batches of packed rows from a rollout, one shape; the last is filled up with empty rows."""
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
@@ -352,6 +179,17 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
 def answer_room(config: Config) -> int:
     """Response tokens a row can hold: an eighth of its tokens, and a whole turn's in any case."""
     return max(config.row_length // 8, config.max_response_tokens)
+
+
+def demonstrated(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
+    """Demonstrations of the games that our engine plays. Raises ValueError if it plays none."""
+    habits = Habits(config.search_rate, mistake_rate)
+    examples = demonstrations(
+        games, seed=config.seed, habits=habits, max_turns=2 * config.max_turns, start=memory_of(config)
+    )
+    if not examples:
+        raise ValueError("warm start: there is no demonstration; our engine plays none of the training games")
+    return examples
 
 
 def warm_start(config: Config, player: Player, careful, careless, params, console: Console, stop: StopOnSignal):
@@ -547,11 +385,6 @@ def learning_rate_share(config: Config, iteration: int) -> float:
     """Cosine from 1 at the first iteration to `final_rate` at the last."""
     progress = (iteration - 1) / max(config.iterations - 1, 1)
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def kind_of(game: str) -> int:
-    """Which of the task types a game file is, by its folder's name."""
-    return next(i for i, kind in enumerate(TASK_TYPES) if kind in game)
 
 
 def note(row: dict) -> str:

@@ -30,11 +30,15 @@ class Checkpoints:
         """The newest saved iteration."""
         return self._manager.latest_step()
 
-    def restore(self, like: Any) -> tuple[Any, dict]:
-        """(state, progress) of the newest checkpoint; `like` gives structure, shapes and shardings."""
+    def steps(self) -> list[int]:
+        """The saved iterations, in order."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
+        """(state, progress) of a checkpoint (default: the newest); `like` gives structure, shapes and shardings."""
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = {STATE: ocp.args.StandardRestore(target), PROGRESS: ocp.args.JsonRestore()}
-        restored = self._manager.restore(self.latest(), args=ocp.args.Composite(**arguments))
+        restored = self._manager.restore(iteration or self.latest(), args=ocp.args.Composite(**arguments))
         return restored[STATE], restored[PROGRESS]
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 USAGE = """usage: proxmo COMMAND [options]
 
   train             train an agent on household games
+  eval RUN          success of a trained run by task type and split
   advantages        compute the advantages of a file of steps
   bench estimator   time the estimator, beside the official code if it is there
   verify-env household   play our engine and ALFWorld's own side by side
@@ -42,6 +43,8 @@ def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments
     if command == "train":
         return _train(rest)
+    if command == "eval":
+        return _evaluate(rest)
     if command == "advantages":
         return _advantages(rest)
     if command == "verify-env" and rest[:1] == ["household"]:
@@ -52,7 +55,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _bench_estimator(rest[1:])
     if command == "bench":
         raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator")
-    raise ValueError(f"unknown command {command!r}; need train, advantages, bench or verify-env")
+    raise ValueError(f"unknown command {command!r}; need train, eval, advantages, bench or verify-env")
 
 
 @dataclass(frozen=True)
@@ -166,16 +169,31 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _evaluate(arguments: list[str]) -> int:
+    from proxmo_jax.sharding import keep_freed_memory
+
+    keep_freed_memory()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from experiments import evaluate
+
+    options = tyro.cli(evaluate.Config, args=arguments, prog="proxmo eval", description=evaluate.__doc__)
+    evaluate.main(options)
+    return 0
+
+
 def _defaults(arguments: list[str], cls):
-    """The settings of the file named by --config, if any. Raises ValueError naming the file and the fault."""
+    """The settings of the recipe or file named by --config, if any. Raises ValueError naming the file and the fault."""
     for i, word in enumerate(arguments):
         if word == "--config" or word.startswith("--config="):
             name = word.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
             break
     else:
         return cls()
+    import experiments
+
+    recipe = Path(experiments.__file__).parent / "configs" / f"{name}.toml"
     try:
-        values = tomllib.loads(Path(name).read_text())
+        values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text())
     except OSError as error:
         raise ValueError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -187,7 +205,7 @@ def _defaults(arguments: list[str], cls):
         raise ValueError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")
     for key, value in values.items():
         default = known[key].default
-        if isinstance(default, Path):
+        if isinstance(default, Path) or default is None:
             values[key] = Path(value)
         elif not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
             raise ValueError(f"--config: {key} must be {type(default).__name__}, got {value!r}")

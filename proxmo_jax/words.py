@@ -5,7 +5,8 @@ every text is counted once, however often it is seen.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,22 +68,39 @@ class Vocabulary:
         return len(self._ids.words)
 
     def _forget(self) -> None:
-        # Counts of all texts end to end; those of text i lie at [_starts[i], _starts[i + 1]).
+        # Counts of all texts end to end; those of text i lie at [_starts[i], _starts[i + 1]). Longer than in use, so
+        # that appending a few seldom copies all.
         self._memo: dict[str, int] = {}
         self._flat_ids, self._flat_counts = np.zeros(0, np.int32), np.zeros(0, np.float32)
         self._starts = np.zeros(1, np.int64)
 
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """A number for each text, int64 [N]: equal numbers, equal texts. Valid until the next call."""
+    def rows(self, texts: Sequence[str], words: Sequence[Mapping[str, int] | None] | None = None) -> np.ndarray:
+        """A number for each text, int64 [N]: equal numbers, equal texts. Valid until the next call.
+
+        words: counts of the texts' words where somebody has counted them already, by the same rule.
+        """
         if len(self._memo) > self._memo_limit:
             self._forget()
         memo, before = self._memo, len(self._memo)
         rows = np.fromiter((memo.setdefault(text, len(memo)) for text in texts), np.int64, len(texts))
-        if len(memo) > before:
-            self._count(list(memo)[before:])
+        new = len(memo) - before
+        if new:
+            known = dict(zip(texts, words, strict=True)) if words is not None else {}
+            fresh = list(islice(reversed(memo), new))[::-1]
+            counted = [known.get(text) for text in fresh]
+            if all(counts is not None for counts in counted):
+                self._take(before, counted)  # type: ignore[arg-type]
+            else:
+                self._count(before, fresh)
         return rows
 
-    def _count(self, texts: list[str]) -> None:
+    def _take(self, before: int, counted: list[Mapping[str, int]]) -> None:
+        """Append counts made elsewhere."""
+        ids = np.array([self._ids[word] for counts in counted for word in counts], np.int32)
+        counts = np.array([n for counts in counted for n in counts.values()], np.float32)
+        self._append(before, ids, counts, np.cumsum([len(counts) for counts in counted]))
+
+    def _count(self, before: int, texts: list[str]) -> None:
         """Append the counts of new texts, all split in one pass."""
         tokens = _runs(texts)
         self._ids[END] = -2
@@ -97,9 +115,13 @@ class Vocabulary:
         both = both[first]
         owner = both // size
         ends = np.searchsorted(owner, np.arange(len(texts)), side="right")
-        self._starts = np.concatenate([self._starts, self._starts[-1] + ends])
-        self._flat_ids = np.concatenate([self._flat_ids, (both - owner * size).astype(np.int32)])
-        self._flat_counts = np.concatenate([self._flat_counts, counts.astype(np.float32)])
+        self._append(before, (both - owner * size).astype(np.int32), counts.astype(np.float32), ends)
+
+    def _append(self, before: int, ids: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> None:
+        """Put ids and counts of the texts numbered `before` and up, which end at `ends`, behind those of the others."""
+        used = int(self._starts[before])
+        self._starts = _put(self._starts, before + 1, used + ends)
+        self._flat_ids, self._flat_counts = _put(self._flat_ids, used, ids), _put(self._flat_counts, used, counts)
 
     def gather(self, rows: np.ndarray, width: int | None = None) -> WordCounts:
         """Counts of the texts numbered `rows` [...] (-1: none) as `[..., K]`, K a power of two or `width`.
@@ -122,9 +144,14 @@ class Vocabulary:
         ids[row, slot], counts[row, slot] = self._flat_ids[source], self._flat_counts[source]
         return WordCounts(ids.reshape(*rows.shape, width), counts.reshape(*rows.shape, width), self.alphabetical())
 
-    def counts(self, texts: Sequence[str], width: int | None = None) -> WordCounts:
-        """Counts of many texts, `[N, K]`."""
-        return self.gather(self.rows(texts), width)
+    def counts(
+        self,
+        texts: Sequence[str],
+        width: int | None = None,
+        words: Sequence[Mapping[str, int] | None] | None = None,
+    ) -> WordCounts:
+        """Counts of many texts, `[N, K]`; `words` as in `rows`."""
+        return self.gather(self.rows(texts, words), width)
 
     def alphabetical(self) -> np.ndarray:
         """Rank of each word id in sorted order, int32, padded to a bucket with ranks past every word."""
@@ -134,6 +161,15 @@ class Vocabulary:
             rank[np.array(order, np.int64)] = np.arange(len(self))
             self._alphabetical, self._ranked = rank, len(self)
         return self._alphabetical
+
+
+def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
+    """The array with `values` written at `at`, grown to twice the need where they do not fit."""
+    end = at + len(values)
+    if end > len(array):
+        array = np.concatenate([array, np.zeros(2 * end - len(array), array.dtype)])
+    array[at:end] = values
+    return array
 
 
 def _runs(texts: list[str]) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 from envs_bridge.actions import WEBSHOP_TAIL, project
 from envs_bridge.household.engine import Household
 from envs_bridge.pool import Pool, WorkerError
-from envs_bridge.prompts import ANSWER_START, Memory, compact, shortened
+from envs_bridge.prompts import History, Notes
+from envs_bridge.turn import Observation
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,11 +49,11 @@ def test_projection_equals_the_official_one(official):
 def test_memory_takes_notes(games):
     world = Household.load(games[3])  # put a hot thing somewhere
     seen = world.reset()
-    memory = Memory.start(world.task, seen.text)
+    memory = Notes.start(world.task, seen)
     assert set(memory.places) == set(world.game.receptacles)
     assert all(things is None for things in memory.places.values())
     for command in world.game.walkthrough:
-        memory.remember(command, world.step(command).text)
+        memory.remember(command, world.step(command))
         if command.startswith("heat"):
             assert memory.hand == "hot " + world.game.objects[world.holding]
         elif command.startswith("take"):
@@ -60,18 +61,44 @@ def test_memory_takes_notes(games):
     assert memory.hand == ""
     inside = [world.game.objects[o] for o in world._in(world.game.receptacles.index(memory.here))]
     assert sorted(memory.places[memory.here]) == sorted(inside)
-    memory.remember("go to mars 1", "Nothing happens.")
-    assert "last go to mars 1 failed" in compact(memory)
+    memory.remember("go to mars 1", Observation("Nothing happens.", ()))
+    assert "last go to mars 1 failed" in memory.prompt()
 
 
 def test_a_shortened_prompt_keeps_the_task(games):
     world = Household.load(games[0])
-    memory = Memory.start(world.task, world.reset().text)
+    memory = Notes.start(world.task, world.reset())
     for receptacle in world.game.receptacles:
-        memory.remember(f"go to {receptacle}", world.step(f"go to {receptacle}").text)
-    prompts = [compact(memory), *shortened(memory)]
-    assert all(world.task in prompt and prompt.endswith(ANSWER_START) for prompt in prompts)
+        memory.remember(f"go to {receptacle}", world.step(f"go to {receptacle}"))
+    prompts = [memory.prompt(), *memory.shortened()]
+    assert all(world.task in prompt for prompt in prompts)
     assert len(prompts[-1]) < len(prompts[0])
+
+
+def test_history_is_the_last_turns_as_they_were(games):
+    world = Household.load(games[0])
+    memory = History.start(world.task, first := world.reset(), kept=2)
+    prompt = memory.prompt()
+    assert "Turn 1." in prompt
+    assert prompt.count(world.task) == 1  # the first observation ends with it; the prompt has a place for it
+    assert all(f"\n{action}\n" in prompt for action in first.admissible if action != "help")
+    places = world.game.receptacles[:3]
+    texts = []
+    for place in places:
+        texts.append(world.step(f"go to {place}"))
+        memory.remember(f"go to {place}", texts[-1])
+    prompt = memory.prompt()
+    assert f"did: go to {places[0]}" not in prompt
+    for turn, place, saw in ((2, places[1], texts[0]), (3, places[2], texts[1])):
+        assert f"[{turn}] saw: {saw.text}\n[{turn}] did: go to {place}" in prompt
+    assert f"Turn 4. You see: {texts[2].text}" in prompt
+    shorter = list(memory.shortened())
+    assert all(world.task in text for text in shorter)
+    assert [len(text) for text in shorter] == sorted((len(text) for text in shorter), reverse=True)
+    assert "Possible actions" not in History.start(world.task, first, list_actions=False).prompt()
+    forgetful = History.start(world.task, first, kept=0)
+    forgetful.remember("look", world.step("look"))
+    assert "did:" not in forgetful.prompt()
 
 
 def test_pool_plays_as_the_engine_does(games):
@@ -96,11 +123,11 @@ def test_a_missing_game_is_lost_alone(games, tmp_path):
 
 
 def kill(pool):
-    os.kill(pool._processes[0].pid, signal.SIGKILL)
+    os.kill(pool._links[0].process.pid, signal.SIGKILL)
 
 
 def stop(pool):
-    os.kill(pool._processes[0].pid, signal.SIGSTOP)
+    os.kill(pool._links[0].process.pid, signal.SIGSTOP)
 
 
 @pytest.mark.parametrize(("harm", "message"), [(kill, "exit status -9"), (stop, "did not answer within 2 s")])
@@ -119,7 +146,7 @@ def test_a_lost_worker_is_replaced(games, harm, message):
 
 GARBAGE = """
 import sys
-print('{"version": 1}', flush=True)
+print('{"version": 2}', flush=True)
 for line in sys.stdin:
     print(GARBAGE, flush=True)
 """
@@ -154,7 +181,7 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho '{\"version\": 99}'\ncat >/dev/null\n")
     script.chmod(0o755)
-    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 1"):
+    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 2"):
         Pool(1, python=str(script))
 
 

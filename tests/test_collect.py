@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh
 from envs_bridge.collect import Limits, Player, collect, demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.pool import Pool, WorkerError
-from envs_bridge.prompts import compact
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sharding import replicate
@@ -23,7 +22,7 @@ TURNS = 3
 @pytest.fixture(scope="module")
 def player(games, tmp_path_factory):
     demos = demonstrations(games, seed=0, habits=Habits(), max_turns=20)
-    texts = [f"{compact(demo.memory)} {demo.command}" for demo in demos]
+    texts = [f"{demo.memory.prompt()} {demo.command}" for demo in demos]
     tokenizer = build_word_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"))
     size = -(-len(tokenizer) // 32) * 32
     config = PolicyConfig(vocab_size=size, hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=1)
@@ -46,7 +45,7 @@ def test_lost_episodes_are_played_anew(player, games):
     def kill_once(turn, active):
         turns.append((turn, active))
         if turns == [(0, 16), (1, 16)]:
-            os.kill(pool._processes[1].pid, signal.SIGKILL)
+            os.kill(pool._links[1].process.pid, signal.SIGKILL)
 
     with Pool(2) as pool:
         rollout = play(player, pool, games, kill_once)
@@ -63,7 +62,7 @@ def test_what_stays_lost_is_nowhere(player, games):
 
     def kill_always(turn, active):
         if turn == 1:
-            os.kill(pool._processes[1].pid, signal.SIGKILL)
+            os.kill(pool._links[1].process.pid, signal.SIGKILL)
 
     with Pool(2) as pool:
         rollout = play(player, pool, games, kill_always)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envs_bridge.worker import WORD
 from proxmo_jax.words import Vocabulary
 
 
@@ -58,3 +59,26 @@ def test_missing_rows_have_no_words():
 def test_too_many_words_for_the_width():
     with pytest.raises(ValueError, match="a text has 3 different words, need at most 2"):
         Vocabulary().counts(["aa bb cc"], width=2)
+
+
+@given(st.lists(st.lists(st.text(max_size=30), max_size=6), max_size=4), st.booleans())
+def test_counts_of_a_worker_serve_as_well_as_ours(batches, some_missing):
+    """What a worker process counts, which may not import this package, is what we would have counted."""
+    ours, theirs = Vocabulary(), Vocabulary()
+    for texts in batches:
+        given_words = [Counter(WORD.findall(text.lower())) for text in texts]
+        if some_missing:
+            given_words[::2] = [None] * len(given_words[::2])
+        a, b = ours.counts(texts), theirs.counts(texts, words=given_words)
+        for row in range(len(texts)):
+            assert as_words(ours, a.ids[row], a.counts[row]) == as_words(theirs, b.ids[row], b.counts[row])
+
+
+def test_many_small_additions_keep_what_was_there():
+    vocabulary = Vocabulary()
+    texts = [f"word{i} " * (i % 7 + 1) + "all" for i in range(300)]
+    for text in texts:
+        vocabulary.rows([text])
+    words = vocabulary.counts(texts)
+    for i in range(300):
+        assert as_words(vocabulary, words.ids[i], words.counts[i]) == {f"word{i}": i % 7 + 1, "all": 1}

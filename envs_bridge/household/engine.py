@@ -26,7 +26,8 @@ class Household:
 
     def __init__(self, game: Game):
         self.game = game
-        self.task = game.task.removeprefix("Your task is to: ")
+        self.dialect = game.dialect
+        self.task = game.dialect.task.removeprefix("Your task is to: ")
         self.reset()
 
     @classmethod
@@ -36,14 +37,14 @@ class Household:
     def reset(self) -> Observation:
         game = self.game
         self.location = game.start
-        self.holding = -1
+        self.holding = game.held
         self.opened = list(game.opened)
         self.inside = [list(places) for places in game.inside]
         self.object_location = list(game.object_location)
         self.flags = [set(flags) for flags in game.flags]
         self.taken_from: list[set[int]] = [set() for _ in game.objects]  # as the engine's `not_inreceptacle` facts
         self.done = False
-        self.text = f"{BANNER}\n\n{self._room()}\n\n{game.task}"
+        self.text = f"{BANNER}\n\n{self._intro()}\n\n{self.dialect.task}"
         self.commands = self._commands()
         return Observation(self.text, tuple(sorted(self.commands)))
 
@@ -84,7 +85,7 @@ class Household:
     def _commands(self) -> dict[str, tuple]:
         game, held = self.game, self.holding
         commands: dict[str, tuple] = {"look": (self._look,), "inventory": (self._inventory,)}
-        if game.wording == "move":
+        if self.dialect.wording == "move":
             commands["help"] = (self._help,)
         for r, name in enumerate(game.receptacles):
             if game.receptacle_location[r] != self.location:
@@ -121,10 +122,9 @@ class Household:
             self.game.receptacle_type[r],
         )
         if reachable and (kind, game.object_type[held]) in game.can_contain:
-            words = f"move {thing} to {name}" if game.wording == "move" else f"put {thing} in/on {name}"
+            words = f"move {thing} to {name}" if self.dialect.wording == "move" else f"put {thing} in/on {name}"
             commands[words] = (self._put, held, r)
-        sink = kind == "sinkbasintype" or (kind == "sinktype" and game.wording == "put")
-        if sink and "cleanable" in self.flags[held]:
+        if kind in self.dialect.sinks and "cleanable" in self.flags[held]:
             commands[f"clean {thing} with {name}"] = (self._clean, held, r)
         if kind == "microwavetype" and "heatable" in self.flags[held]:
             commands[f"heat {thing} with {name}"] = (self._heat, held, r)
@@ -136,7 +136,9 @@ class Household:
 
     # What is said.
 
-    def _room(self) -> str:
+    def _intro(self) -> str:
+        if self.location in self.game.receptacle_location:
+            return self._look()
         everything = listing(list(self.game.receptacles))
         return f"You are in the middle of a room. Looking quickly around you, you see {everything}."
 
@@ -167,7 +169,7 @@ class Household:
         return f"You are carrying: a {self.game.objects[self.holding]}."
 
     def _help(self) -> str:
-        return self.game.help_text
+        return self.dialect.help_text
 
     def _examine(self, o: int) -> str:
         flags, name = self.flags[o], self.game.objects[o]
@@ -195,7 +197,7 @@ class Household:
 
     def _go(self, r: int) -> str:
         self.location = self.game.receptacle_location[r]
-        arrived = self.game.receptacles[r] if self.game.wording == "move" else self.game.locations[self.location]
+        arrived = self.game.receptacles[r] if self.dialect.wording == "move" else self.game.locations[self.location]
         return f"You arrive at {arrived}. {self._see(r)}"
 
     def _open(self, r: int) -> str:
@@ -219,7 +221,7 @@ class Household:
         self.taken_from[o].discard(r)
         self.holding = -1
         self.object_location[o] = self.location
-        verb, place = ("move", "to") if self.game.wording == "move" else ("put", "in/on")
+        verb, place = ("move", "to") if self.dialect.wording == "move" else ("put", "in/on")
         return f"You {verb} the {self.game.objects[o]} {place} the {self.game.receptacles[r]}."
 
     def _clean(self, o: int, r: int) -> str:

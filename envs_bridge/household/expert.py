@@ -5,6 +5,7 @@ recover from its own mistakes.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs_bridge.household.engine import Household
@@ -98,7 +99,7 @@ def _open(world: Household, r: int) -> str:
 
 def _put(world: Household, o: int, r: int) -> str:
     thing, place = world.game.objects[o], world.game.receptacles[r]
-    return f"move {thing} to {place}" if world.game.wording == "move" else f"put {thing} in/on {place}"
+    return f"move {thing} to {place}" if world.dialect.wording == "move" else f"put {thing} in/on {place}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,16 @@ def demonstrate(
         seen = world.step(command)
         if seen.done:
             break
+    return turns
+
+
+def replay(world: Household, commands: Sequence[str]) -> list[tuple[Observation, str]]:
+    """Play given commands from the start: (what was seen, what was done) per turn."""
+    seen = world.reset()
+    turns = []
+    for command in commands:
+        turns.append((seen, command))
+        seen = world.step(command)
     return turns
 
 

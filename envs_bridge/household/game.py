@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from envs_bridge.household.dialect import Dialect, ForeignGame, GameFileError, read_dialect
+
 TASK_TYPES = (
     "pick_and_place_simple",
     "look_at_obj_in_light",
@@ -39,10 +41,6 @@ GOAL_STATES = ("isclean", "ishot", "iscool", "issliced")
 GOAL_ABILITIES = ("cleanable", "heatable", "coolable", "sliceable", "toggleable")
 
 
-class GameFileError(ValueError):
-    """A game file that cannot be played; the message names the file and what is wrong with it."""
-
-
 @dataclass(frozen=True)
 class Goal:
     """What wins: `count` objects of `object_type`, in all `states`, in one `receptacle_type` receptacle; or, if
@@ -60,15 +58,15 @@ class Goal:
 class Game:
     """A household before the first turn. Objects, receptacles and locations are indices into sorted tables.
 
-    object_at, inside: initial location of each object (or -1) and the receptacles it lies in.
-    held_by: for each object that holds others, the names of those others.
+    start, held: the agent's location, and what it has in hand (or -1).
+    object_location, inside: initial location of each object (or -1) and the receptacles it lies in.
+    contents: for each object that holds others, the names of those others.
+    can_contain: pairs of a receptacle type and an object type it takes.
     """
 
     path: str
-    task: str
+    dialect: Dialect
     walkthrough: tuple[str, ...]
-    wording: str  # "move" (ALFWorld since December 2024) or "put" (before)
-    help_text: str
     goal: Goal
     receptacles: tuple[str, ...]
     receptacle_type: tuple[str, ...]
@@ -77,6 +75,7 @@ class Game:
     opened: tuple[bool, ...]
     locations: tuple[str, ...]
     start: int
+    held: int
     objects: tuple[str, ...]
     object_type: tuple[str, ...]
     object_location: tuple[int, ...]
@@ -88,16 +87,16 @@ class Game:
 
 @functools.lru_cache(maxsize=256)
 def load_game(path: str) -> Game:
-    """The game in the file, read once per process. Raises GameFileError."""
+    """The game in the file, read once per process. Raises GameFileError, ForeignGame."""
+    return build_game(read_game_file(path), path)
+
+
+def read_game_file(path: str) -> dict:
+    """A game file's JSON with its three texts checked to be there. Raises GameFileError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GameFileError(f"{path}: cannot be read ({error})") from error
-    return parse_game(text, path)
-
-
-def parse_game(text: str, path: str = "game") -> Game:
-    """Parse a game file's text. Raises GameFileError naming `path` and the fault."""
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -110,10 +109,17 @@ def parse_game(text: str, path: str = "game") -> Game:
     walkthrough = data.get("walkthrough") or []
     if not isinstance(walkthrough, list) or not all(isinstance(c, str) for c in walkthrough):
         raise GameFileError(f"{path}: 'walkthrough' must be a list of commands")
+    return data
+
+
+def build_game(data: dict, path: str = "game") -> Game:
+    """The game of a file's JSON. Raises GameFileError naming `path` and the fault; ForeignGame if it is sound, but its
+    rules or texts are not those our engine implements."""
     try:
-        return _build(path, data["grammar"], _sections(data["pddl_problem"]), tuple(walkthrough))
+        dialect = read_dialect(data["pddl_domain"], data["grammar"])
+        return _build(path, dialect, _sections(data["pddl_problem"]), tuple(data.get("walkthrough") or ()))
     except GameFileError as error:
-        raise GameFileError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _sections(problem: str) -> dict[str, list]:
@@ -185,8 +191,7 @@ def _names(ids: list[str]) -> dict[str, str]:
     return names
 
 
-def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tuple[str, ...]) -> Game:
-    wording, task, help_text = _read_grammar(grammar)
+def _build(path: str, dialect: Dialect, sections: dict[str, list], walkthrough: tuple[str, ...]) -> Game:
     types = _types_of_objects(sections[":objects"])
     facts: dict[str, list[list[str]]] = {}
     known = set()
@@ -213,7 +218,6 @@ def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tupl
     object_ids = sorted({o for o in known if types[o] == "object" and o in names})
     location_ids = sorted({part for part in known if types[part] == "location"})
     receptacle = {r: i for i, r in enumerate(receptacle_ids)}
-    {o: i for i, o in enumerate(object_ids)}
     location = {x: i for i, x in enumerate(location_ids)}
 
     def at(index: dict[str, int], key: str) -> int:
@@ -243,14 +247,15 @@ def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tupl
     starts = table("atlocation", 2)
     if len(starts) != 1:
         raise GameFileError(f"the agent stands at {len(starts)} locations, need exactly one (atLocation ...) fact")
+    held = [o for _, o in table("holds", 2)]
+    if len(held) > 1:
+        raise GameFileError(f"the agent holds {len(held)} things, need at most one (holds ...) fact")
     location_names = {x: names.get(x, x) for x in location_ids}
 
     return Game(
         path=path,
-        task=task,
+        dialect=dialect,
         walkthrough=walkthrough,
-        wording=wording,
-        help_text=help_text,
         goal=_read_goal(sections[":goal"]),
         receptacles=tuple(names[r] for r in receptacle_ids),
         receptacle_type=tuple(receptacle_kind[r] for r in receptacle_ids),
@@ -259,6 +264,7 @@ def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tupl
         opened=tuple(r in opened for r in receptacle_ids),
         locations=tuple(location_names[x] for x in location_ids),
         start=at(location, starts[0][1]),
+        held=object_ids.index(held[0]) if held else -1,
         objects=tuple(names[o] for o in object_ids),
         object_type=tuple(object_kind.get(o, "") for o in object_ids),
         object_location=tuple(object_where.get(o, -1) for o in object_ids),
@@ -267,23 +273,6 @@ def _build(path: str, grammar: str, sections: dict[str, list], walkthrough: tupl
         contents=tuple(tuple(names[i] for i in sorted(contents.get(o, ()))) for o in object_ids),
         can_contain=frozenset((r, o) for r, o in table("cancontain", 2)),
     )
-
-
-def _read_grammar(grammar: str) -> tuple[str, str, str]:
-    """(wording, task, help text) of a twl2 grammar. ALFWorld changed its wording in December 2024."""
-    if 'template :: "move {o} to {r}"' in grammar:
-        wording = "move"
-    elif 'template :: "put {o} in/on {r}"' in grammar:
-        wording = "put"
-    else:
-        raise GameFileError("the grammar has neither 'move {o} to {r}' nor 'put {o} in/on {r}'; it is not ALFWorld's")
-    task = re.search(r'"rhs":\s*("Your task is to: (?:[^"\\]|\\.)*")', grammar)
-    if not task:
-        raise GameFileError('the grammar has no "Your task is to: ..." text')
-    helped = re.search(r'"help\.feedback":\s*\[\s*\{\s*"rhs":\s*("(?:[^"\\]|\\.)*")', grammar)
-    # A block of the grammar reaches TextWorld's JSON reader as it stands, so its escapes are JSON's.
-    # The engine's grammar reader drops white space before a text.
-    return wording, json.loads(task.group(1)).strip(), json.loads(helped.group(1)).lstrip() if helped else ""
 
 
 def _atoms(form: list | str) -> list[list[str]]:
@@ -299,7 +288,7 @@ def _atoms(form: list | str) -> list[list[str]]:
     if form[0] == "not" and len(form) == 2 and isinstance(form[1], list) and form[1][:1] == ["="]:
         return [["!=", *form[1][1:]]]
     if not all(isinstance(part, str) for part in form):
-        raise GameFileError(f"the goal uses {form[0]!r}, which no ALFWorld task does")
+        raise ForeignGame(f"the goal uses {form[0]!r}, which no ALFWorld task does")
     return [form]
 
 
@@ -314,7 +303,7 @@ def _read_goal(goal: list) -> Goal:
         "objecttype", "receptacletype", "inreceptacle", "holds", "istoggled", "atlocation", "receptacleatlocation", "!="
     }  # fmt: skip
     if odd:
-        raise GameFileError(f"the goal uses {', '.join(sorted(odd))}, which none of the six task types does")
+        raise ForeignGame(f"the goal uses {', '.join(sorted(odd))}, which none of the six task types does")
     held = [atom[2] for atom in atoms if atom[0] == "holds" and len(atom) == 3]
     lamps = [atom[1] for atom in atoms if atom[0] == "istoggled"]
     if held and lamps:
@@ -335,4 +324,4 @@ def _read_goal(goal: list) -> Goal:
                 abilities=tuple(sorted({a[0] for a in atoms if a[0] in GOAL_ABILITIES})),
                 count=len(objects),
             )
-    raise GameFileError("the goal is none of ALFWorld's six task types")
+    raise ForeignGame("the goal is none of ALFWorld's six task types")

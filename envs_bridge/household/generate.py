@@ -13,7 +13,7 @@ from pathlib import Path
 from envs_bridge.household import lexicon
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import demonstrate
-from envs_bridge.household.game import TASK_TYPES, parse_game
+from envs_bridge.household.game import TASK_TYPES, build_game
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 SCENES = {"train": range(1, 81), "valid_seen": range(1, 81), "valid_unseen": range(81, 100)}
@@ -78,7 +78,7 @@ def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> 
         "pddl_problem": problem,
         "solvable": True,
     }
-    world = Household(parse_game(json.dumps(game)))
+    world = Household(build_game(game))
     game["walkthrough"] = [command for _, command in demonstrate(world, rng)]
     if not world.done:
         raise AssertionError(f"generated game {split}/{index} of seed {seed} is not won by its walkthrough")

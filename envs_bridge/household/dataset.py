@@ -1,0 +1,102 @@
+"""The games of an ALFWorld data folder: which there are, which are left out, and in which wording they play.
+
+The folder is what `alfworld-download` fills (`$ALFWORLD_DATA`): `json_2.1.1/SPLIT/TASK.../trial.../game.tw-pddl`.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from envs_bridge.household.dialect import ForeignGame, read_dialect
+from envs_bridge.household.game import TASK_TYPES, GameFileError, read_game_file
+from envs_bridge.household.generate import SPLITS
+
+GENERATION = {"move": "'move X to Y', as since December 2024", "put": "'put X in/on Y', as before December 2024"}
+
+
+@dataclass
+class Survey:
+    """What a data folder holds.
+
+    games: game files by split, sorted. wordings: how many play in which wording. foreign: one sentence for each game
+    that our engine leaves to ALFWorld's own. left_out: how many were left out, by reason.
+    """
+
+    folder: Path
+    games: dict[str, list[str]] = field(default_factory=dict)
+    wordings: Counter = field(default_factory=Counter)
+    foreign: list[str] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{split} {len(games)}" for split, games in self.games.items())
+        lines = [f"ALFWorld games in {self.folder}: {counts}"]
+        lines += [f"wording {GENERATION[wording]}: {count} games" for wording, count in sorted(self.wordings.items())]
+        if len(self.wordings) > 1:
+            lines.append("The data mixes two wordings: an agent trained on one will fail at the other.")
+        lines += [f"left out: {count} {reason}" for reason, count in sorted(self.left_out.items())]
+        if self.foreign:
+            lines.append(f"{len(self.foreign)} games are left to ALFWorld's own engine; the first: {self.foreign[0]}")
+        return "\n".join(lines)
+
+
+def data_folder(data: Path | None) -> Path:
+    """The folder named, or `$ALFWORLD_DATA`. Raises ValueError if it holds no split."""
+    if data is None and not os.environ.get("ALFWORLD_DATA"):
+        raise ValueError("--data: name ALFWorld's data folder, or set $ALFWORLD_DATA (alfworld-download fills it)")
+    folder = Path(data or os.environ["ALFWORLD_DATA"])
+    for inner in (folder, folder / "json_2.1.1"):
+        if any((inner / split).is_dir() for split in SPLITS):
+            return inner
+    raise ValueError(f"--data: {folder} holds none of the folders {', '.join(SPLITS)} (nor does its json_2.1.1)")
+
+
+def survey(
+    data: Path | None,
+    splits: Sequence[str] = SPLITS,
+    *,
+    task_types: Sequence[str] = TASK_TYPES,
+    on_game: Callable[[int], None] | None = None,
+) -> Survey:
+    """Read every game file of the splits, as ALFWorld's own loader would choose them.
+
+    Left out are games with movable receptacles or sliced things, of other task types, not solvable, or unreadable.
+    `on_game(count)` is told of the progress. Raises ValueError for a folder without games.
+    """
+    found = Survey(data_folder(data))
+    count = 0
+    for split in splits:
+        games = found.games[split] = []
+        for path in sorted((found.folder / split).glob("*/*/game.tw-pddl")):
+            count += 1
+            if on_game:
+                on_game(count)
+            reason = _why_left_out(path, task_types, found)
+            if reason:
+                found.left_out[reason] += 1
+            else:
+                games.append(str(path))
+    if not any(found.games.values()):
+        raise ValueError(f"--data: {found.folder} holds no playable game in {', '.join(splits)}")
+    return found
+
+
+def _why_left_out(path: Path, task_types: Sequence[str], found: Survey) -> str:
+    """A reason, or nothing and the game's wording noted."""
+    if "movable" in str(path) or "Sliced" in str(path):
+        return "with movable receptacles or sliced things (ALFWorld leaves them out, too)"
+    if path.parts[-3].partition("-")[0] not in task_types:
+        return "of other task types"
+    try:
+        data = read_game_file(str(path))
+    except GameFileError as error:
+        return f"unreadable ({error})"
+    if not data.get("solvable"):
+        return "not known to be solvable"
+    try:
+        found.wordings[read_dialect(data["pddl_domain"], data["grammar"]).wording] += 1
+    except ForeignGame as error:
+        found.foreign.append(f"{path}: {error}")
+    return ""

@@ -1,0 +1,199 @@
+"""Success of a trained run on games it did not train on: a table by task type and split, as in the paper.
+
+    proxmo eval runs/household                         # the newest checkpoint on the run's held-out games
+    proxmo eval runs/household --env alfworld --data DIR --greedy
+
+The sampling temperature is the published one, 0.4. Counts and 95% intervals (Wilson) stand beside every rate; all of it
+goes into a JSON file, too.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from envs_bridge.collect import Player, collect
+from envs_bridge.pool import Pool
+from experiments import setup
+from proxmo_jax.checkpoint import Checkpoints, load_params
+from proxmo_jax.report import progress_bar, wilson
+from proxmo_jax.sharding import data_mesh
+from proxmo_jax.tokenizer import load_tokenizer
+
+COLUMNS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")  # the paper's names of the six task types, in order
+HELD_OUT = ("valid_seen", "valid_unseen")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate, where, and how."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a training run."""
+    checkpoint: int | None = None
+    """Iteration of the checkpoint (default: the newest); 0 is the warm start."""
+    env: str | None = None
+    """household (the run's own held-out games) or alfworld (those of --data); default: as the run was trained."""
+    data: Path | None = None
+    """ALFWorld's data folder; default: the run's, or $ALFWORLD_DATA."""
+    engine: str | None = None
+    """fast, textworld or textworld-stock; default: the run's."""
+    python: str | None = None
+    """Interpreter for the workers; default: the run's."""
+    splits: tuple[str, ...] = HELD_OUT
+    games: int = 0
+    """Games of each split at most, evenly spread over it; 0: all."""
+    temperature: float = 0.4
+    greedy: bool = False
+    """Take the likeliest token instead of sampling."""
+    seed: int = 0
+    batch: int = 64
+    """Episodes played side by side."""
+    workers: int | None = None
+    out: Path | None = None
+    """JSON file to write; default: eval.json in the run's folder."""
+
+
+def main(config: Config, console: Console | None = None) -> dict:
+    """Evaluate, print the table, write the JSON; returns what was written."""
+    console = console or Console()
+    stored = run_settings(config)
+    games = held_out_games(config, stored, console)
+    mesh = data_mesh()
+    player = setup.make_player(stored, load_tokenizer(config.run / "tokenizer"), mesh)
+    params, iteration = trained_params(config, stored, player)
+    temperature = 0.0 if config.greedy else config.temperature
+    began = time.time()
+    with setup.make_pool(stored) as pool:
+        results = {split: play(config, player, params, pool, games[split], split, console) for split in games}
+    answer = {
+        "run": str(config.run),
+        "iteration": iteration,
+        "temperature": temperature,
+        "seed": config.seed,
+        "env": stored.env,
+        "engine": stored.engine,
+        "seconds": round(time.time() - began, 1),
+        "splits": {split: rates(games[split], *result) for split, result in results.items()},
+    }
+    console.print(table(answer))
+    target = config.out or config.run / "eval.json"
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text(json.dumps(answer, indent=1) + "\n")
+    temporary.replace(target)
+    console.print(f"{target} holds these numbers.")
+    return answer
+
+
+def run_settings(config: Config) -> setup.Config:
+    """The run's settings with what is asked for here in their place. Raises ValueError for what cannot be."""
+    if not (config.run / "config.json").is_file():
+        raise ValueError(f"{config.run} holds no run (no config.json)")
+    if config.batch < 1 or config.games < 0:
+        raise ValueError(f"--batch must be at least 1 and --games at least 0, got {config.batch} and {config.games}")
+    if config.temperature <= 0:
+        raise ValueError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
+    unknown = sorted(set(config.splits) - set(setup.SPLITS))
+    if unknown or not config.splits:
+        raise ValueError(f"--splits must be of {', '.join(setup.SPLITS)}; got {', '.join(unknown) or 'none'}")
+    stored = setup.stored_config(setup.Config(out=config.run))
+    asked = {name: getattr(config, name) for name in ("env", "data", "engine", "python", "workers")}
+    stored = dataclasses.replace(stored, **{name: value for name, value in asked.items() if value is not None})
+    setup.check(stored)
+    return stored
+
+
+def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[str]]:
+    """Game files by split. Raises ValueError if there are none."""
+    if stored.env == "alfworld":
+        games = setup.alfworld_games(stored.data, config.splits, console)
+    else:
+        folder = config.run / "games"
+        games = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in config.splits}
+    chosen = {split: setup.evenly(files, config.games or len(files)) for split, files in games.items() if files}
+    if not chosen:
+        raise ValueError(f"{config.run}: no game in {', '.join(config.splits)}")
+    return chosen
+
+
+def trained_params(config: Config, stored: setup.Config, player: Player):
+    """(parameters, iteration) of a checkpoint, or of the warm start for iteration 0."""
+    state, _ = setup.fresh_state(stored, player, jax.random.key(0))
+    checkpoints = Checkpoints(config.run / "checkpoints")
+    try:
+        steps = checkpoints.steps()
+        wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
+        if wanted == 0:
+            return load_params(config.run / "warm_start", state.params), 0
+        if wanted not in steps:
+            there = ", ".join(map(str, [0, *steps]))
+            raise ValueError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
+        return checkpoints.restore(state, wanted)[0].params, wanted
+    finally:
+        checkpoints.close()
+
+
+def play(
+    config: Config, player: Player, params, pool: Pool, games: list[str], split: str, console: Console
+) -> tuple[np.ndarray, np.ndarray]:
+    """(won, finished) bool of every game of a split, a batch at a time."""
+    won, finished = np.zeros(len(games), bool), np.zeros(len(games), bool)
+    key = jax.random.key(config.seed)
+    with progress_bar(console) as bar:
+        task = bar.add_task(split, total=len(games), note="")
+        for start in range(0, len(games), config.batch):
+            part = slice(start, start + config.batch)
+            rollout = collect(
+                player,
+                params,
+                pool,
+                games[part],
+                jax.random.fold_in(key, start),
+                temperature=0.0 if config.greedy else config.temperature,
+            )
+            won[part], finished[part] = rollout.won, rollout.finished
+            bar.update(task, completed=min(start + config.batch, len(games)), note=f"{won.sum()} solved")
+    return won, finished
+
+
+def rates(games: list[str], won: np.ndarray, finished: np.ndarray) -> dict[str, dict]:
+    """Wins, games, rate and interval by the paper's columns and All; games that could not be played are left out."""
+    kinds = np.array([setup.kind_of(game) for game in games])
+    answer = {}
+    for name, chosen in [*((c, kinds == i) for i, c in enumerate(COLUMNS)), ("All", kinds >= 0)]:
+        wins, count = int(won[chosen & finished].sum()), int((chosen & finished).sum())
+        low, high = wilson(wins, count)
+        answer[name] = {
+            "wins": wins,
+            "games": count,
+            "rate": wins / count if count else None,
+            "low": low,
+            "high": high,
+        }
+    answer["All"]["lost"] = int((~finished).sum())
+    return answer
+
+
+def table(answer: dict) -> Table:
+    """The paper's table: a row for each split, percent with counts and intervals."""
+    how = "greedy" if answer["temperature"] == 0 else f"temperature {answer['temperature']:g}"
+    grid = Table(title=f"{answer['run']}, iteration {answer['iteration']}, {how}; percent, won/played, 95% interval")
+    grid.add_column("split")
+    for name in (*COLUMNS, "All"):
+        grid.add_column(name, justify="right")
+    for split, cells in answer["splits"].items():
+        texts = [
+            f"{100 * c['rate']:.1f}\n{c['wins']}/{c['games']}\n{100 * c['low']:.0f}-{100 * c['high']:.0f}"
+            if c["games"]
+            else "-"
+            for c in (cells[name] for name in (*COLUMNS, "All"))
+        ]
+        grid.add_row(split, *texts, end_section=True)
+    return grid

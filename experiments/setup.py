@@ -1,0 +1,282 @@
+"""What a run is made of: its settings, folder, games, tokenizer and policy."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from envs_bridge.collect import Example, Limits, Player
+from envs_bridge.household import lexicon
+from envs_bridge.household.dataset import SPLITS, data_folder, survey
+from envs_bridge.household.game import TASK_TYPES
+from envs_bridge.household.generate import LEVELS, generate_games
+from envs_bridge.pool import Pool
+from envs_bridge.prompts import History, Notes
+from envs_bridge.worker import ENGINES
+from proxmo_jax.advantages import PRESETS
+from proxmo_jax.learner import TrainState, make_optimizer
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.report import progress_bar
+from proxmo_jax.sharding import replicate
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run. Published values are the defaults where a small model on a CPU can use them."""
+
+    out: Path = Path("runs/household")
+    """Folder of the run; must be new, or hold this run and be given with --resume."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with the settings stored there."""
+    config: Path | None = None
+    """TOML file with settings of these names; options on the command line win."""
+    method: str = "proxmo"
+    """Estimator: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation,
+    proxmo_without_proximity, official."""
+    seed: int = 0
+
+    env: str = "household"
+    """Games: household (generated into --out) or alfworld (ALFWorld's own, from --data)."""
+    data: Path | None = None
+    """ALFWorld's data folder; default: $ALFWORLD_DATA."""
+    engine: str = "fast"
+    """What plays them: fast (ours), textworld (ALFWorld's own, its repeated work remembered) or textworld-stock (as it
+    is). Games that ours does not implement are left to ALFWorld's own in any case."""
+    python: str = ""
+    """Interpreter for the workers, where ALFWorld's packages live in another; default: this one."""
+    level: str = "easy"
+    """Size of the generated houses: easy, medium or hard."""
+    train_games: int = 2000
+    """Games to generate, or to take of ALFWorld's at most."""
+    eval_games: int = 192
+    """Held-out games, half in new houses (valid_unseen), half new games in known ones (valid_seen)."""
+
+    prompt: str = "notes"
+    """What the policy reads: notes (short, for small policies) or history (the last turns as they were)."""
+    history: int = 2
+    """Past turns in a history prompt."""
+    list_actions: bool = True
+    """Whether a history prompt lists the admissible actions."""
+
+    iterations: int = 50
+    groups: int = 16
+    members: int = 8
+    max_turns: int = 20
+    temperature: float = 1.0
+    reward_scale: float = 10.0
+    invalid_penalty: float = 1.5
+    """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""
+    penalise_inadmissible: bool = True
+    """Commands that do nothing count as invalid, too; published: only ill-formed answers do."""
+
+    learning_rate: float = 3e-4
+    final_rate: float = 0.05
+    """Share of the learning rate left at the last iteration (cosine); published: constant, 1."""
+    epochs: int = 1
+    rows_per_batch: int = 32
+    micro_batches: int = 8
+    """Parts a mini-batch is computed in, to save memory; the result is the same."""
+    row_length: int = 160
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    kl_weight: float = 0.01
+    entropy_weight: float = 0.001
+
+    warm_start_steps: int = 2000
+    warm_start_rate: float = 4e-3
+    search_rate: float = 1.0
+    """Demonstrations of the warm start: how little the demonstrator knows of where things are (0 all, 1 nothing)."""
+    mistake_rate: float = 0.9
+    """How often a careless demonstrator wastes a turn, though never two in a row."""
+    careless_share: float = 0.15
+    """Share of the warm start, its end, that clones careless demonstrations, so that something is left to learn."""
+    warm_start_from: Path | None = None
+    """Take the warm start (and tokenizer) of another run's folder instead of making one."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 8
+
+    workers: int = 2
+    worker_timeout: float = 0.0
+    """Seconds after which a worker that does not answer is replaced; 0: 60, and 900 with ALFWorld's own engine."""
+    eval_every: int = 10
+    eval_temperature: float = 0.4
+    save_every: int = 10
+
+
+CHOICES = {
+    "method": tuple(PRESETS),
+    "env": ("household", "alfworld"),
+    "engine": tuple(ENGINES),
+    "level": tuple(LEVELS),
+    "prompt": ("notes", "history"),
+}
+AT_LEAST_ONE = (
+    "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
+    " epochs warm_start_steps max_response_tokens"
+).split()
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work, one clear sentence each (ValueError)."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        need(value in choices, f"--{name} must be one of {', '.join(choices)}; got {value!r}")
+    if config.env == "alfworld":
+        data_folder(config.data)
+    need(config.history >= 0, f"--history must be at least 0, got {config.history}")
+    need(config.worker_timeout >= 0, f"--worker-timeout must be at least 0, got {config.worker_timeout}")
+    need(
+        config.members >= 2,
+        f"--members must be at least 2, got {config.members}: a group compares attempts at one task",
+    )
+    for name in AT_LEAST_ONE:
+        option = f"--{name.replace('_', '-')}"
+        need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
+    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate"):
+        value = getattr(config, name)
+        need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+    need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    need(
+        config.row_length >= longest,
+        f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}",
+    )
+    devices = jax.device_count()
+    for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
+        need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
+    part = config.micro_batches * devices
+    need(config.rows_per_batch % part == 0, f"--rows-per-batch must be a multiple of micro-batches x devices = {part}")
+
+
+def stored_config(config: Config) -> Config:
+    """The settings of the run to resume; more `iterations` than it has stored go on from where it ended."""
+    path = config.out / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
+    stored = json.loads(path.read_text())
+    paths = {"out", "config", "warm_start_from", "data"}
+    values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
+    iterations = max(values["iterations"], config.iterations)
+    return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
+
+
+def open_folder(config: Config) -> None:
+    """Make the run's folder and note its settings. Raises ValueError if another run lives there."""
+    path = config.out / "config.json"
+    if path.exists() and not config.resume:
+        raise ValueError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
+    if config.out.exists() and not config.resume and any(config.out.iterdir()):
+        raise ValueError(f"--out: {config.out} is not empty; name a new folder")
+    config.out.mkdir(parents=True, exist_ok=True)
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**values, "resume": False}, indent=1))
+    temporary.replace(path)
+
+
+def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
+    """Training games, and held-out ones: half new games in known houses, half in houses never trained in."""
+    seen = config.eval_games // 2
+    wanted = {"train": config.train_games, "valid_seen": seen, "valid_unseen": config.eval_games - seen}
+    if config.env == "alfworld":
+        games = alfworld_games(config.data, SPLITS, console)
+        chosen = {split: evenly(games[split], count) for split, count in wanted.items()}
+    else:
+        folder, level = config.out / "games", config.level
+        chosen = {
+            split: [str(p) for p in generate_games(folder, split=split, count=n, seed=config.seed, level=level)]
+            for split, n in wanted.items()
+            if n
+        }
+    held_out = [game for split in SPLITS[1:] for game in chosen.get(split, [])]
+    if not chosen["train"] or not held_out:
+        raise ValueError("--data: need games in train, and in valid_seen or valid_unseen")
+    return chosen["train"], held_out
+
+
+def alfworld_games(data: Path | None, splits: Sequence[str], console: Console) -> dict[str, list[str]]:
+    """ALFWorld's games by split, with what there is to say about them."""
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading games", total=None, note="")
+        found = survey(data, splits, on_game=lambda count: bar.update(task, completed=count))
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    return found.games
+
+
+def evenly(games: list[str], count: int) -> list[str]:
+    """At most `count` of them, evenly spread over the (sorted) list, so that no task type is left out."""
+    return [games[i] for i in np.linspace(0, len(games) - 1, min(count, len(games))).round().astype(int)]
+
+
+def make_tokenizer(config: Config, demos: Sequence[Example]):
+    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
+    folder = config.out / "tokenizer"
+    if folder.exists():
+        return load_tokenizer(folder)
+    if config.warm_start_from:
+        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+    texts = [f"{example.memory.prompt()} {example.command}" for example in demos]
+    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
+    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
+
+
+def make_player(config: Config, tokenizer, mesh: Mesh) -> Player:
+    """The policy's shape and how it reads and answers."""
+    policy = PolicyConfig(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // 16,
+        num_key_value_heads=config.hidden_size // 32,
+        head_dim=16,
+        initializer_range=0.15,
+    )
+    limits = Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
+    return Player(tokenizer, policy, limits, mesh=mesh, start=memory_of(config))
+
+
+def memory_of(config: Config):
+    """What begins the memory of an episode, from which its prompts are written."""
+    if config.prompt == "notes":
+        return Notes.start
+    return partial(History.start, kept=config.history, list_actions=config.list_actions)
+
+
+def fresh_state(config: Config, player: Player, key: jax.Array):
+    """(state, optimizer) of a policy that has learned nothing."""
+    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
+    params = replicate(player.mesh, init_params(player.config, key))
+    return TrainState(params, optimizer.init(params)), optimizer
+
+
+def make_pool(config: Config) -> Pool:
+    """The workers; ALFWorld's own engine needs longer, above all where many games start at once."""
+    timeout = config.worker_timeout or (60.0 if config.engine == "fast" else 900.0)
+    return Pool(config.workers, python=config.python or sys.executable, engine=config.engine, timeout=timeout)
+
+
+def kind_of(game: str) -> int:
+    """Which of the task types a game file is, by its folder's name."""
+    return TASK_TYPES.index(Path(game).parts[-3].partition("-")[0])

@@ -16,6 +16,7 @@ USAGE = """usage: proxmo COMMAND [options]
   eval RUN          success of a trained run by task type and split
   advantages        compute the advantages of a file of steps
   bench estimator   time the estimator, beside the official code if it is there
+  bench env         time the household engines and the worker pool
   verify-env household   play our engine and ALFWorld's own side by side
 
 proxmo COMMAND --help lists the options."""
@@ -51,10 +52,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _verify_household(rest[1:])
     if command == "verify-env":
         raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household")
-    if command == "bench" and rest[:1] == ["estimator"]:
-        return _bench_estimator(rest[1:])
+    if command == "bench" and rest[:1] in (["estimator"], ["env"]):
+        return _bench(*rest)
     if command == "bench":
-        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator")
+        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator or env")
     raise ValueError(f"unknown command {command!r}; need train, eval, advantages, bench or verify-env")
 
 
@@ -113,22 +114,30 @@ class VerifyOptions:
     seed: int = 0
     python: str = sys.executable
     """Interpreter that has the packages alfworld and textworld."""
+    stock: bool = False
+    """ALFWorld's own engine as it is, without remembering its repeated work; many times slower."""
 
 
 def _verify_household(arguments: list[str]) -> int:
-    from envs_bridge.household.verify import lockstep
+    from envs_bridge.household.verify import lockstep, playable
     from envs_bridge.pool import Pool
     from proxmo_jax.report import progress_bar
 
     options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
-    games = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
-    if not games:
+    files = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
+    if not files:
         raise ValueError(f"--games: {options.games} holds no game.tw-pddl file")
     if options.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {options.episodes}")
-    with Pool(1, python=options.python, engine="textworld", timeout=600) as pool, progress_bar(Console()) as bar:
+    games, others = playable(files)
+    if others:
+        print(f"{len(others)} of {len(files)} files are not played by our engine; the first: {others[0]}")
+    if not games:
+        raise ValueError(f"--games: {options.games} holds no game that our engine plays")
+    engine = "textworld-stock" if options.stock else "textworld"
+    with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(Console()) as bar:
         task = bar.add_task("comparing", total=options.episodes, note="")
-        episodes, steps, difference = lockstep(
+        found = lockstep(
             games,
             lambda game: pool.reset([(0, game)])[0],
             lambda command: pool.step([(0, command)])[0],
@@ -136,21 +145,23 @@ def _verify_household(arguments: list[str]) -> int:
             seed=options.seed,
             on_episode=lambda done: bar.update(task, completed=done),
         )
-    if pool.fault:
-        raise RuntimeError(f"ALFWorld's engine failed after {steps} steps: {pool.fault}")
-    if difference is not None:
-        print(difference)
-    print(f"{episodes} episodes, {steps} steps, {0 if difference is None else 1} differences")
-    return 0 if difference is None else 1
+    if found.difference is not None:
+        print(found.difference)
+    if found.unplayed:
+        reason = f"ALFWorld's engine could not start {len(found.unplayed)} episodes; the last: {pool.fault}"
+        if found.episodes == 0:
+            raise RuntimeError(reason)
+        print(reason)
+    print(found)
+    return 0 if found.difference is None else 1
 
 
-def _bench_estimator(arguments: list[str]) -> int:
-    from experiments import bench_estimator
+def _bench(name: str, *arguments: str) -> int:
+    import importlib
 
-    options = tyro.cli(
-        bench_estimator.Config, args=arguments, prog="proxmo bench estimator", description=bench_estimator.__doc__
-    )
-    bench_estimator.main(options)
+    bench = importlib.import_module(f"experiments.bench_{name}")
+    options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
+    bench.main(options)
     return 0
 
 

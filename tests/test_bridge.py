@@ -3,17 +3,23 @@
 import ast
 import json
 import os
+import random
+import re
 import signal
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from envs_bridge.actions import WEBSHOP_TAIL, project
 from envs_bridge.household.engine import Household
-from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.household.game import load_game
+from envs_bridge.pool import Pool, WorkerError, _parse
 from envs_bridge.prompts import History, Notes
 from envs_bridge.turn import Observation
+from envs_bridge.worker import Worker, load_fast
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,6 +148,97 @@ def test_a_lost_worker_is_replaced(games, harm, message):
         assert pool.faults == 1
         assert message in pool.fault
         assert pool.reset(slots) == first
+
+
+def test_a_worker_killed_in_mid_step_loses_its_episodes_alone(games):
+    with Pool(2) as pool:
+        slots = [(slot, games[0]) for slot in range(16)]
+        assert None not in pool.reset(slots)
+        many = [(slot, "look") for slot in range(16)] * 400  # long enough to be killed while it plays
+        pool.send_step(many)
+        kill(pool)
+        answers = pool.receive()
+        lost = [answer is None for answer in answers]
+        assert lost == [slot < 8 for slot, _ in many]
+        assert "exit status -9" in pool.fault
+        assert None not in pool.reset(slots)
+
+
+def test_a_worker_that_does_not_read_does_not_hold_us(games):
+    """A megabyte does not fit a pipe: writing it to a worker that hangs must time out as reading does."""
+    with Pool(1, timeout=2) as pool:
+        assert pool.reset([(0, games[0])])[0]
+        stop(pool)
+        assert pool.step([(0, "x" * 3_000_000)]) == [None]
+        assert "did not answer within 2 s" in pool.fault
+        assert pool.reset([(0, games[0])])[0]
+        assert pool.step([(0, "x" * 3_000_000)])[0].text == "Nothing happens."
+
+
+def test_words_are_counted_once_in_the_worker(games):
+    with Pool(1) as pool:
+        pool.reset([(0, games[0]), (1, games[0])])
+        for command in ("look", "inventory", "look"):
+            for seen in pool.step([(0, command), (1, command)]):
+                assert dict(seen.words) == Counter(re.findall(r"\b\w\w+\b", seen.text.lower()))
+        assert len(pool._links[0].words) == 3  # the room, look, inventory
+
+
+def test_worker_and_pool_forget_texts_together(games, monkeypatch):
+    """Both sides keep at most so many texts; when one forgets, so does the other, and no count is lost."""
+    monkeypatch.setattr("envs_bridge.pool.SAID_AT_MOST", 3)
+    monkeypatch.setattr("envs_bridge.worker.SAID_AT_MOST", 3)
+    worker, words = Worker(load_fast), {}
+    ask = [
+        {"reset": [[0, games[0]]]},
+        *({"step": [[0, f"go to {place}"]]} for place in load_game(games[0]).receptacles * 3),
+    ]
+    for request in ask:
+        ((seen, _),) = _parse(json.loads(json.dumps(worker.answer(request))), 1, words)
+        assert dict(seen.words) == Counter(re.findall(r"\b\w\w+\b", seen.text.lower()))
+        assert len(words) <= 3
+
+
+def strange_actions(count):
+    """Actions as a broken or hostile model may write them: Unicode, control characters, code, at times a megabyte."""
+    rng = random.Random(0)
+    seeds = [
+        "go to desk 1", "take ", "'; rm -rf / #", "$(touch HERE)", "`touch HERE`", "open('HERE', 'w')", "\ud800",
+        "__import__('os').system('touch HERE')", "{o.name}", "#look.feedback#", "[{r.name | holds(a, o)}]", "%s%n",
+        "\x00", "\x1b[2J", "\u202e",
+        "🍎" * 9, '"}]}', "\r\n", "(define (problem x)", "<action>look</action>", "../../etc/passwd",
+        "NaN", "[1, 2", "ＬＯＯＫ",
+    ]  # fmt: skip
+    for i in range(count):
+        kind = i % 5
+        if kind == 0:
+            yield "".join(
+                chr(rng.choice((rng.randrange(128), rng.randrange(0x110000)))) for _ in range(rng.randrange(30))
+            )
+        elif kind == 4 and i % 9999 == 4:
+            yield rng.choice(seeds) * (1_000_000 // 8)
+        else:
+            yield rng.choice(seeds) + rng.choice(seeds) * (kind - 1)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_strange_actions(games, tmp_path, monkeypatch):
+    """No crash, no hang, nothing executed, and the worlds play on."""
+    monkeypatch.chdir(tmp_path)
+    with Pool(2, timeout=60) as pool:
+        slots = [(slot, games[slot % len(games)]) for slot in range(16)]
+        pool.reset(slots)
+        before = pool.step([(slot, "look") for slot, _ in slots])
+        actions = strange_actions(100_000)
+        while part := list(islice(actions, 2000)):
+            projected = [project(f"<think></think><action>{action}</action>") for action in part]
+            commands = [(i % 16, command) for i, (command, _) in enumerate(projected)]
+            answers = pool.step(commands)
+            assert None not in answers
+        assert pool.faults == 0
+        pool.reset(slots)
+        assert pool.step([(slot, "look") for slot, _ in slots]) == before
+    assert not list(tmp_path.iterdir())
 
 
 GARBAGE = """

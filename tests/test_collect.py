@@ -2,13 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from envs_bridge.collect import Limits, Player, collect, demonstrations
+from envs_bridge.collect import TRIES, Limits, Player, collect, demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.pool import Pool, WorkerError
 from proxmo_jax.buffers import Buffer
@@ -55,6 +56,23 @@ def test_lost_episodes_are_played_anew(player, games):
     assert (rollout.prompt_lengths > 0).all()
     assert np.asarray(rollout.buffer.mask).all()
     assert [len(transcript) for transcript in rollout.transcripts] == [TURNS] * 16
+
+
+def test_a_game_file_deleted_under_way_costs_its_episodes_alone(player, games, tmp_path):
+    """The other group plays on, and nothing of the lost one is learned from."""
+    gone = tmp_path / "game.tw-pddl"
+    gone.write_bytes(Path(games[0]).read_bytes())
+    with Pool(2) as pool:
+        assert play(player, pool, [str(gone), games[1]]).finished.all()
+    gone.unlink()
+    with Pool(2) as pool:  # whose workers have not read the file yet
+        rollout = play(player, pool, [str(gone), games[1]])
+        assert "cannot be read" in pool.fault
+    assert rollout.finished.tolist() == [False] * 8 + [True] * 8
+    assert rollout.lost == 8 * TRIES
+    mask = np.asarray(rollout.buffer.mask)
+    assert not mask[:8].any()
+    assert mask[8:].all()
 
 
 def test_what_stays_lost_is_nowhere(player, games):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,63 @@ def test_a_run_leaves_what_it_promises(run):
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
     assert (run / "episodes_before.txt").read_text().count("===") == 3
+
+
+@pytest.mark.slow
+def test_evaluation_prints_the_papers_table(run, tmp_path):
+    """Counts by task type and split, the newest checkpoint by default, written as JSON."""
+    done = proxmo("eval", str(run), "--greedy", "--out", str(tmp_path / "eval.json"))
+    assert done.returncode == 0, done.stderr
+    for word in ("Pick2", "valid_seen", "valid_unseen", "greedy", "iteration 3"):
+        assert word in done.stdout
+    answer = json.loads((tmp_path / "eval.json").read_text())
+    assert answer["temperature"] == 0
+    assert answer["iteration"] == 3
+    for cells in answer["splits"].values():
+        assert sum(cells[name]["games"] for name in ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")) == 4
+        assert cells["All"]["games"] == 4
+        assert cells["All"]["low"] <= cells["All"]["rate"] <= cells["All"]["high"]
+    again = proxmo("eval", str(run), "--greedy", "--out", str(tmp_path / "again.json"), "--batch", "3")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again.json").read_text())["splits"] == answer["splits"]  # greedy is repeatable
+    warm = proxmo("eval", str(run), "--checkpoint", "0", "--games", "1", "--splits", "valid_seen")
+    assert "iteration 0" in warm.stdout
+    assert list(json.loads((run / "eval.json").read_text())["splits"]) == ["valid_seen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "7"], "has none of iteration 7; it has 0, 2, 3"),
+        (["--splits", "test"], "--splits must be of train, valid_seen, valid_unseen; got test"),
+        (["--temperature", "0"], "--greedy takes the likeliest token"),
+        (["--env", "alfworld", "--data", "/nowhere"], "--data: /nowhere holds none of the folders train"),
+        (["--engine", "warp"], "--engine must be one of fast, textworld, textworld-stock"),
+    ],
+)
+def test_evaluation_refuses(run, options, message):
+    refused = proxmo("eval", str(run), *options)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_alfworlds_data_are_trained_on(run, tmp_path):
+    """The small run's games, laid out as ALFWorld's are, and history prompts."""
+    data = tmp_path / "data"
+    shutil.copytree(run / "games", data / "json_2.1.1")
+    next((data / "json_2.1.1" / "train").glob("*/*/game.tw-pddl")).unlink()
+    out = tmp_path / "out"
+    options = "--env alfworld --prompt history --history 1 --max-prompt-tokens 300 --max-response-tokens 16".split()
+    done = proxmo("train", "--out", str(out), "--data", str(data), "--iterations", "1", *SMALL, *options,
+                  "--row-length", "320")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train 23, valid_seen 4, valid_unseen 4" in done.stdout
+    assert "on 23 ALFWorld games" in done.stdout
+    assert "'move X to Y', as since December 2024: 31 games" in done.stdout
+    assert not (out / "games").exists()
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Play the same commands in two engines and find the first turn at which they differ."""
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import next_command
+from envs_bridge.household.game import GameFileError, load_game
 from envs_bridge.turn import Observation
 
 SHOWN = 12  # last turns of a transcript in a report
@@ -34,6 +36,20 @@ class Difference:
         return "\n".join(lines)
 
 
+@dataclass
+class Comparison:
+    """What came of playing two engines side by side: episodes and steps compared, the first difference if there is one,
+    and one sentence for each episode that the other engine could not start."""
+
+    episodes: int = 0
+    steps: int = 0
+    difference: Difference | None = None
+    unplayed: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.episodes} episodes, {self.steps} steps, {int(self.difference is not None)} differences"
+
+
 def lockstep(
     games: Sequence[str],
     reset: Callable[[str], tuple[Observation, str] | None],
@@ -43,41 +59,66 @@ def lockstep(
     seed: int,
     max_steps: int = 40,
     on_episode: Callable[[int], None] | None = None,
-) -> tuple[int, int, Difference | None]:
-    """Play `episodes` episodes, the games in turn, in our engine and in the other: (episodes, steps, difference).
+) -> Comparison:
+    """Play `episodes` episodes, the games in turn, in our engine and in the other, up to the first difference.
 
-    `reset(game)` and `step(command)` drive the other engine. Every third episode follows the expert to the win, every
-    third takes it for half of its commands, the rest are random; now and then a command is nonsense. Text, admissible
-    commands, reward, end and win are compared after every step, the task at the start; it stops at a difference.
-    An engine that answers None (its worker died) is taken to have said nothing.
+    `reset(game)` and `step(command)` drive the other engine; an answer of None means that it failed. Every third
+    episode follows the expert to the win, every third takes it for half of its commands, the rest are random; now and
+    then a command is nonsense. Text, admissible commands, reward, end and win are compared after every step, the task
+    at the start.
     """
-    steps = 0
+    found = Comparison()
     for episode in range(episodes):
         game = games[episode % len(games)]
-        rng = random.Random(f"{seed}/{episode}")
-        world = Household.load(game)
-        commands: list[str] = []
-        ours = world.reset()
-        theirs, task = reset(game) or (NOTHING_SAID, world.task)
-        if task != world.task:
-            theirs = Observation(f"task: {task}", theirs.admissible)
-        guided = (1.0, 0.5, 0.0)[episode % 3]
-        for _ in range(max_steps):
-            if ours != theirs:
-                return episode + 1, steps, Difference(game, commands, ours, theirs)
-            if ours.done:
-                break
-            commands.append(_command(world, ours, rng, guided))
-            ours, theirs = world.step(commands[-1]), step(commands[-1]) or NOTHING_SAID
-            steps += 1
+        started = reset(game)
+        if started is None:
+            found.unplayed.append(game)
+        else:
+            guided = (1.0, 0.5, 0.0)[episode % 3]
+            _compare(game, started, step, found, random.Random(f"{seed}/{episode}"), guided, max_steps)
+            found.episodes += 1
+        if found.difference is not None:
+            break
         if on_episode:
             on_episode(episode + 1)
-    return episodes, steps, None
+    return found
 
 
-def _command(world: Household, seen: Observation, rng: random.Random, guided: float) -> str:
+def _compare(
+    game: str, started: tuple[Observation, str], step: Callable[[str], Observation | None], found: Comparison,
+    rng: random.Random, guided: float, max_steps: int,
+) -> None:  # fmt: skip
+    """One episode; steps and the first difference are noted in `found`."""
+    world = Household.load(game)
+    ours, (theirs, task) = world.reset(), started
+    if task != world.task:
+        theirs = Observation(f"task: {task}", theirs.admissible)
+    commands: list[str] = []
+    while ours == theirs and not ours.done and len(commands) < max_steps:
+        commands.append(command_for(world, ours, rng, guided))
+        ours, theirs = world.step(commands[-1]), step(commands[-1]) or NOTHING_SAID
+        found.steps += 1
+    if ours != theirs:
+        found.difference = Difference(game, commands, ours, theirs)
+
+
+def playable(games: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(games that our engine plays, one sentence for each that it does not)."""
+    ours, others = [], []
+    for game in games:
+        try:
+            load_game(game)
+            ours.append(game)
+        except GameFileError as error:
+            others.append(str(error))
+    return ours, others
+
+
+def command_for(world: Household, seen: Observation, rng: random.Random, guided: float) -> str:
+    """The expert's next command with probability `guided`, else a random one, and now and then nonsense."""
     if rng.random() < guided:
-        return next_command(world)
+        with contextlib.suppress(ValueError):  # a house the expert does not understand
+            return next_command(world)
     if rng.random() < 0.03:
         return rng.choice(["", "take nothing from nowhere", "go to", f" {rng.choice(seen.admissible)} ", "LOOK", "!?"])
     doing = [command for command in seen.admissible if not command.startswith(("go to", "examine", "help"))]

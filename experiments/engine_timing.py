@@ -1,0 +1,67 @@
+"""Time one household engine in this process; `bench_env` starts one such process per engine. Knows no JAX.
+
+Read from stdin: {"engine": ..., "episodes": [[game file, [command, ...]], ...], "further": N}. Written to stdout, as
+one JSON line: seconds of the first load and reset and of a later reset, by game; seconds and number of steps; MiB that
+each of N further environments takes; a digest of everything that was said.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from envs_bridge.worker import ENGINES
+
+
+def main() -> None:
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    request = json.load(sys.stdin)
+    load = ENGINES[request["engine"]]
+    first, again, steps, count = [], [], 0.0, 0
+    said = hashlib.sha256()
+    for game, commands in request["episodes"]:
+        began = time.perf_counter()
+        world = load(game)
+        world.reset()
+        loaded = time.perf_counter()
+        seen = world.reset()
+        first.append(loaded - began)
+        again.append(time.perf_counter() - loaded)
+        heard = [seen]
+        began = time.perf_counter()
+        for command in commands:
+            heard.append(world.step(command))
+        steps += time.perf_counter() - began
+        count += len(commands)
+        said.update(repr([(s.text, s.admissible, s.won) for s in heard]).encode())
+    games = [game for game, _ in request["episodes"]]
+    gc.collect()
+    before = resident()
+    worlds = [load(games[i % len(games)]) for i in range(request["further"])]
+    for world in worlds:
+        world.reset()
+    gc.collect()
+    further = (resident() - before) / max(len(worlds), 1)
+    answer = {
+        "first": first,
+        "again": again,
+        "seconds": steps,
+        "steps": count,
+        "mib": further,
+        "said": said.hexdigest(),
+    }
+    print(json.dumps(answer), file=pipe, flush=True)
+
+
+def resident() -> float:
+    """MiB of memory this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,10 @@ from envs_bridge.worker import VERSION
 LIMIT = 1 << 26  # bytes of one answer; more is garbage
 
 
+# Text, admissible commands, word counts.
+Said = tuple[str, tuple[str, ...], Mapping[str, int]]
+
+
 class WorkerError(RuntimeError):
     """No worker can be started, or speaks another protocol version; or no episode at all could be played."""
 
@@ -107,7 +111,7 @@ class Pool:
         answers: list = [None] * sum(map(len, waiting.values()))
         for worker, replies in self._receive(set(waiting)).items():
             try:
-                parsed = _parse(replies, len(waiting[worker]), self._links[worker].words)
+                parsed = _parse(replies, len(waiting[worker]), self._links[worker].said)
             except ValueError as error:
                 self._replace(worker, f"worker {worker} {error}")
                 continue
@@ -151,7 +155,7 @@ class Pool:
 
 
 class _Link:
-    """One worker process, what is still to be written to it, what was read of its next line, and its words so far."""
+    """One worker process, what is still to be written to it, what was read of its next line, and what it has said."""
 
     def __init__(self, command: list[str]):
         root = str(Path(__file__).resolve().parent.parent)
@@ -161,7 +165,7 @@ class _Link:
         # A worker that hangs does not read: what it is told must not hang this process, too.
         os.set_blocking(self.process.stdin.fileno(), False)  # type: ignore[union-attr]
         self.outgoing, self.incoming, self._ended = bytearray(), bytearray(), False
-        self.words: dict[str, Mapping[str, int]] = {}
+        self.said: list[Said] = []
 
     def write(self) -> bool:
         """Write what the pipe takes; True when nothing is left. A dead worker is found when its answer is read."""
@@ -213,12 +217,10 @@ class _Link:
         self.process.stdout.close()  # type: ignore[union-attr]
 
 
-def _parse(
-    replies: object, count: int, words: dict[str, Mapping[str, int]]
-) -> list[tuple[Observation, str] | str]:  # fmt: skip
+def _parse(replies: object, count: int, said: list[Said]) -> list[tuple[Observation, str] | str]:
     """Observation and task, or a sentence, per entry. Raises ValueError for anything else.
 
-    words: the counts this worker has sent so far, by text; new ones are added.
+    said: what this worker has said so far, by number; what is new is added.
     """
     if isinstance(replies, str):
         raise ValueError(replies)
@@ -229,23 +231,24 @@ def _parse(
         match reply:
             case str():
                 parsed.append(reply)
-            case [
-                str() as text,
-                [*admissible],
-                int() | float() as reward,
-                bool() as done,
-                bool() as won,
-                str() as task,
-                dict() | None as counts,
-            ]:
-                if counts is not None:
-                    if not all(type(n) is int and n > 0 for n in counts.values()):
-                        raise ValueError(f"answered {str(counts)[:80]!r} as word counts")
-                    if len(words) >= SAID_AT_MOST:  # the worker forgets at the same text
-                        words.clear()
-                    words[text] = counts
-                seen = Observation(text, tuple(map(str, admissible)), float(reward), done, won, words.get(text))
-                parsed.append((seen, task))
+            case [seen, int() | float() as reward, bool() as done, bool() as won, str() as task]:
+                text, admissible, words = _seen(seen, said)
+                parsed.append((Observation(text, admissible, float(reward), done, won, words), task))
             case _:
                 raise ValueError(f"answered {str(reply)[:80]!r} for an episode")
     return parsed
+
+
+def _seen(seen: object, said: list[Said]) -> Said:
+    """What a worker says anew or by number. Raises ValueError for anything else."""
+    match seen:
+        case int() if 0 <= seen < len(said):
+            return said[seen]
+        case [str() as text, str() as lines, dict() as words]:
+            if not set(map(type, words.values())) <= {int} or min(words.values(), default=1) < 1:
+                raise ValueError(f"answered {str(words)[:80]!r} as word counts")
+            if len(said) >= SAID_AT_MOST:  # the worker forgets at the same moment
+                said.clear()
+            said.append((text, tuple(lines.split("\n")) if lines else (), words))
+            return said[-1]
+    raise ValueError(f"answered {str(seen)[:80]!r} as an observation")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# Texts a worker and the pool remember of each other; both forget at once when there would be more.
-SAID_AT_MOST = 50_000
+# Observations that a worker and the pool remember of each other; both forget at once when there would be more.
+SAID_AT_MOST = 10_000
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 Started as `python -m envs_bridge.worker ENGINE`, ENGINE one of `ENGINES`. JSON lines over stdin and a private copy of
 stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"step": [[slot, command], ...]}; the answer
-is a list with one [text, admissible, reward, done, won, task, words] per entry, or a sentence for an entry that could
-not be done. `words` holds the counts of the text's words the first time this worker says that text, null after.
+is a list with one [seen, reward, done, won, task] per entry, or a sentence for an entry that could not be done. `seen`
+is [text, admissible commands (a line each), counts of the text's words] the first time this worker says that, and its
+number after.
 """
 
+import functools
 import json
 import os
 import re
@@ -18,7 +20,7 @@ from envs_bridge.household.engine import Household
 from envs_bridge.household.genuine import GenuineHousehold
 from envs_bridge.turn import SAID_AT_MOST, Environment, Observation
 
-VERSION = 2
+VERSION = 3
 WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.words` counts, which this process must not import
 
 
@@ -41,10 +43,10 @@ ENGINES = {
 
 
 class Worker:
-    """The worlds of one process, by slot, and the texts they have said."""
+    """The worlds of one process, by slot, and what they have said, by text and admissible commands."""
 
     def __init__(self, load):
-        self._load, self._worlds, self._said = load, {}, set()
+        self._load, self._worlds, self._said = load, {}, {}
 
     def answer(self, request: dict) -> list:
         """Do one request on the worlds of this worker."""
@@ -71,13 +73,22 @@ class Worker:
         return self._worlds[slot].step(command)
 
     def _fields(self, seen: Observation, task: str) -> list:
-        words = None
-        if seen.text not in self._said:
+        said = seen.text, seen.admissible
+        number = self._said.get(said)
+        if number is None:
             if len(self._said) >= SAID_AT_MOST:
                 self._said.clear()
-            self._said.add(seen.text)
-            words = Counter(WORD.findall(seen.text.lower()))
-        return [seen.text, seen.admissible, seen.reward, seen.done, seen.won, task, words]
+            lines = "\n".join(seen.admissible)
+            if lines.count("\n") > max(len(seen.admissible) - 1, 0):
+                raise ValueError("an admissible command holds a line break")
+            self._said[said] = len(self._said)
+            return [[seen.text, lines, word_counts(seen.text)], seen.reward, seen.done, seen.won, task]
+        return [number, seen.reward, seen.done, seen.won, task]
+
+
+@functools.lru_cache(maxsize=10_000)
+def word_counts(text: str) -> Counter:
+    return Counter(WORD.findall(text.lower()))
 
 
 def main() -> None:

@@ -2,13 +2,16 @@
 
 Read from stdin: {"engine": ..., "episodes": [[game file, [command, ...]], ...], "further": N}. Written to stdout, as
 one JSON line: seconds of the first load and reset and of a later reset, by game; seconds and number of steps; MiB that
-each of N further environments takes; a digest of everything that was said.
+each of N further environments takes; a digest of everything that was said. Or read {"games": [game file, ...], "turns":
+[[a command for each game], ...], "at": unix time}, to play side by side with our engine from that time on, and written:
+median seconds of a turn.
 """
 
 import gc
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,6 +23,27 @@ def main() -> None:
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     request = json.load(sys.stdin)
+    answer = side_by_side(request) if "turns" in request else one_by_one(request)
+    print(json.dumps(answer), file=pipe, flush=True)
+
+
+def side_by_side(request: dict) -> dict:
+    """Many environments, all stepped in every turn, begun at a given time so that several processes play at once."""
+    worlds = [ENGINES["fast"](game) for game in request["games"]]
+    for world in worlds:
+        world.reset()
+    took = []
+    time.sleep(max(request["at"] - time.time(), 0))
+    for commands in request["turns"]:
+        began = time.perf_counter()
+        for world, command in zip(worlds, commands, strict=True):
+            world.step(command)
+        took.append(time.perf_counter() - began)
+    return {"turn": statistics.median(took)}
+
+
+def one_by_one(request: dict) -> dict:
+    """One episode after the other."""
     load = ENGINES[request["engine"]]
     first, again, steps, count = [], [], 0.0, 0
     said = hashlib.sha256()
@@ -46,15 +70,8 @@ def main() -> None:
         world.reset()
     gc.collect()
     further = (resident() - before) / max(len(worlds), 1)
-    answer = {
-        "first": first,
-        "again": again,
-        "seconds": steps,
-        "steps": count,
-        "mib": further,
-        "said": said.hexdigest(),
-    }
-    print(json.dumps(answer), file=pipe, flush=True)
+    times = {"first": first, "again": again, "seconds": steps, "steps": count}
+    return {**times, "mib": further, "said": said.hexdigest()}
 
 
 def resident() -> float:

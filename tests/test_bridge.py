@@ -175,28 +175,30 @@ def test_a_worker_that_does_not_read_does_not_hold_us(games):
         assert pool.step([(0, "x" * 3_000_000)])[0].text == "Nothing happens."
 
 
-def test_words_are_counted_once_in_the_worker(games):
+def test_words_are_counted_in_the_worker_and_nothing_is_said_twice(games):
     with Pool(1) as pool:
         pool.reset([(0, games[0]), (1, games[0])])
         for command in ("look", "inventory", "look"):
             for seen in pool.step([(0, command), (1, command)]):
                 assert dict(seen.words) == Counter(re.findall(r"\b\w\w+\b", seen.text.lower()))
-        assert len(pool._links[0].words) == 3  # the room, look, inventory
+        assert len(pool._links[0].said) == 3  # the room, look, inventory
 
 
 def test_worker_and_pool_forget_texts_together(games, monkeypatch):
-    """Both sides keep at most so many texts; when one forgets, so does the other, and no count is lost."""
+    """Both sides keep at most so much; when one forgets, so does the other, and nothing is mistaken or lost."""
     monkeypatch.setattr("envs_bridge.pool.SAID_AT_MOST", 3)
     monkeypatch.setattr("envs_bridge.worker.SAID_AT_MOST", 3)
-    worker, words = Worker(load_fast), {}
+    worker, said, world = Worker(load_fast), [], Household.load(games[0])
     ask = [
         {"reset": [[0, games[0]]]},
         *({"step": [[0, f"go to {place}"]]} for place in load_game(games[0]).receptacles * 3),
     ]
     for request in ask:
-        ((seen, _),) = _parse(json.loads(json.dumps(worker.answer(request))), 1, words)
+        ((seen, _),) = _parse(json.loads(json.dumps(worker.answer(request))), 1, said)
+        command = request.get("step", [[0, ""]])[0][1]
+        assert seen == (world.step(command) if command else world.reset())
         assert dict(seen.words) == Counter(re.findall(r"\b\w\w+\b", seen.text.lower()))
-        assert len(words) <= 3
+        assert len(said) <= 3
 
 
 def strange_actions(count):
@@ -243,7 +245,7 @@ def test_a_hundred_thousand_strange_actions(games, tmp_path, monkeypatch):
 
 GARBAGE = """
 import sys
-print('{"version": 2}', flush=True)
+print('{"version": 3}', flush=True)
 for line in sys.stdin:
     print(GARBAGE, flush=True)
 """
@@ -278,7 +280,7 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho '{\"version\": 99}'\ncat >/dev/null\n")
     script.chmod(0o755)
-    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 2"):
+    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 3"):
         Pool(1, python=str(script))
 
 

@@ -37,12 +37,20 @@ class Pool:
     """
 
     def __init__(
-        self, workers: int = 2, *, python: str = sys.executable, engine: str = "fast", timeout: float = 60.0
-    ):  # fmt: skip
-        """`engine`: a name in `envs_bridge.worker.ENGINES`, whose packages `python` must have. `timeout` in seconds."""
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+        self,
+        workers: int = 2,
+        *,
+        python: str = sys.executable,
+        engine: str = "fast",
+        block: int = 8,
+        timeout: float = 60.0,
+    ):
+        """`engine`: a name in `envs_bridge.worker.ENGINES`, whose packages `python` must have. `block`: so many slots
+        in a row share a worker, as the members of a group should. `timeout` in seconds."""
+        if workers < 1 or block < 1:
+            raise ValueError(f"workers and block must be at least 1, got {workers} and {block}")
         self.timeout, self.faults, self.fault = timeout, 0, ""
+        self._block = block
         self._command = [python, "-m", "envs_bridge.worker", engine]
         self._links: list[_Link] = []
         self._waiting: dict[int, list[int]] = {}  # worker -> positions of the entries it was asked
@@ -123,8 +131,8 @@ class Pool:
         return answers
 
     def _worker_of(self, slot: int) -> int:
-        """Blocks of eight slots share a worker, so that the members of a group share its cache."""
-        return slot // 8 % len(self._links)
+        """The members of a group share a worker, and so its caches."""
+        return slot // self._block % len(self._links)
 
     def _receive(self, workers: set[int]) -> dict[int, object]:
         """One JSON line from each of these workers; a sentence for one that gives none in time."""

@@ -32,7 +32,10 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = Non
         )
         by_method.setdefault(config["method"], []).append(rows)
     if figure:
-        curves = [(f"{m} ({len(all_rows)} run(s))", _average(all_rows)) for m, all_rows in by_method.items()]
+        curves = [
+            (f"{m} ({len(all_rows)} {'run' if len(all_rows) == 1 else 'runs'})", _average(all_rows))
+            for m, all_rows in by_method.items()
+        ]
         learning_curve(figure, curves, "held-out household games, mean over runs")
 
 

@@ -274,7 +274,13 @@ def fresh_state(config: Config, player: Player, key: jax.Array):
 def make_pool(config: Config) -> Pool:
     """The workers; ALFWorld's own engine needs longer, above all where many games start at once."""
     timeout = config.worker_timeout or (60.0 if config.engine == "fast" else 900.0)
-    return Pool(config.workers, python=config.python or sys.executable, engine=config.engine, timeout=timeout)
+    return Pool(
+        config.workers,
+        python=config.python or sys.executable,
+        engine=config.engine,
+        block=config.members,
+        timeout=timeout,
+    )
 
 
 def kind_of(game: str) -> int:

@@ -82,7 +82,10 @@ def learning_curve(path: Path, runs: Sequence[tuple[str, list[dict]]], title: st
             axes.fill_between(x, [b[0] for b in bounds], [b[1] for b in bounds], color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    if len(runs) == 1:
+        axes.legend(loc="lower right", fontsize=8)
+    else:  # below, where it hides no curve
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(runs), fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -78,8 +78,9 @@ def test_equals_the_engine_live_on_genuine_games(genuine_games):
 @pytest.mark.slow
 def test_the_engine_says_the_same_with_its_work_remembered(games):
     """Stock and wrapped, each in a process of its own, on the same commands."""
-    last = ("look", "inventory", "nonsense")
-    episodes = [[game, (*Household.load(game).game.walkthrough, *last)] for game in games[:3]]
+    walkthroughs = [Household.load(game).game.walkthrough for game in games[:3]]
+    between = ("look", "inventory", "nonsense", "help")  # before the command that wins, after which engines may differ
+    episodes = [[game, (*w[:-1], *between, w[-1])] for game, w in zip(games, walkthroughs, strict=False)]
     said = []
     for engine in ("textworld-stock", "textworld", "fast"):
         request = json.dumps({"engine": engine, "episodes": episodes, "further": 0})

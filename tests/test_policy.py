@@ -21,7 +21,7 @@ def plain_logits(tokens: np.ndarray) -> np.ndarray:
 
     def rotate(x):
         half = x.shape[-1] // 2
-        angle = np.arange(len(x))[:, None, None] * CONFIG.rope_theta ** (-np.arange(half) / half)
+        angle = np.arange(len(x))[:, None, None] * CONFIG.rope.theta ** (-np.arange(half) / half)
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 

@@ -24,7 +24,7 @@ from envs_bridge.pool import Pool
 from experiments import setup
 from proxmo_jax.checkpoint import Checkpoints, load_params
 from proxmo_jax.report import progress_bar, wilson
-from proxmo_jax.sharding import data_mesh
+from proxmo_jax.sharding import make_mesh
 from proxmo_jax.tokenizer import load_tokenizer
 
 COLUMNS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")  # the paper's names of the six task types, in order
@@ -66,7 +66,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     console = console or Console()
     stored = run_settings(config)
     games = held_out_games(config, stored, console)
-    mesh = data_mesh()
+    mesh = make_mesh(0, stored.fsdp, stored.tensor)
     player = setup.make_player(stored, load_tokenizer(config.run / "tokenizer"), mesh)
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature

@@ -26,7 +26,7 @@ from proxmo_jax.advantages import PRESETS
 from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.report import progress_bar
-from proxmo_jax.sharding import replicate
+from proxmo_jax.sharding import parameter_shardings, place_optimizer
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 
 
@@ -104,6 +104,11 @@ class Config:
     warm_start_from: Path | None = None
     """Take the warm start (and tokenizer) of another run's folder instead of making one."""
 
+    fsdp: int = 1
+    """Devices over which parameters and batches are split; what these and --tensor leave splits batches alone."""
+    tensor: int = 1
+    """Devices over which heads, the MLP's width and the vocabulary are split."""
+
     hidden_size: int = 64
     layers: int = 2
     max_prompt_tokens: int = 128
@@ -160,7 +165,13 @@ def check(config: Config) -> None:
         config.row_length >= longest,
         f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}",
     )
-    devices = jax.device_count()
+    need(min(config.fsdp, config.tensor) >= 1, "--fsdp and --tensor must be at least 1")
+    count = jax.device_count()
+    need(
+        count % (config.fsdp * config.tensor) == 0,
+        f"--fsdp {config.fsdp} x --tensor {config.tensor} must divide the {count} devices",
+    )
+    devices = count // config.tensor  # over which batches are split
     for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
         need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
     part = config.micro_batches * devices
@@ -267,8 +278,14 @@ def memory_of(config: Config):
 def fresh_state(config: Config, player: Player, key: jax.Array):
     """(state, optimizer) of a policy that has learned nothing."""
     optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
-    params = replicate(player.mesh, init_params(player.config, key))
-    return TrainState(params, optimizer.init(params)), optimizer
+    shardings = parameter_shardings(player.mesh, player.config)
+    params = jax.jit(partial(init_params, player.config), out_shardings=shardings)(key)
+    return new_state(player, params, optimizer), optimizer
+
+
+def new_state(player: Player, params, optimizer) -> TrainState:
+    """The start of learning from these parameters, which it takes for its own."""
+    return TrainState(params, place_optimizer(optimizer, params, parameter_shardings(player.mesh, player.config)))
 
 
 def make_pool(config: Config) -> Pool:

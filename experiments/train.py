@@ -33,6 +33,7 @@ from experiments.setup import (
     make_pool,
     make_tokenizer,
     memory_of,
+    new_state,
     open_folder,
     stored_config,
 )
@@ -52,7 +53,7 @@ from proxmo_jax.learner import (
 )
 from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
-from proxmo_jax.sharding import data_mesh, replicate, split
+from proxmo_jax.sharding import make_mesh, replicate, split
 from proxmo_jax.words import bucket
 
 
@@ -65,7 +66,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     check(config)
     open_folder(config)
     stop = StopOnSignal(console)
-    mesh = data_mesh()
+    mesh = make_mesh(0, config.fsdp, config.tensor)
 
     # Games, tokenizer, policy.
     train_games, eval_games = make_games(config, console)
@@ -101,7 +102,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         if first:
             state, _ = checkpoints.restore(state)
         else:
-            state = TrainState(jax.tree.map(jnp.copy, reference), optimizer.init(reference))
+            state = new_state(player, jax.tree.map(jnp.copy, reference), optimizer)
         metrics = Metrics(config.out / "metrics.jsonl", keep_until=first if first else None)
 
         evaluation = Evaluation(config, player, pool, eval_games)
@@ -205,7 +206,7 @@ def warm_start(config: Config, player: Player, careful, careless, params, consol
         warmup=20,
         decay_steps=config.warm_start_steps,
     )
-    state = TrainState(params, optimizer.init(params))
+    state = new_state(player, params, optimizer)
     rng = np.random.default_rng(config.seed)
     step = 0
     with progress_bar(console) as bar:

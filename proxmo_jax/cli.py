@@ -17,6 +17,7 @@ USAGE = """usage: proxmo COMMAND [options]
   advantages        compute the advantages of a file of steps
   bench estimator   time the estimator, beside the official code if it is there
   bench env         time the household engines and the worker pool
+  check-model MODEL compare our decoder with transformers on a checkpoint
   verify-env household   play our engine and ALFWorld's own side by side
 
 proxmo COMMAND --help lists the options."""
@@ -48,6 +49,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _evaluate(rest)
     if command == "advantages":
         return _advantages(rest)
+    if command == "check-model":
+        return _check_model(rest)
     if command == "verify-env" and rest[:1] == ["household"]:
         return _verify_household(rest[1:])
     if command == "verify-env":
@@ -56,7 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _bench(*rest)
     if command == "bench":
         raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator or env")
-    raise ValueError(f"unknown command {command!r}; need train, eval, advantages, bench or verify-env")
+    raise ValueError(f"unknown command {command!r}; need train, eval, advantages, bench, check-model or verify-env")
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,14 @@ def _verify_household(arguments: list[str]) -> int:
         print(reason)
     print(found)
     return 0 if found.difference is None else 1
+
+
+def _check_model(arguments: list[str]) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from experiments import check_model
+
+    options = tyro.cli(check_model.Config, args=arguments, prog="proxmo check-model", description=check_model.__doc__)
+    return 0 if check_model.main(options) else 1
 
 
 def _bench(name: str, *arguments: str) -> int:

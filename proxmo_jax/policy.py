@@ -1,13 +1,14 @@
 """The policy: a decoder of the Qwen2, Qwen2.5 and Qwen3 architectures.
 
 RMSNorm, rotary positions, grouped queries with biases (Qwen2) or normalised heads (Qwen3), SwiGLU. Mathematics only; it
-knows no checkpoint names, no mesh, no sampling and no loss. Layers run under one `scan`, so a model of any depth compiles
-like one layer.
+knows no checkpoint names, no mesh, no sampling and no loss. Layers run under one `scan`, so a model of any depth
+compiles like one layer.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -133,7 +134,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, hidden, cache, positions, mask, write_at):
         c = self.config
-        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+        types: Any = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         x = RMSNorm(c, name="input_norm")(hidden)
 
         def heads(name: str, count: int):
@@ -158,7 +159,7 @@ class Layer(nn.Module):
 
 
 def written(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """The cache [B, S, ...] with `new` [B, L, ...] in the slots from `at` on: one slot for all rows, or one each [B]."""
+    """The cache [B, S, ...] with `new` [B, L, ...] in the slots from `at` on: one for all rows, or one each [B]."""
     if jnp.ndim(at) == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=1)
     return jax.vmap(lambda c, n, a: jax.lax.dynamic_update_slice_in_dim(c, n, a, axis=0))(cache, new, at)

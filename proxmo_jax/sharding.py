@@ -1,10 +1,31 @@
-"""Devices as one mesh: batches are split along `data`, parameters are on every device."""
+"""Devices as one mesh, and the one table that says where an axis lies on it.
+
+Mesh axes: `data` (batches are split, parameters repeated), `fsdp` (batches split, and parameters along `embed`) and
+`tensor` (heads, the MLP's width and the vocabulary split).
+"""
 
 import ctypes
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from proxmo_jax.policy import LOGICAL_AXES, PolicyConfig, parameter_shapes
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layer": None,
+    None: None,
+}
 
 
 def keep_freed_memory() -> None:
@@ -20,16 +41,60 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 1 << 28)
 
 
-def data_mesh() -> Mesh:
-    """All devices of all hosts along one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices of all hosts (or of those given); `data` 0 takes what the others leave.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = (data or max(len(devices) // (fsdp * tensor), 1), fsdp, tensor)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        wanted = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"mesh: {wanted} is {math.prod(sizes)} devices, need the {len(devices)} there are")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def split(mesh: Mesh, tree: Any) -> Any:
-    """Put arrays on the mesh, their first axis split along `data`; it must divide by the number of devices."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+    """Put arrays on the mesh, their first axis split as a batch; it must divide by `batch_shards`."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """Put arrays whole on every device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
+    """Where each parameter lies: a tree of NamedSharding, by `LOGICAL_AXES` and `RULES`.
+
+    Raises ValueError naming every axis that the mesh does not divide.
+    """
+    wrong: set[str] = set()
+
+    def place(path, leaf) -> NamedSharding:
+        names = LOGICAL_AXES["/".join(part.key for part in path)]
+        for name, size in zip(names, leaf.shape, strict=True):
+            axis = RULES[name]
+            if isinstance(axis, str) and size % mesh.shape[axis]:
+                wrong.add(f"{name} {size} by {axis} {mesh.shape[axis]}")
+        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+
+    tree = jax.tree_util.tree_map_with_path(place, parameter_shapes(config))
+    if wrong:
+        raise ValueError(f"mesh: does not divide {', '.join(sorted(wrong))}; need sizes that do")
+    return tree
+
+
+def place_optimizer(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+    """The optimiser's fresh state, what it holds for each parameter laid out as the parameter is."""
+    whole = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    shapes = jax.eval_shape(optimizer.init, params)
+    placed = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, shapes, shardings, transform_non_params=lambda _: whole
+    )
+    return jax.jit(optimizer.init, out_shardings=placed)(params)

@@ -95,7 +95,7 @@ def find_model(model: str) -> Path:
         raise ValueError(f"--model: {model} is neither a folder here nor can it be fetched ({reason})") from error
 
 
-def read_config(folder: Path, **choices: str) -> PolicyConfig:
+def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     """The policy's shape from `config.json`; `choices` set dtype, param_dtype and remat.
 
     Raises ValueError for a folder without one, and for an architecture or a setting that the policy does not have.
@@ -189,8 +189,8 @@ def hugging_face_config(config: PolicyConfig) -> dict:
 def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> Any:
     """The parameters of a checkpoint, in `config.param_dtype`, laid out as `shardings` (a tree; default: one device).
 
-    Raises ValueError once for everything that is wrong: no weights, a truncated file, names missing or left over, shapes
-    that are not the config's.
+    Raises ValueError once for everything that is wrong: no weights, a truncated file, names missing or left over,
+    shapes that are not the config's.
     """
     files = _weight_files(Path(folder))
     with ExitStack() as stack:
@@ -252,7 +252,8 @@ def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int
             elif (found := where[name].get_slice(name).get_shape()) != expected:
                 wrong.append(f"{name} has shape {found}, need {expected}")
     harmless = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    wrong += [f"{n} is left over" for n in sorted(set(where) - used - harmless) if not n.endswith("rotary_emb.inv_freq")]
+    left = sorted(name for name in set(where) - used - harmless if not name.endswith("rotary_emb.inv_freq"))
+    wrong += [f"{name} is left over" for name in left]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{folder}: the weights are not those of its config.json: {'; '.join(wrong[:5])}{more}")
@@ -265,7 +266,8 @@ def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any])
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return entry.ours(where[name].get_tensor(name), shape)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         if not key.startswith("layers/"):
             return np.ascontiguousarray(read(entry.name, like.shape)[index].astype(like.dtype))
         layers = range(*index[0].indices(like.shape[0]))
@@ -311,10 +313,11 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
         target = folder / "model.safetensors"
         written[0][0].replace(target)
         return [target]
-    weight_map, files = {}, []
-    for number, (path, names) in enumerate(written, start=1):
+    weight_map: dict[str, str] = {}
+    files = []
+    for number, (file, names) in enumerate(written, start=1):
         target = folder / f"model-{number:05d}-of-{len(written):05d}.safetensors"
-        path.replace(target)
+        file.replace(target)
         files.append(target)
         weight_map |= dict.fromkeys(names, target.name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,6 +1,6 @@
 """What `transformers` and torch answer for tiny random Qwen checkpoints, recorded so that the tests need neither.
 
-    python tests/qwen_record.py           # needs torch; writes tests/golden/qwen/
+python tests/qwen_record.py           # needs torch; writes tests/golden/qwen/
 """
 
 import json
@@ -12,7 +12,8 @@ import numpy as np
 FOLDER = Path(__file__).parent / "golden" / "qwen"
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 5, "pad_token_id": 0,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 5,
+    "pad_token_id": 0,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {

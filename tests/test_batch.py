@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from proxmo_jax.advantages import PRESETS, gigpo, proxmo
 from proxmo_jax.batch import batch_advantages, pad_groups, pmapped_advantages, sharded_advantages
 from proxmo_jax.embeddings import tfidf
-from proxmo_jax.sharding import data_mesh
+from proxmo_jax.sharding import make_mesh
 from proxmo_jax.steps_file import ANSWERS, steps_advantages
 from proxmo_jax.types import Group, Settings, sweep
 from proxmo_jax.words import WordCounts
@@ -138,10 +138,10 @@ def test_every_way_to_compute_a_batch_agrees(preset, groups):
     group, _ = batch(random_steps(groups, groups=groups))
     wanted = BATCHED(group, settings)
     others = {
-        "shard_map": sharded_advantages(group, settings, mesh=data_mesh()),
+        "shard_map": sharded_advantages(group, settings, mesh=make_mesh()),
         "pmap": pmapped_advantages(group, settings),
         "chunks": jax.jit(batch_advantages, static_argnames="chunk")(group, settings, chunk=2),
-        "chunks on a mesh": sharded_advantages(group, settings, mesh=data_mesh(), chunk=1),
+        "chunks on a mesh": sharded_advantages(group, settings, mesh=make_mesh(), chunk=1),
     }
     for way, answer in others.items():
         for name in ("returns", "success_rate", "modulation", "episode", "step", "joint"):
@@ -153,7 +153,7 @@ def test_every_way_to_compute_a_batch_agrees(preset, groups):
 def test_kernels_agree_on_a_mesh(kernel):
     group, _ = batch(random_steps(1, groups=9))
     wanted = BATCHED(group, proxmo()).joint
-    sharded = sharded_advantages(group, proxmo(kernel=kernel), mesh=data_mesh()).joint
+    sharded = sharded_advantages(group, proxmo(kernel=kernel), mesh=make_mesh()).joint
     np.testing.assert_allclose(sharded, wanted, atol=1e-5)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from envs_bridge.collect import TRIES, Limits, Player, collect, demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.pool import Pool, WorkerError
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.policy import PolicyConfig, init_params
-from proxmo_jax.sharding import replicate
+from proxmo_jax.sharding import make_mesh, replicate
 from proxmo_jax.tokenizer import build_word_tokenizer
 
 TURNS = 3
@@ -27,7 +26,7 @@ def player(games, tmp_path_factory):
     tokenizer = build_word_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"))
     size = -(-len(tokenizer) // 32) * 32
     config = PolicyConfig(vocab_size=size, hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=1)
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(devices=jax.devices()[:1])
     return Player(tokenizer, config, Limits(turns=TURNS, prompt=128, response=4), mesh=mesh)
 
 

@@ -1,0 +1,87 @@
+"""The same losses and parameters however the devices are arranged, and meshes that cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proxmo_jax.learner import LossSettings, Rows, TrainState, make_optimizer, policy_step
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.sampling import sample
+from proxmo_jax.sharding import make_mesh, parameter_shardings, place_optimizer, split
+
+CONFIG = PolicyConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8,
+    num_hidden_layers=3, initializer_range=0.2, qkv_bias=False, qk_norm=True, tie_word_embeddings=False,
+)  # fmt: skip
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
+
+
+def rows(count=8, length=24, answers=6) -> Rows:
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1] * 10 + [2] * 12 + [0] * 2], count, 0)
+    positions = np.repeat([[*range(10), *range(12), 0, 0]], count, 0)
+    places = np.repeat([[6, 7, 8, 18, 19, 20]], count, 0)
+    return Rows(
+        tokens=rng.integers(0, 64, (count, length)), positions=positions, segments=segments, places=places,
+        targets=rng.integers(0, 64, (count, answers)), mask=rng.random((count, answers)) < 0.9,
+        advantage=rng.normal(size=(count, answers)).astype(np.float32),
+        old=-rng.random((count, answers)).astype(np.float32) - 3,
+        reference=-rng.random((count, answers)).astype(np.float32) - 3,
+    )  # fmt: skip
+
+
+def learn(mesh, steps=3):
+    """(losses, parameters) after a few updates on a mesh; also that there is one program."""
+    optimizer = make_optimizer(1e-3, 0.01, 1.0, warmup=1)
+    shardings = parameter_shardings(mesh, CONFIG)
+    params = jax.device_put(init_params(CONFIG, jax.random.key(0)), shardings)
+    state = TrainState(params, place_optimizer(optimizer, params, shardings))
+    batch, losses = split(mesh, rows()), []
+    for step in range(steps):
+        state, loss = policy_step(
+            state, batch, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings()
+        )
+        losses.append(float(loss.loss))
+        if step == 1:  # the optimiser's counter lay elsewhere before the first
+            programs = policy_step._cache_size()
+    assert policy_step._cache_size() == programs  # the new state lies where the old one lay
+    return losses, state.params
+
+
+@pytest.fixture(scope="module")
+def alone():
+    losses, params = learn(make_mesh(devices=jax.devices()[:1]))
+    return losses, jax.device_get(params)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_learns_the_same(alone, shape):
+    losses, params = learn(make_mesh(*shape))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jax.device_get(params), alone[1])
+    spread = params["layers"]["gate"]["kernel"].sharding
+    assert spread.shard_shape((3, 32, 64)) == (3, 32 // shape[1], 64 // shape[2])
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_samples_the_same(shape):
+    prompts = np.random.default_rng(1).integers(4, 64, (8, 16)).astype(np.int32)
+    lengths = np.full(8, 16, np.int32)
+    answers = []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(*shape)):
+        params = jax.device_put(init_params(CONFIG, jax.random.key(0)), parameter_shardings(mesh, CONFIG))
+        drawn = sample(
+            params, *split(mesh, (prompts, lengths)), jax.random.key(0), jnp.float32(0.0),
+            config=CONFIG, max_tokens=6, stop_id=3, pad_id=0,
+        )  # fmt: skip
+        answers.append(jax.device_get(drawn))
+    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
+    np.testing.assert_allclose(answers[0].log_probs, answers[1].log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_meshes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="data 3 x fsdp 1 x tensor 2 is 6 devices, need the 8 there are"):
+        make_mesh(3, 1, 2)
+    with pytest.raises(ValueError, match="does not divide kv_heads 4 by tensor 8"):
+        parameter_shardings(make_mesh(1, 1, 8), CONFIG)

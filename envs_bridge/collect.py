@@ -17,11 +17,11 @@ from envs_bridge.household.dialect import ForeignGame
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate, replay
 from envs_bridge.pool import Pool, WorkerError
-from envs_bridge.prompts import ANSWER_START, Memory, Notes
+from envs_bridge.prompts import Memory, Notes
 from envs_bridge.turn import Observation
 from proxmo_jax.buffers import Buffer, clear, forget, write
 from proxmo_jax.policy import PolicyConfig
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import split
 from proxmo_jax.words import Vocabulary, bucket
 
@@ -64,21 +64,27 @@ class Rollout:
 class Player:
     """The policy as the loop sees it: prompts in, sampled tokens out.
 
-    start: begins the memory of an episode from its task and first observation, which is how prompts are written.
-    answer_start: what every answer begins with, said for the policy at the end of its prompt.
+    decoding, table: how answers are drawn and end (`proxmo_jax.sampling`). start: begins the memory of an episode from
+    its task and first observation, which is how prompts are written. render: a prompt as the policy's tokenizer is to
+    see it (a chat template). answer_start: what every answer begins with, said for the policy at the end of its prompt.
+    skip_special_tokens: whether an answer's special tokens are no part of what it says.
     """
 
     tokenizer: PreTrainedTokenizerFast
     config: PolicyConfig
     limits: Limits
     mesh: Mesh
+    decoding: Decoding
+    table: jax.Array | None = None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     start: Callable[[str, Observation], Memory] = Notes.start
-    answer_start: str = ANSWER_START
+    render: Callable[[str], str] = str
+    answer_start: str = ""
+    skip_special_tokens: bool = False
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
-        texts = [memory.prompt() + self.answer_start for memory in memories]
+        texts = [self.render(memory.prompt()) for memory in memories]
         rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
         for i, ids in enumerate(rows):
             shorter = memories[i].shortened()
@@ -89,7 +95,7 @@ class Player:
                         f"prompt: what cannot be left out has {len(ids)} tokens, need at most {self.limits.prompt}"
                         " (--max-prompt-tokens)"
                     )
-                ids = self.tokenizer.encode(text + self.answer_start, add_special_tokens=False)
+                ids = self.tokenizer.encode(self.render(text), add_special_tokens=False)
             rows[i] = ids
         return rows
 
@@ -97,7 +103,7 @@ class Player:
         """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
         longest = max(map(len, rows))
         width = min(self.limits.prompt, -(-longest // 32) * 32)
-        prompts = np.full((batch, width), self.tokenizer.pad_token_id, np.int32)
+        prompts = np.full((batch, width), self.decoding.pad_id, np.int32)
         lengths = np.zeros(batch, np.int32)
         for i, ids in enumerate(rows):
             prompts[i, width - len(ids) :] = ids
@@ -220,15 +226,14 @@ class _Play:
             *split(player.mesh, (prompts, lengths)),
             key,
             jnp.float32(self.temperature),
+            player.table,
             config=player.config,
-            max_tokens=player.limits.response,
-            stop_id=player.tokenizer.eos_token_id,
-            pad_id=player.tokenizer.pad_token_id,
+            decoding=player.decoding,
         )
         tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
-            skip_special_tokens=False,
+            skip_special_tokens=player.skip_special_tokens,
         )
         projected = [project(player.answer_start + answer) for answer in answers]
         self.pool.send_step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])

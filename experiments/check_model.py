@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from proxmo_jax.policy import Policy, PolicyConfig
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.weights import find_model, load_weights, parameter_count, read_config
 
 CURE = "install it with: pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -88,7 +88,7 @@ def answers_here(config: Config, shape: PolicyConfig, params, tokens: np.ndarray
     logits, _ = jax.jit(Policy(shape).apply)({"params": params}, tokens.astype(np.int32), positions, mask)
     drawn = sample(
         params, tokens.astype(np.int32), lengths.astype(np.int32), jax.random.key(0), jnp.float32(0.0),
-        config=shape, max_tokens=config.new_tokens, stop_id=-1, pad_id=0,
+        config=shape, decoding=Decoding(config.new_tokens, ()),
     )  # fmt: skip
     return np.asarray(logits), np.asarray(drawn.tokens)
 

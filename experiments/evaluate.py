@@ -21,11 +21,11 @@ from rich.table import Table
 
 from envs_bridge.collect import Player, collect
 from envs_bridge.pool import Pool
-from experiments import setup
+from experiments import players, setup
 from proxmo_jax.checkpoint import Checkpoints, load_params
+from proxmo_jax.learner import make_optimizer
 from proxmo_jax.report import progress_bar, wilson
 from proxmo_jax.sharding import make_mesh
-from proxmo_jax.tokenizer import load_tokenizer
 
 COLUMNS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")  # the paper's names of the six task types, in order
 HELD_OUT = ("valid_seen", "valid_unseen")
@@ -67,7 +67,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     stored = run_settings(config)
     games = held_out_games(config, stored, console)
     mesh = make_mesh(0, stored.fsdp, stored.tensor)
-    player = setup.make_player(stored, load_tokenizer(config.run / "tokenizer"), mesh)
+    player = players.make_player(stored, mesh)
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
@@ -125,16 +125,19 @@ def held_out_games(config: Config, stored: setup.Config, console: Console) -> di
 
 def trained_params(config: Config, stored: setup.Config, player: Player):
     """(parameters, iteration) of a checkpoint, or of the warm start for iteration 0."""
-    state, _ = setup.fresh_state(stored, player, jax.random.key(0))
     checkpoints = Checkpoints(config.run / "checkpoints")
     try:
         steps = checkpoints.steps()
         wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
         if wanted == 0:
-            return load_params(config.run / "warm_start", state.params), 0
+            if stored.model:
+                return players.pretrained_params(stored, player), 0
+            return load_params(config.run / "warm_start", players.fresh_params(player, jax.random.key(0))), 0
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
             raise ValueError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
+        optimizer = make_optimizer(stored.learning_rate, stored.weight_decay, stored.max_grad_norm, warmup=5)
+        state = players.new_state(player, players.fresh_params(player, jax.random.key(0)), optimizer)
         return checkpoints.restore(state, wanted)[0].params, wanted
     finally:
         checkpoints.close()

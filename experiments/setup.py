@@ -1,33 +1,25 @@
-"""What a run is made of: its settings, folder, games, tokenizer and policy."""
+"""What a run is made of: its settings, folder, games and workers. (Its policy: `players`.)"""
 
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
-from envs_bridge.collect import Example, Limits, Player
-from envs_bridge.household import lexicon
 from envs_bridge.household.dataset import SPLITS, data_folder, survey
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.pool import Pool
-from envs_bridge.prompts import History, Notes
 from envs_bridge.worker import ENGINES
 from proxmo_jax.advantages import PRESETS
-from proxmo_jax.learner import TrainState, make_optimizer
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import REMAT
 from proxmo_jax.report import progress_bar
-from proxmo_jax.sharding import parameter_shardings, place_optimizer
-from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,6 +79,8 @@ class Config:
     micro_batches: int = 8
     """Parts a mini-batch is computed in, to save memory; the result is the same."""
     row_length: int = 160
+    answer_share: float = 0.125
+    """Share of a row's tokens that responses may take."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     clip: float = 0.2
@@ -109,6 +103,21 @@ class Config:
     tensor: int = 1
     """Devices over which heads, the MLP's width and the vocabulary are split."""
 
+    model: str = ""
+    """Hugging Face folder or hub id of a Qwen2, Qwen2.5 or Qwen3 to train; without one a small policy is made and
+    warm-started on demonstrations."""
+    dtype: str = "float32"
+    """What a --model computes in: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """What its parameters are kept in: float32 or bfloat16."""
+    remat: str = "none"
+    """What of a layer is computed again for its gradient: none, full (all) or dots (all but products with weights)."""
+    top_k: int = 0
+    """Tokens among which answers are drawn; 0: all."""
+    top_p: float = 1.0
+    """Probability of the likeliest tokens among which answers are drawn; 1: all."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer of a --model, such as '</action>', besides its own end of text."""
     hidden_size: int = 64
     layers: int = 2
     max_prompt_tokens: int = 128
@@ -128,6 +137,9 @@ CHOICES = {
     "engine": tuple(ENGINES),
     "level": tuple(LEVELS),
     "prompt": ("notes", "history"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": tuple(REMAT),
 }
 AT_LEAST_ONE = (
     "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
@@ -144,7 +156,7 @@ def check(config: Config) -> None:
 
     for name, choices in CHOICES.items():
         value = getattr(config, name)
-        need(value in choices, f"--{name} must be one of {', '.join(choices)}; got {value!r}")
+        need(value in choices, f"--{name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
     if config.env == "alfworld":
         data_folder(config.data)
     need(config.history >= 0, f"--history must be at least 0, got {config.history}")
@@ -156,9 +168,11 @@ def check(config: Config) -> None:
     for name in AT_LEAST_ONE:
         option = f"--{name.replace('_', '-')}"
         need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
-    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate"):
+    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate", "answer_share"):
         value = getattr(config, name)
         need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+    need(config.top_k >= 0 and 0 < config.top_p <= 1, "--top-k must be at least 0 and --top-p in (0, 1]")
+    need(all(config.stop), "--stop strings must not be empty")
     need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(
@@ -236,56 +250,6 @@ def alfworld_games(data: Path | None, splits: Sequence[str], console: Console) -
 def evenly(games: list[str], count: int) -> list[str]:
     """At most `count` of them, evenly spread over the (sorted) list, so that no task type is left out."""
     return [games[i] for i in np.linspace(0, len(games) - 1, min(count, len(games))).round().astype(int)]
-
-
-def make_tokenizer(config: Config, demos: Sequence[Example]):
-    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
-    folder = config.out / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(folder)
-    if config.warm_start_from:
-        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
-        tokenizer.save_pretrained(folder)
-        return tokenizer
-    texts = [f"{example.memory.prompt()} {example.command}" for example in demos]
-    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
-    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
-
-
-def make_player(config: Config, tokenizer, mesh: Mesh) -> Player:
-    """The policy's shape and how it reads and answers."""
-    policy = PolicyConfig(
-        vocab_size=-(-len(tokenizer) // 32) * 32,
-        hidden_size=config.hidden_size,
-        intermediate_size=3 * config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden_size // 16,
-        num_key_value_heads=config.hidden_size // 32,
-        head_dim=16,
-        initializer_range=0.15,
-    )
-    limits = Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
-    return Player(tokenizer, policy, limits, mesh=mesh, start=memory_of(config))
-
-
-def memory_of(config: Config):
-    """What begins the memory of an episode, from which its prompts are written."""
-    if config.prompt == "notes":
-        return Notes.start
-    return partial(History.start, kept=config.history, list_actions=config.list_actions)
-
-
-def fresh_state(config: Config, player: Player, key: jax.Array):
-    """(state, optimizer) of a policy that has learned nothing."""
-    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
-    shardings = parameter_shardings(player.mesh, player.config)
-    params = jax.jit(partial(init_params, player.config), out_shardings=shardings)(key)
-    return new_state(player, params, optimizer), optimizer
-
-
-def new_state(player: Player, params, optimizer) -> TrainState:
-    """The start of learning from these parameters, which it takes for its own."""
-    return TrainState(params, place_optimizer(optimizer, params, parameter_shardings(player.mesh, player.config)))
 
 
 def make_pool(config: Config) -> Pool:

@@ -23,20 +23,8 @@ from envs_bridge.collect import Example, Player, Rollout, collect, demonstration
 from envs_bridge.household.expert import Habits
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
-from experiments.setup import (
-    Config,
-    check,
-    fresh_state,
-    kind_of,
-    make_games,
-    make_player,
-    make_pool,
-    make_tokenizer,
-    memory_of,
-    new_state,
-    open_folder,
-    stored_config,
-)
+from experiments.players import fresh_params, make_player, memory_of, new_state, pretrained_params
+from experiments.setup import Config, check, kind_of, make_games, make_pool, open_folder, stored_config
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
@@ -75,41 +63,30 @@ def main(config: Config, console: Console | None = None) -> Path:
         f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    careful, careless = (demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate))
-    player = make_player(config, make_tokenizer(config, [*careful, *careless]), mesh)
-    policy = player.config
+    demos = [] if config.model else [demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
+    player = make_player(config, mesh, [example for part in demos for example in part])
     key = jax.random.key(config.seed)
-    state, optimizer = fresh_state(config, player, jax.random.fold_in(key, 0))
-    fresh = state.params
+    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
 
     with make_pool(config) as pool:
-        # Warm start, or the checkpoint of a run that was cut off.
-        warm = config.out / "warm_start"
-        if not (warm / "config.json").exists():
-            if config.warm_start_from:
-                params = load_params(config.warm_start_from / "warm_start", fresh)
-            else:
-                params = warm_start(config, player, careful, careless, fresh, console, stop)
-            if stop:
-                console.print(
-                    f"Stopped during the warm start; do it again with: proxmo train --out {config.out} --resume"
-                )
-                return config.out
-            save_params(warm, params, policy.to_dict())
-        reference = load_params(warm, fresh)
+        # Where reinforcement starts, or the checkpoint of a run that was cut off.
+        reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, stop)
+        if stop:
+            console.print(
+                f"Stopped before the first iteration; do it again with: proxmo train --out {config.out} --resume"
+            )
+            return config.out
+        state = new_state(player, reference, optimizer)
         checkpoints = Checkpoints(config.out / "checkpoints")
         first = checkpoints.latest() or 0
         if first:
             state, _ = checkpoints.restore(state)
-        else:
-            state = new_state(player, jax.tree.map(jnp.copy, reference), optimizer)
         metrics = Metrics(config.out / "metrics.jsonl", keep_until=first if first else None)
 
         evaluation = Evaluation(config, player, pool, eval_games)
+        start = "before training" if config.model else "warm start"
         if not first:
-            metrics.write(
-                {"iteration": 0, **evaluation.run(state.params, console, "warm start", "episodes_before.txt")}
-            )
+            metrics.write({"iteration": 0, **evaluation.run(state.params, console, start, "episodes_before.txt")})
         last_row = read_metrics(config.out / "metrics.jsonl")[-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         with progress_bar(console) as bar:
@@ -178,8 +155,8 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
 
 
 def answer_room(config: Config) -> int:
-    """Response tokens a row can hold: an eighth of its tokens, and a whole turn's in any case."""
-    return max(config.row_length // 8, config.max_response_tokens)
+    """Response tokens a row can hold: a share of its tokens, and a whole turn's in any case."""
+    return max(round(config.row_length * config.answer_share), config.max_response_tokens)
 
 
 def demonstrated(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
@@ -193,9 +170,25 @@ def demonstrated(config: Config, games: list[str], mistake_rate: float) -> list[
     return examples
 
 
-def warm_start(config: Config, player: Player, careful, careless, params, console: Console, stop: StopOnSignal):
+def starting_point(config: Config, player: Player, demos: list[list[Example]], key: jax.Array, console, stop):
+    """The policy that reinforcement starts from and is held to: a language model, or a warm start, made once."""
+    if config.model:
+        return pretrained_params(config, player)
+    fresh, warm = fresh_params(player, key), config.out / "warm_start"
+    if not (warm / "config.json").exists():
+        if config.warm_start_from:
+            params = load_params(config.warm_start_from / "warm_start", fresh)
+        else:
+            params = warm_start(config, player, demos, fresh, console, stop)
+        if stop:
+            return params
+        save_params(warm, params, player.config.to_dict())
+    return load_params(warm, fresh)
+
+
+def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
     """Behaviour cloning: skill from careful demonstrations first, then, at the end, a habit from careless ones."""
-    rollouts = [demonstration_buffer(player, examples) for examples in (careful, careless)]
+    rollouts = [demonstration_buffer(player, examples) for examples in demos]
     for rollout in rollouts:
         rollout.buffer = replicate(player.mesh, rollout.buffer)
     turning_point = config.warm_start_steps - round(config.careless_share * config.warm_start_steps)

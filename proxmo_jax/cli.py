@@ -14,6 +14,7 @@ USAGE = """usage: proxmo COMMAND [options]
 
   train             train an agent on household games
   eval RUN          success of a trained run by task type and split
+  export RUN DIR    write a trained policy as a Hugging Face folder
   advantages        compute the advantages of a file of steps
   bench estimator   time the estimator, beside the official code if it is there
   bench env         time the household engines and the worker pool
@@ -45,8 +46,8 @@ def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments
     if command == "train":
         return _train(rest)
-    if command == "eval":
-        return _evaluate(rest)
+    if command in ("eval", "export"):
+        return _with_run(command, rest)
     if command == "advantages":
         return _advantages(rest)
     if command == "check-model":
@@ -59,7 +60,9 @@ def _dispatch(arguments: list[str]) -> int:
         return _bench(*rest)
     if command == "bench":
         raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator or env")
-    raise ValueError(f"unknown command {command!r}; need train, eval, advantages, bench, check-model or verify-env")
+    raise ValueError(
+        f"unknown command {command!r}; need train, eval, export, advantages, bench, check-model or verify-env"
+    )
 
 
 @dataclass(frozen=True)
@@ -191,15 +194,16 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
+def _with_run(command: str, arguments: list[str]) -> int:
+    import importlib
+
     from proxmo_jax.sharding import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from experiments import evaluate
-
-    options = tyro.cli(evaluate.Config, args=arguments, prog="proxmo eval", description=evaluate.__doc__)
-    evaluate.main(options)
+    module = importlib.import_module({"eval": "experiments.evaluate", "export": "experiments.export"}[command])
+    options = tyro.cli(module.Config, args=arguments, prog=f"proxmo {command}", description=module.__doc__)
+    module.main(options)
     return 0
 
 

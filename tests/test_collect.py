@@ -11,8 +11,10 @@ import pytest
 from envs_bridge.collect import TRIES, Limits, Player, collect, demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.prompts import ANSWER_START
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.sampling import Decoding
 from proxmo_jax.sharding import make_mesh, replicate
 from proxmo_jax.tokenizer import build_word_tokenizer
 
@@ -27,7 +29,11 @@ def player(games, tmp_path_factory):
     size = -(-len(tokenizer) // 32) * 32
     config = PolicyConfig(vocab_size=size, hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=1)
     mesh = make_mesh(devices=jax.devices()[:1])
-    return Player(tokenizer, config, Limits(turns=TURNS, prompt=128, response=4), mesh=mesh)
+    decoding = Decoding(4, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    limits = Limits(turns=TURNS, prompt=128, response=4)
+    return Player(
+        tokenizer, config, limits, mesh, decoding, render=lambda p: p + ANSWER_START, answer_start=ANSWER_START
+    )
 
 
 def play(player, pool, games, on_turn=None):

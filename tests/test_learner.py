@@ -20,7 +20,7 @@ from proxmo_jax.learner import (
     row_log_probs,
 )
 from proxmo_jax.policy import PolicyConfig, init_params
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 
 CONFIG = PolicyConfig(vocab_size=24, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.2)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -57,7 +57,7 @@ def played(prompt_lengths=((3, 5), (7, 0), (2, 6)), key=1):
             row[8 - n :] = rng.integers(1, 24, n)
         answer = sample(
             PARAMS, prompts, prompt_lengths[:, turn], jax.random.key(key + turn), jnp.float32(1.0),
-            config=CONFIG, max_tokens=4, stop_id=3, pad_id=0,
+            config=CONFIG, decoding=Decoding(4, (3,)),
         )  # fmt: skip
         answered[:, turn] = answer.lengths
         rows = {"prompts": prompts, "responses": answer.tokens, "log_probs": answer.log_probs}
@@ -176,7 +176,7 @@ def test_the_loop_learns_a_corridor(settings):
             prompts = np.stack([np.full(episodes, START), START + 1 + np.maximum(place, 0)], 1).astype(np.int32)
             answer = sample(
                 state.params, prompts, np.where(done, 0, 2).astype(np.int32), jax.random.key(update * 100 + turn),
-                jnp.float32(1.0), config=CONFIG, max_tokens=1, stop_id=STOP, pad_id=0,
+                jnp.float32(1.0), config=CONFIG, decoding=Decoding(1, (STOP,)),
             )  # fmt: skip
             action, active, place_before = np.asarray(answer.tokens)[:, 0], ~done, place
             place = np.where(active, np.clip(place + (action == RIGHT) - (action == LEFT), 0, CORRIDOR), place)

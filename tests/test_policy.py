@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from proxmo_jax.policy import Policy, PolicyConfig, init_params
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 
 CONFIG = PolicyConfig(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.3)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -65,7 +65,7 @@ def draw(prompts: list[list[int]], width=8, temperature=1.0, seed=0, stop=3):
     lengths = np.array([len(p) for p in prompts], np.int32)
     return sample(
         PARAMS, padded, lengths, jax.random.key(seed), jnp.float32(temperature),
-        config=CONFIG, max_tokens=6, stop_id=stop, pad_id=0,
+        config=CONFIG, decoding=Decoding(6, (stop,)),
     )  # fmt: skip
 
 

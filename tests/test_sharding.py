@@ -7,7 +7,7 @@ import pytest
 
 from proxmo_jax.learner import LossSettings, Rows, TrainState, make_optimizer, policy_step
 from proxmo_jax.policy import PolicyConfig, init_params
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import make_mesh, parameter_shardings, place_optimizer, split
 
 CONFIG = PolicyConfig(
@@ -73,7 +73,7 @@ def test_every_mesh_samples_the_same(shape):
         params = jax.device_put(init_params(CONFIG, jax.random.key(0)), parameter_shardings(mesh, CONFIG))
         drawn = sample(
             params, *split(mesh, (prompts, lengths)), jax.random.key(0), jnp.float32(0.0),
-            config=CONFIG, max_tokens=6, stop_id=3, pad_id=0,
+            config=CONFIG, decoding=Decoding(6, (3,)),
         )  # fmt: skip
         answers.append(jax.device_get(drawn))
     np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from proxmo_jax import weights
 from proxmo_jax.policy import Policy, PolicyConfig, init_params
-from proxmo_jax.sampling import sample
+from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.weights import load_weights, read_config, save_weights
 
 TOKENS, LENGTHS = (np.asarray(x, np.int32) for x in qwen_record.prompts())
@@ -46,7 +46,7 @@ def test_greedy_answers_are_token_for_token_those_of_transformers(checkpoint):
     theirs = np.load(checkpoint / "answers.npz")["greedy"]
     drawn = sample(
         load_weights(checkpoint, config), TOKENS, LENGTHS, jax.random.key(0), jnp.float32(0.0),
-        config=config, max_tokens=theirs.shape[1], stop_id=5, pad_id=0,
+        config=config, decoding=Decoding(theirs.shape[1], (5,)),
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(drawn.tokens), theirs)
 

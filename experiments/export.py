@@ -1,0 +1,48 @@
+"""Write a trained policy as a Hugging Face folder: weights, config, tokenizer.
+
+proxmo export runs/household out/policy      # the newest checkpoint; `transformers` and --model load the folder
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from experiments import evaluate, players
+from proxmo_jax.sharding import make_mesh
+from proxmo_jax.weights import save_weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to write, and where."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a training run."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write; must not hold anything yet."""
+    checkpoint: int | None = None
+    """Iteration of the checkpoint (default: the newest); 0 is the start."""
+
+
+def main(config: Config, console: Console | None = None) -> Path:
+    """Export; returns the folder. Raises ValueError for a run or checkpoint that is not there, or a target in use."""
+    console = console or Console()
+    if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
+        raise ValueError(f"{config.target} is in use; name a new folder")
+    asked = evaluate.Config(run=config.run, checkpoint=config.checkpoint)
+    stored = evaluate.run_settings(asked)
+    player = players.make_player(stored, make_mesh(0, stored.fsdp, stored.tensor))
+    params, iteration = evaluate.trained_params(asked, stored, player)
+    files = save_weights(config.target, params, player.config)
+    player.tokenizer.save_pretrained(config.target)
+    ends = {"eos_token_id": list(player.decoding.stop_ids), "pad_token_id": player.decoding.pad_id}
+    (config.target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    size = sum(file.stat().st_size for file in files) / 2**20
+    console.print(
+        f"{config.target}: iteration {iteration} of {config.run}, {size:.1f} MiB in {len(files)} file(s)",
+        soft_wrap=True,
+    )
+    return config.target

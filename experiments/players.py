@@ -1,0 +1,165 @@
+"""The policy of a run: a small one made for it, or a language model, and how it reads and answers."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from envs_bridge.collect import Example, Limits, Player
+from envs_bridge.household import lexicon
+from envs_bridge.prompts import ANSWER_START, History, Notes
+from experiments.setup import Config
+from proxmo_jax.learner import TrainState
+from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.sampling import Decoding, stop_table
+from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
+from proxmo_jax.weights import find_model, load_weights, read_config
+
+
+def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
+    """The run's policy. A small one's tokenizer is read from the run's folder, or built from demonstrations there.
+
+    Raises ValueError for a model that is not there, is not supported, or does not fit the run.
+    """
+    return language_player(config, mesh) if config.model else small_player(config, mesh, demonstrations)
+
+
+def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) -> Player:
+    """A word-level policy; its thought is closed for it, so that it answers with a command alone."""
+    tokenizer = make_tokenizer(config, demonstrations)
+    policy = PolicyConfig(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // 16,
+        num_key_value_heads=config.hidden_size // 32,
+        head_dim=16,
+        initializer_range=0.15,
+    )
+    return Player(
+        tokenizer,
+        policy,
+        limits_of(config),
+        mesh,
+        Decoding(
+            config.max_response_tokens, (tokenizer.eos_token_id,), tokenizer.pad_token_id, config.top_k, config.top_p
+        ),
+        start=memory_of(config),
+        render=lambda prompt: prompt + ANSWER_START,
+        answer_start=ANSWER_START,
+    )
+
+
+def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
+    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
+    folder = config.out / "tokenizer"
+    if folder.exists():
+        return load_tokenizer(folder)
+    if config.warm_start_from:
+        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
+        tokenizer.save_pretrained(folder)
+        return tokenizer
+    texts = [f"{example.memory.prompt()} {example.command}" for example in demonstrations]
+    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
+    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
+
+
+def language_player(config: Config, mesh: Mesh) -> Player:
+    """A Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
+    folder = find_model(config.model)
+    policy = read_config(folder, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat)
+    parameter_shardings(mesh, policy)  # a mesh that does not divide the model is refused before anything is read
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise ValueError(f"--model: {config.model} holds no tokenizer (tokenizer.json)")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(
+            f"--model: {config.model} holds no tokenizer ({str(error).strip().splitlines()[0]})"
+        ) from error
+    if len(tokenizer) > policy.vocab_size:
+        raise ValueError(
+            f"--model: {config.model}: its tokenizer has {len(tokenizer)} tokens, need at most the {policy.vocab_size}"
+            " of its vocab_size"
+        )
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    if longest > policy.max_position_embeddings:
+        raise ValueError(
+            f"--max-prompt-tokens and --max-response-tokens add up to {longest}, need at most the model's"
+            f" {policy.max_position_embeddings}"
+        )
+    stops = stop_ids(folder, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    table = None
+    if config.stop:
+        # Ids past the tokenizer's, which pad the embedding, say nothing.
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+        table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.stop))
+    return Player(
+        tokenizer,
+        policy,
+        limits_of(config),
+        mesh,
+        Decoding(config.max_response_tokens, stops, pad, config.top_k, config.top_p),
+        table,
+        start=memory_of(config),
+        render=partial(chat, tokenizer),
+        skip_special_tokens=True,
+    )
+
+
+def stop_ids(folder: Path, tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's and the generation config's. Raises ValueError if there are none."""
+    found = {tokenizer.eos_token_id} - {None}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        also = json.loads(path.read_text()).get("eos_token_id")
+        found |= set(also if isinstance(also, list) else [also]) - {None}
+    if not found:
+        raise ValueError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")
+    return tuple(sorted(found))
+
+
+def chat(tokenizer, prompt: str) -> str:
+    """The prompt as the user's turn, by the tokenizer's own template where it has one."""
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def limits_of(config: Config) -> Limits:
+    return Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
+
+
+def memory_of(config: Config):
+    """What begins the memory of an episode, from which its prompts are written."""
+    if config.prompt == "notes":
+        return Notes.start
+    return partial(History.start, kept=config.history, list_actions=config.list_actions)
+
+
+def fresh_params(player: Player, key: jax.Array) -> Any:
+    """Parameters that have learned nothing, where they are to lie."""
+    shardings = parameter_shardings(player.mesh, player.config)
+    return jax.jit(partial(init_params, player.config), out_shardings=shardings)(key)
+
+
+def pretrained_params(config: Config, player: Player) -> Any:
+    """The parameters of --model, where they are to lie."""
+    return load_weights(find_model(config.model), player.config, parameter_shardings(player.mesh, player.config))
+
+
+def new_state(player: Player, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The start of learning from a copy of these parameters."""
+    own = jax.tree.map(jnp.copy, params)
+    return TrainState(own, place_optimizer(optimizer, own, parameter_shardings(player.mesh, player.config)))

@@ -18,6 +18,7 @@ from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.pool import Pool
 from envs_bridge.worker import ENGINES
 from proxmo_jax.advantages import PRESETS
+from proxmo_jax.losses import AGGREGATIONS, KL
 from proxmo_jax.policy import REMAT
 from proxmo_jax.report import progress_bar
 
@@ -84,8 +85,15 @@ class Config:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     clip: float = 0.2
+    clip_high: float = 0.0
+    """The upper end of the clip where it differs from --clip; 0: the same."""
+    dual_clip: float = 3.0
+    kl: str = "low_var_kl"
+    """Estimator of the KL to the reference: kl (k1), abs, mse (k2) or low_var_kl (k3)."""
     kl_weight: float = 0.01
     entropy_weight: float = 0.001
+    aggregation: str = "token_mean"
+    """How tokens make a loss: token_mean, turn_mean_token_sum, turn_mean_token_mean or turn_sum_over_length."""
 
     warm_start_steps: int = 2000
     warm_start_rate: float = 4e-3
@@ -140,6 +148,8 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "remat": tuple(REMAT),
+    "kl": tuple(KL),
+    "aggregation": AGGREGATIONS,
 }
 AT_LEAST_ONE = (
     "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
@@ -159,6 +169,7 @@ def check(config: Config) -> None:
         need(value in choices, f"--{name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
     if config.env == "alfworld":
         data_folder(config.data)
+    need(config.dual_clip > 1, f"--dual-clip must be > 1, got {config.dual_clip}")
     need(config.history >= 0, f"--history must be at least 0, got {config.history}")
     need(config.worker_timeout >= 0, f"--worker-timeout must be at least 0, got {config.worker_timeout}")
     need(

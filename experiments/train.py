@@ -29,7 +29,6 @@ from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
 from proxmo_jax.learner import (
-    LossSettings,
     TrainState,
     cloning_step,
     estimate,
@@ -39,6 +38,7 @@ from proxmo_jax.learner import (
     policy_step,
     row_log_probs,
 )
+from proxmo_jax.losses import LossSettings
 from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import make_mesh, replicate, split
@@ -151,7 +151,9 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
     offsets = np.pad(offsets, ((0, short), (0, 0)))
     for start in range(0, len(turns), size):
         part = split(mesh, (turns[start : start + size], offsets[start : start + size]))
-        yield gather_rows(rollout.buffer, rollout.prompt_lengths, advantage, *part, row_answers=room)
+        yield gather_rows(
+            rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage, *part, row_answers=room
+        )
 
 
 def answer_room(config: Config) -> int:
@@ -273,7 +275,16 @@ class Loop:
         self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in TASK_TYPES])
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
         self.settings = PRESETS[config.method](invalid_penalty=config.invalid_penalty)
-        self.loss = LossSettings(clip=config.clip, kl_weight=config.kl_weight, entropy_weight=config.entropy_weight)
+        self.loss = LossSettings(
+            clip=config.clip,
+            clip_high=config.clip_high or None,
+            dual_clip=config.dual_clip,
+            kl_weight=config.kl_weight,
+            entropy_weight=config.entropy_weight,
+            kl=config.kl,
+            aggregation=config.aggregation,
+            longest_response=config.max_response_tokens,
+        )
         limits = player.limits
         empty = Buffer.empty(
             config.groups, config.members, limits.turns,
@@ -357,6 +368,7 @@ class Loop:
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(TASK_TYPES, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
+            "loss/sampler_gap": float(parts[0].gap),
             "time/rollout": played - began,
             "time/estimator": estimated - played,
             "time/update": updated - estimated,

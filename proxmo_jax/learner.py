@@ -15,7 +15,7 @@ import optax
 
 from proxmo_jax.batch import batch_advantages
 from proxmo_jax.buffers import Buffer
-from proxmo_jax.losses import PolicyLoss, policy_loss, token_log_probs, token_mean
+from proxmo_jax.losses import LossSettings, PolicyLoss, policy_loss, token_log_probs, token_weights
 from proxmo_jax.policy import Policy, PolicyConfig
 from proxmo_jax.types import Advantages, Group, Settings, pytree
 from proxmo_jax.words import WordCounts
@@ -28,8 +28,9 @@ class Rows:
 
     tokens, positions, segments int32 [B, L]; segment 0 is padding. places int32 [B, A]: where in its row the token
     before a response token stands; targets int32 [B, A] the response token; mask bool [B, A]; advantage, old,
-    reference float32 [B, A], of the response token. Logits are computed at `places` alone: responses are a tenth
-    of the tokens, and the vocabulary is the widest layer of a small policy.
+    reference float32 [B, A], of the response token; turn_tokens int32 [B, A]: response tokens of its turn.
+    Logits are computed at `places` alone: responses are a tenth of the tokens, and the vocabulary is the widest layer
+    of a small policy.
     """
 
     tokens: Any
@@ -41,6 +42,7 @@ class Rows:
     advantage: Any
     old: Any
     reference: Any
+    turn_tokens: Any
 
 
 class TrainState(NamedTuple):
@@ -95,13 +97,15 @@ def pack_turns(
 def gather_rows(
     buffer: Buffer,
     prompt_lengths: jax.Array,
+    response_lengths: jax.Array,
     advantage: jax.Array,
     turns: jax.Array,
     offsets: jax.Array,
     *,
     row_answers: int,
 ) -> Rows:
-    """Build token rows on the device from the buffer. prompt_lengths int32 [E, T], advantage [E, T].
+    """Build token rows on the device from the buffer. prompt_lengths, response_lengths int32 [E, T],
+    advantage [E, T].
 
     turns index the flattened `[E * T]`, as `pack_turns` gives them, packed for the same `row_answers`.
     """
@@ -134,6 +138,7 @@ def gather_rows(
         advantage=jnp.where(mask, advantage.reshape(-1)[target[0]], 0.0),
         old=jnp.where(mask, flat.log_probs[target], 0.0),
         reference=jnp.zeros(places.shape, jnp.float32),
+        turn_tokens=jnp.where(mask, response_lengths.reshape(-1)[target[0]], 0),
     )
 
 
@@ -160,16 +165,6 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """The loss's constants; published values are the defaults."""
-
-    clip: float = 0.2
-    dual_clip: float = 3.0
-    kl_weight: float = 0.01
-    entropy_weight: float = 0.001
-
-
 @partial(jax.jit, static_argnames=("config", "optimizer", "settings", "micro_batches"), donate_argnums=0)
 def policy_step(
     state: TrainState,
@@ -188,20 +183,14 @@ def policy_step(
     iterations cannot be the optimiser's own.
     """
 
-    def loss(params, part: Rows, total):
-        parts = policy_loss(
-            row_logits(params, part, config) / temperature,
-            part.targets,
-            part.mask,
-            part.advantage,
-            part.old,
-            part.reference,
-            total,
-            **vars(settings),
-        )
+    def loss(params, part: Rows, weight, total):
+        logits = row_logits(params, part, config) / temperature
+        columns = (part.targets, part.mask, part.advantage, part.old, part.reference)
+        parts = policy_loss(logits, *columns, settings, weight=weight, total=total)
         return parts.loss, parts
 
-    gradient, parts = _gradient(loss, state.params, rows, micro_batches)
+    weight = token_weights(rows.mask, rows.turn_tokens, settings.aggregation, settings.longest_response)
+    gradient, parts = _gradient(loss, state.params, rows, weight, micro_batches)
     return _apply(state, gradient, optimizer, rate), parts
 
 
@@ -216,31 +205,33 @@ def cloning_step(
 ) -> tuple[TrainState, jax.Array]:
     """One step of behaviour cloning: the mean negative log-likelihood of the answer tokens."""
 
-    def loss(params, part: Rows, total):
+    def loss(params, part: Rows, weight, _):
         log_probs, _ = token_log_probs(row_logits(params, part, config), part.targets)
-        value = -token_mean(log_probs, part.mask, total)
+        value = -(weight * log_probs).sum()
         return value, value
 
-    gradient, value = _gradient(loss, state.params, rows, micro_batches)
+    weight = token_weights(rows.mask, rows.turn_tokens, "token_mean", 1)
+    gradient, value = _gradient(loss, state.params, rows, weight, micro_batches)
     return _apply(state, gradient, optimizer, 1.0), value
 
 
-def _gradient(loss, params, rows: Rows, micro_batches: int):
-    """Gradient and report of `loss(params, rows, total tokens)`, added up over micro-batches one after the other.
+def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
+    """Gradient and report of `loss(params, rows, weight, total tokens)`, added up over micro-batches one by one.
 
     Small parts keep the temporaries in cache: on two CPU cores 2 x 16 rows are half again as fast as 1 x 32.
     """
     total = rows.mask.sum()
     gradient = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
-        return gradient(params, rows, total)
+        return gradient(params, rows, weight, total)
     # Interleaved, so that a batch axis split over devices stays split in every part.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), rows)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), (rows, weight))
 
     def add(so_far, part):
-        return jax.tree.map(jnp.add, so_far, gradient(params, part, total)), None
+        return jax.tree.map(jnp.add, so_far, gradient(params, *part, total)), None
 
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, rows, total))
+    whole = jax.eval_shape(gradient, params, rows, weight, total)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
     return jax.lax.scan(add, start, parts)[0]
 
 

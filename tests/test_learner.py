@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
 from proxmo_jax.buffers import Buffer, clear, write
 from proxmo_jax.learner import (
-    LossSettings,
     TrainState,
     cloning_step,
     estimate,
@@ -19,6 +18,7 @@ from proxmo_jax.learner import (
     policy_step,
     row_log_probs,
 )
+from proxmo_jax.losses import AGGREGATIONS, LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, sample
 
@@ -71,7 +71,7 @@ def rows_of(buffer, prompt_lengths, answered, row_length=24):
         lengths, answered.reshape(-1), np.flatnonzero(lengths), row_length=row_length, row_answers=8
     )
     advantage = jnp.asarray(np.arange(lengths.size, dtype=np.float32).reshape(prompt_lengths.shape))
-    return gather_rows(buffer, prompt_lengths, advantage, turns, offsets, row_answers=8), turns
+    return gather_rows(buffer, prompt_lengths, answered, advantage, turns, offsets, row_answers=8), turns
 
 
 def test_what_was_sampled_is_what_is_trained_on():
@@ -86,9 +86,9 @@ def test_what_was_sampled_is_what_is_trained_on():
         rtol=1e-3,
         atol=1e-4,
     )
-    np.testing.assert_array_equal(
-        np.asarray(rows.advantage)[mask], np.take_along_axis(turns, np.asarray(rows.places), 1)[mask]
-    )  # each turn its own
+    own = np.take_along_axis(turns, np.asarray(rows.places), 1)[mask]
+    np.testing.assert_array_equal(np.asarray(rows.advantage)[mask], own)  # each turn its own
+    np.testing.assert_array_equal(np.asarray(rows.turn_tokens)[mask], answered.reshape(-1)[own])
 
 
 def test_a_row_computes_as_its_turns_alone():
@@ -111,11 +111,12 @@ def step(rows, micro_batches=1, **settings):
     )  # fmt: skip
 
 
-def test_micro_batches_change_nothing():
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_change_nothing(aggregation):
     rows, _ = rows_of(*played(), row_length=12)
     rows = jax.tree.map(lambda x: jnp.concatenate([x, x])[: len(x) // 2 * 2], rows)
-    whole, parts = step(rows)
-    split, split_parts = step(rows, micro_batches=2)
+    whole, parts = step(rows, aggregation=aggregation, longest_response=4)
+    split, split_parts = step(rows, micro_batches=2, aggregation=aggregation, longest_response=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, split.params)
     np.testing.assert_allclose(parts.loss, split_parts.loss, rtol=1e-4)
 
@@ -199,7 +200,8 @@ def test_the_loop_learns_a_corridor(settings):
         )
         short = 256 - len(at)
         at, offsets = np.pad(at, ((0, short), (0, 0)), constant_values=-1), np.pad(offsets, ((0, short), (0, 0)))
-        rows = gather_rows(buffer, prompt_lengths, answer.joint.reshape(episodes, turns), at, offsets, row_answers=2)
+        advantage, answered = answer.joint.reshape(episodes, turns), (prompt_lengths > 0).astype(np.int32)
+        rows = gather_rows(buffer, prompt_lengths, answered, advantage, at, offsets, row_answers=2)
         rows = rows.__class__(**{**rows.__dict__, "reference": rows.old})
         state, _ = policy_step(
             state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_weight=0.0)

@@ -3,7 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proxmo_jax.losses import clipped_surrogate, low_var_kl, policy_loss, token_log_probs, token_mean
+from proxmo_jax.losses import (
+    AGGREGATIONS,
+    KL,
+    LossSettings,
+    clipped_surrogate,
+    low_var_kl,
+    policy_loss,
+    token_log_probs,
+    token_mean,
+    token_weights,
+    was_clipped,
+)
 
 
 def test_surrogate_by_hand():
@@ -29,10 +40,10 @@ def test_tokens_outside_the_mask_are_inert_in_value_and_gradient():
     logits = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
     tokens, mask = jnp.array([1, 2, 3, 4]), jnp.array([True, True, False, False])
     advantage, old = jnp.ones(4), token_log_probs(logits, tokens)[0]
-    settings = {"clip": 0.2, "dual_clip": 3.0, "kl_weight": 0.1, "entropy_weight": 0.01}
+    settings = LossSettings(kl_weight=0.1, entropy_weight=0.01)
 
     def loss(logits, old, reference):
-        return policy_loss(logits, tokens, mask, advantage, old, reference, **settings).loss
+        return policy_loss(logits, tokens, mask, advantage, old, reference, settings).loss
 
     dirty = old.at[2:].set(jnp.array([-1e4, jnp.inf]))
     assert float(loss(logits, old, old)) == float(loss(logits, dirty, dirty))
@@ -41,28 +52,72 @@ def test_tokens_outside_the_mask_are_inert_in_value_and_gradient():
     assert not np.asarray(gradient[2:]).any()
 
 
-@pytest.mark.parametrize("dual_clip", [3.0, 10.0])
-def test_surrogate_and_its_gradient_equal_the_official_ones(official, dual_clip):
-    data = np.load(official / "93_policy_loss.npz")
+def weights_of(data, aggregation):
     mask = data["response_mask"].astype(bool)
-    name = f"token-mean|0.2|0.2|{dual_clip}"
+    return token_weights(mask, np.repeat(mask.sum(1, keepdims=True), mask.shape[1], 1), aggregation, mask.shape[1])
+
+
+VERL = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+AGGREGATION_NAMES = dict(zip(AGGREGATIONS, VERL, strict=True))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(("low", "high", "dual"), [(0.2, 0.2, 3.0), (0.2, 0.28, 3.0), (0.2, 0.2, 10.0)])
+def test_surrogate_and_its_gradient_equal_the_official_ones(official, aggregation, low, high, dual):
+    data = np.load(official / "93_policy_loss.npz")
+    weight = weights_of(data, aggregation)
 
     def loss(log_prob):
         log_ratio = log_prob - data["old_log_prob"]
-        return token_mean(clipped_surrogate(log_ratio, data["advantages"], dual_clip=dual_clip), mask)
+        values = clipped_surrogate(log_ratio, data["advantages"], clip=low, clip_high=high, dual_clip=dual)
+        return (weight * values).sum()
 
+    name = f"{AGGREGATION_NAMES[aggregation]}|{low}|{high}|{dual}"
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(data["log_prob"]))
     np.testing.assert_allclose(value, data[f"pg_loss|{name}"], rtol=1e-5)
     np.testing.assert_allclose(gradient, data[f"pg_grad|{name}"], rtol=1e-4, atol=1e-6)
 
 
-def test_kl_and_its_gradient_equal_the_official_ones(official):
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("kind", KL)
+def test_kl_and_its_gradient_equal_the_official_ones(official, kind, aggregation):
     data = np.load(official / "93_policy_loss.npz")
-    mask = data["response_mask"].astype(bool)
+    weight = weights_of(data, aggregation)
 
     def loss(log_prob):
-        return token_mean(low_var_kl(log_prob, data["ref_log_prob"]), mask)
+        return (weight * KL[kind](log_prob, data["ref_log_prob"])).sum()
 
+    name = f"{kind}|{AGGREGATION_NAMES[aggregation]}"
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(data["log_prob"]))
-    np.testing.assert_allclose(value, data["kl_loss|low_var_kl|token-mean"], rtol=1e-5)
-    np.testing.assert_allclose(gradient, data["kl_grad|low_var_kl|token-mean"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(value, data[f"kl_loss|{name}"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, data[f"kl_grad|{name}"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("high", [0.2, 0.28])
+def test_diagnostics_equal_the_official_ones(official, high):
+    data = np.load(official / "93_policy_loss.npz")
+    mask = data["response_mask"].astype(bool)
+    log_ratio = data["log_prob"] - data["old_log_prob"]
+    surrogate = clipped_surrogate(log_ratio, data["advantages"], clip=0.2, clip_high=high)
+    fraction = token_mean(was_clipped(surrogate, log_ratio, data["advantages"]), mask)
+    np.testing.assert_allclose(fraction, data[f"clipfrac|token-mean|0.2|{high}|3.0"], rtol=1e-5)
+    np.testing.assert_allclose(token_mean(-log_ratio, mask), data[f"ppo_kl|token-mean|0.2|{high}|3.0"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_are_those_of_plain_loops(aggregation):
+    """Tokens of turns that share rows, against sums over turns one by one."""
+    rng = np.random.default_rng(0)
+    turn = np.array([[0, 0, 1, -1], [2, 2, 2, 3]])
+    values = rng.normal(size=turn.shape)
+    counts = {t: (turn == t).sum() for t in range(4)}
+    sums = [values[turn == t].sum() for t in range(4)]
+    expected = {
+        "token_mean": sum(sums) / 7,
+        "turn_mean_token_sum": np.mean(sums),
+        "turn_mean_token_mean": np.mean([s / counts[t] for t, s in enumerate(sums)]),
+        "turn_sum_over_length": sum(sums) / 5,
+    }[aggregation]
+    tokens = np.vectorize(lambda t: counts.get(t, 0))(turn)
+    weight = token_weights(jnp.asarray(turn >= 0), jnp.asarray(tokens), aggregation, 5)
+    np.testing.assert_allclose((weight * values).sum(), expected, rtol=1e-5)

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxmo_jax.policy import Policy, PolicyConfig, init_params
-from proxmo_jax.sampling import Decoding, sample
+from proxmo_jax.sampling import Decoding, sample, stop_table
+from proxmo_jax.sampling import draw as draw_token
 
 CONFIG = PolicyConfig(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.3)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -102,3 +105,84 @@ def test_one_program_per_shape(width):
     before = sample._cache_size()
     draw([[4, 2, 9]], width=width, temperature=0.5, seed=9)
     assert sample._cache_size() == before
+
+
+def probabilities(decoding, temperature=1.0, count=4000):
+    """How often each token is drawn from fixed logits, and the log-prob reported for each."""
+    logits = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
+    keys = jax.random.split(jax.random.key(1), count)
+    tokens, log_probs = jax.vmap(lambda k: draw_token(logits[None], k, jnp.float32(temperature), decoding))(keys)
+    tokens, log_probs = np.asarray(tokens)[:, 0], np.asarray(log_probs)[:, 0]
+    return np.bincount(tokens, minlength=5) / count, {int(t): float(x) for t, x in zip(tokens, log_probs, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
+        ({"top_k": 9}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0, 0]),  # the word that passes the limit is in
+        ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"top_p": 0.99, "top_k": 3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
+    ],
+)
+def test_top_k_and_top_p(options, expected):
+    drawn, log_probs = probabilities(Decoding(1, (), **options))
+    np.testing.assert_allclose(drawn, expected, atol=0.03)
+    for token, value in log_probs.items():  # of the policy, not of what was left of it: the learner computes that
+        np.testing.assert_allclose(value, np.log([0.4, 0.3, 0.15, 0.1, 0.05][token]), rtol=1e-4)
+
+
+def test_a_low_temperature_sharpens_and_zero_is_greedy():
+    drawn, _ = probabilities(Decoding(1, ()), temperature=0.5)
+    weights = np.square([0.4, 0.3, 0.15, 0.1, 0.05])
+    np.testing.assert_allclose(drawn, weights / weights.sum(), atol=0.03)
+    assert probabilities(Decoding(1, ()), temperature=0.0)[0][0] == 1
+
+
+@given(
+    st.lists(st.text("ab<>/ x", max_size=4), min_size=1, max_size=6),
+    st.lists(st.text("ab</>", min_size=1, max_size=5), min_size=1, max_size=3),
+    st.lists(st.integers(0, 5), max_size=20),
+)
+def test_the_stop_automaton_finds_what_find_finds(texts, strings, said):
+    """Token by token, across their borders, at the first token that completes a string, and for ever after."""
+    table = stop_table(texts, strings)
+    state, text = 0, ""
+    for token in said:
+        token %= len(texts)
+        state, text = table[state, token], text + texts[token]
+        assert (state == len(table) - 1) == any(string in text for string in strings)
+
+
+def test_answers_end_at_a_stop_string_or_any_stop_token():
+    prompts = [[5, 9, 2], [7, 1, 1, 30, 8]]
+    free = draw(prompts, stop=-1)
+    texts = [chr(97 + i % 26) + str(i) for i in range(40)]
+    second = [texts[t] for t in np.asarray(free.tokens[0, :2])]
+    string = second[0][-1] + second[1][0]  # spans two tokens
+    padded = np.zeros((2, 8), np.int32)
+    for row, ids in zip(padded, prompts, strict=True):
+        row[8 - len(ids) :] = ids
+    stopped = sample(
+        PARAMS, padded, np.array([3, 5], np.int32), jax.random.key(0), jnp.float32(1.0),
+        jnp.asarray(stop_table(texts, [string])), config=CONFIG, decoding=Decoding(6, ()),
+    )  # fmt: skip
+    for row, length in enumerate(np.asarray(stopped.lengths)):
+        said = "".join(texts[t] for t in np.asarray(free.tokens[row, :length]))
+        np.testing.assert_array_equal(stopped.tokens[row, :length], free.tokens[row, :length])
+        assert string in said or length == 6
+        assert string not in "".join(texts[t] for t in np.asarray(free.tokens[row, : length - 1]))
+    assert int(stopped.lengths[0]) == 2
+    first, third = (int(free.tokens[0, i]) for i in (0, 2))
+    either = sample(
+        PARAMS, padded, np.array([3, 5], np.int32), jax.random.key(0), jnp.float32(1.0),
+        config=CONFIG, decoding=Decoding(6, (third, 39 if first == 39 else first)),
+    )  # fmt: skip
+    assert int(either.lengths[0]) == 1
+
+
+def test_stop_strings_must_say_something():
+    with pytest.raises(ValueError, match="none of them empty"):
+        stop_table(["a"], [""])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proxmo_jax.learner import LossSettings, Rows, TrainState, make_optimizer, policy_step
+from proxmo_jax.learner import Rows, TrainState, make_optimizer, policy_step
+from proxmo_jax.losses import LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import make_mesh, parameter_shardings, place_optimizer, split
@@ -27,7 +28,7 @@ def rows(count=8, length=24, answers=6) -> Rows:
         targets=rng.integers(0, 64, (count, answers)), mask=rng.random((count, answers)) < 0.9,
         advantage=rng.normal(size=(count, answers)).astype(np.float32),
         old=-rng.random((count, answers)).astype(np.float32) - 3,
-        reference=-rng.random((count, answers)).astype(np.float32) - 3,
+        reference=-rng.random((count, answers)).astype(np.float32) - 3, turn_tokens=np.full((count, answers), 3),
     )  # fmt: skip
 
 

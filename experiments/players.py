@@ -68,7 +68,7 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
         tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
         tokenizer.save_pretrained(folder)
         return tokenizer
-    texts = [f"{example.memory.prompt()} {example.command}" for example in demonstrations]
+    texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
     words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
     return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
 

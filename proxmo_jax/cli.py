@@ -19,6 +19,7 @@ USAGE = """usage: proxmo COMMAND [options]
   bench estimator   time the estimator, beside the official code if it is there
   bench env         time the household engines and the worker pool
   check-model MODEL compare our decoder with transformers on a checkpoint
+  bench policy      time decoding and the train step, beside google-tunix if it is there
   verify-env household   play our engine and ALFWorld's own side by side
 
 proxmo COMMAND --help lists the options."""
@@ -56,10 +57,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _verify_household(rest[1:])
     if command == "verify-env":
         raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household")
-    if command == "bench" and rest[:1] in (["estimator"], ["env"]):
+    if command == "bench" and rest[:1] in (["estimator"], ["env"], ["policy"]):
         return _bench(*rest)
     if command == "bench":
-        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator or env")
+        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env or policy")
     raise ValueError(
         f"unknown command {command!r}; need train, eval, export, advantages, bench, check-model or verify-env"
     )

@@ -127,13 +127,14 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; a scan body: carries the hidden states and maps over the layers' caches."""
+    """One decoder layer; a scan body: carries the hidden states and all layers' caches, of which it writes its own."""
 
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, hidden, cache, positions, mask, write_at):
+    def __call__(self, carry, layer, positions, mask, write_at):
         c = self.config
+        hidden, cache = carry
         types: Any = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         x = RMSNorm(c, name="input_norm")(hidden)
 
@@ -147,7 +148,8 @@ class Layer(nn.Module):
             query, key = RMSNorm(c, name="query_norm")(query), RMSNorm(c, name="key_norm")(key)
         query, key = rotate(query, positions, c.rope), rotate(key, positions, c.rope)
         if cache is not None:
-            key, value = (written(old, new, write_at) for old, new in zip(cache, (key, value), strict=True))
+            cache = Cache(written(cache.keys, key, layer, write_at), written(cache.values, value, layer, write_at))
+            key, value = cache.keys[layer], cache.values[layer]
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
         hidden = hidden + nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=False, name="output", **types)(mixed)
 
@@ -155,14 +157,16 @@ class Layer(nn.Module):
         gate = nn.Dense(c.intermediate_size, use_bias=False, name="gate", **types)(x)
         up = nn.Dense(c.intermediate_size, use_bias=False, name="up", **types)(x)
         hidden = hidden + nn.Dense(c.hidden_size, use_bias=False, name="down", **types)(jax.nn.silu(gate) * up)
-        return hidden, None if cache is None else (key, value)
+        return (hidden, cache), None
 
 
-def written(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """The cache [B, S, ...] with `new` [B, L, ...] in the slots from `at` on: one for all rows, or one each [B]."""
+def written(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
+    """The cache [layers, B, S, ...] with `new` [B, L, ...] in a layer's slots from `at` on: one for all rows, or one
+    each [B]. In place where the cache is carried by a loop."""
     if jnp.ndim(at) == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, at, axis=1)
-    return jax.vmap(lambda c, n, a: jax.lax.dynamic_update_slice_in_dim(c, n, a, axis=0))(cache, new, at)
+        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, at, 0, 0))
+    rows, length = new.shape[:2]
+    return cache.at[layer, jnp.arange(rows)[:, None], at[:, None] + jnp.arange(length)].set(new)
 
 
 class Policy(nn.Module):
@@ -186,18 +190,18 @@ class Policy(nn.Module):
             Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0 if cache is not None else nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
             unroll=c.num_hidden_layers <= 4,  # a few layers run faster unrolled; many compile faster rolled
         )(c, name="layers")
-        slots = None if cache is None else (cache.keys, cache.values)
-        hidden, slots = layers(embedding[tokens].astype(c.dtype), slots, positions, mask, write_at)
+        start = embedding[tokens].astype(c.dtype), cache
+        (hidden, cache), _ = layers(start, jnp.arange(c.num_hidden_layers), positions, mask, write_at)
         if places is not None:
             hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
         hidden = RMSNorm(c, name="norm")(hidden)
         head = embedding if c.tie_word_embeddings else self.param("head", normal, shape, c.param_dtype)
         logits = jnp.einsum("...h,vh->...v", hidden, head.astype(c.dtype), preferred_element_type=jnp.float32)
-        return logits, None if cache is None else Cache(*slots)
+        return logits, cache
 
 
 # What each axis of each parameter is; `sharding.RULES` says where such an axis lies on the mesh.

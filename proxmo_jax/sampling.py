@@ -93,7 +93,9 @@ def draw(
             count = jnp.maximum((before < decoding.top_p).sum(-1, keepdims=True), 1)
             least = jnp.maximum(least, jnp.take_along_axis(ordered, count - 1, -1))
         allowed = jnp.where(log_probs >= least, log_probs, -jnp.inf)
-    token = jnp.where(temperature > 0, jax.random.categorical(key, allowed), jnp.argmax(logits, -1)).astype(jnp.int32)
+    token = jax.lax.cond(  # random numbers for a whole vocabulary are not free
+        temperature > 0, lambda: jax.random.categorical(key, allowed), lambda: jnp.argmax(logits, -1)
+    ).astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], 1)[:, 0]
 
 

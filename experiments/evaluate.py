@@ -23,7 +23,6 @@ from envs_bridge.collect import Player, collect
 from envs_bridge.pool import Pool
 from experiments import players, setup
 from proxmo_jax.checkpoint import Checkpoints, load_params
-from proxmo_jax.learner import make_optimizer
 from proxmo_jax.report import progress_bar, wilson
 from proxmo_jax.sharding import make_mesh
 
@@ -136,8 +135,8 @@ def trained_params(config: Config, stored: setup.Config, player: Player):
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
             raise ValueError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
-        optimizer = make_optimizer(stored.learning_rate, stored.weight_decay, stored.max_grad_norm, warmup=5)
-        state = players.new_state(player, players.fresh_params(player, jax.random.key(0)), optimizer)
+        fresh = players.fresh_params(player, jax.random.key(0))
+        state = players.new_state(player, fresh, players.run_optimizer(stored))
         return checkpoints.restore(state, wanted)[0].params, wanted
     finally:
         checkpoints.close()

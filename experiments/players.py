@@ -16,7 +16,7 @@ from envs_bridge.collect import Example, Limits, Player
 from envs_bridge.household import lexicon
 from envs_bridge.prompts import ANSWER_START, History, Notes
 from experiments.setup import Config
-from proxmo_jax.learner import TrainState
+from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, stop_table
 from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
@@ -157,6 +157,17 @@ def fresh_params(player: Player, key: jax.Array) -> Any:
 def pretrained_params(config: Config, player: Player) -> Any:
     """The parameters of --model, where they are to lie."""
     return load_weights(find_model(config.model), player.config, parameter_shardings(player.mesh, player.config))
+
+
+def run_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimiser of a run's reinforcement."""
+    return make_optimizer(
+        config.learning_rate,
+        config.weight_decay,
+        config.max_grad_norm,
+        warmup=5,
+        momentum_dtype=config.momentum_dtype,
+    )
 
 
 def new_state(player: Player, params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -118,6 +118,8 @@ class Config:
     """What a --model computes in: float32 or bfloat16."""
     param_dtype: str = "float32"
     """What its parameters are kept in: float32 or bfloat16."""
+    momentum_dtype: str = "float32"
+    """What the optimiser's first moment is kept in: float32 or bfloat16."""
     remat: str = "none"
     """What of a layer is computed again for its gradient: none, full (all) or dots (all but products with weights)."""
     top_k: int = 0
@@ -147,6 +149,7 @@ CHOICES = {
     "prompt": ("notes", "history"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
+    "momentum_dtype": ("float32", "bfloat16"),
     "remat": tuple(REMAT),
     "kl": tuple(KL),
     "aggregation": AGGREGATIONS,

@@ -23,7 +23,7 @@ from envs_bridge.collect import Example, Player, Rollout, collect, demonstration
 from envs_bridge.household.expert import Habits
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
-from experiments.players import fresh_params, make_player, memory_of, new_state, pretrained_params
+from experiments.players import fresh_params, make_player, memory_of, new_state, pretrained_params, run_optimizer
 from experiments.setup import Config, check, kind_of, make_games, make_pool, open_folder, stored_config
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
@@ -66,7 +66,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     demos = [] if config.model else [demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
     player = make_player(config, mesh, [example for part in demos for example in part])
     key = jax.random.key(config.seed)
-    optimizer = make_optimizer(config.learning_rate, config.weight_decay, config.max_grad_norm, warmup=5)
+    optimizer = run_optimizer(config)
 
     with make_pool(config) as pool:
         # Where reinforcement starts, or the checkpoint of a run that was cut off.

@@ -157,12 +157,21 @@ def row_log_probs(params, rows: Rows, temperature: jax.Array, *, config: PolicyC
 
 
 def make_optimizer(
-    learning_rate: float, weight_decay: float, max_norm: float, warmup: int, decay_steps: int | None = None
+    learning_rate: float,
+    weight_decay: float,
+    max_norm: float,
+    warmup: int,
+    decay_steps: int | None = None,
+    momentum_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it."""
+    """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it.
+
+    `momentum_dtype`: of the first moment, which bfloat16 halves; the second keeps the parameters' dtype.
+    """
     rate = optax.cosine_decay_schedule(learning_rate, decay_steps, 0.1) if decay_steps else lambda _: learning_rate
     schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), rate], [warmup])
-    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
+    adam = optax.adamw(schedule, b2=0.98, weight_decay=weight_decay, mu_dtype=momentum_dtype)
+    return optax.chain(optax.clip_by_global_norm(max_norm), adam)
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "settings", "micro_batches"), donate_argnums=0)

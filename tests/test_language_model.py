@@ -20,7 +20,7 @@ from proxmo_jax.weights import load_weights, read_config
 RUN = (
     "--prompt history --train-games 6 --eval-games 2 --groups 2 --members 2 --max-turns 2 --max-prompt-tokens 1500"
     " --max-response-tokens 12 --row-length 1536 --rows-per-batch 2 --micro-batches 1 --workers 1 --eval-every 2"
-    " --save-every 1 --stop </action> --top-k 50 --dtype bfloat16 --remat full"
+    " --save-every 1 --stop </action> --top-k 50 --dtype bfloat16 --remat full --momentum-dtype bfloat16"
 ).split()
 
 

@@ -21,7 +21,7 @@ from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, stop_table
 from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
-from proxmo_jax.weights import find_model, load_weights, read_config
+from proxmo_jax.weights import find_model, load_weights, read_config, weight_files
 
 
 def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
@@ -77,7 +77,8 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     """A Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
     folder = find_model(config.model)
     policy = read_config(folder, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat)
-    parameter_shardings(mesh, policy)  # a mesh that does not divide the model is refused before anything is read
+    weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
+    parameter_shardings(mesh, policy)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ValueError(f"--model: {config.model} holds no tokenizer (tokenizer.json)")
     try:

@@ -52,9 +52,10 @@ def main(config: Config, console: Console | None = None) -> Path:
     if config.resume:
         config = stored_config(config)
     check(config)
+    mesh = make_mesh(0, config.fsdp, config.tensor)
+    language_model = make_player(config, mesh) if config.model else None  # refused before a folder is made
     open_folder(config)
     stop = StopOnSignal(console)
-    mesh = make_mesh(0, config.fsdp, config.tensor)
 
     # Games, tokenizer, policy.
     train_games, eval_games = make_games(config, console)
@@ -64,7 +65,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
     demos = [] if config.model else [demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
-    player = make_player(config, mesh, [example for part in demos for example in part])
+    player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 

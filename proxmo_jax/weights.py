@@ -192,7 +192,7 @@ def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> A
     Raises ValueError once for everything that is wrong: no weights, a truncated file, names missing or left over,
     shapes that are not the config's.
     """
-    files = _weight_files(Path(folder))
+    files = weight_files(Path(folder))
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in files:
@@ -219,7 +219,7 @@ def _key(path) -> str:
     return "/".join(part.key for part in path)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises ValueError if there are none, or one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

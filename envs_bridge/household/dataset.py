@@ -85,7 +85,8 @@ def survey(
 
 def _why_left_out(path: Path, task_types: Sequence[str], found: Survey) -> str:
     """A reason, or nothing and the game's wording noted."""
-    if "movable" in str(path) or "Sliced" in str(path):
+    name = str(path.relative_to(found.folder))
+    if "movable" in name or "Sliced" in name:
         return "with movable receptacles or sliced things (ALFWorld leaves them out, too)"
     if path.parts[-3].partition("-")[0] not in task_types:
         return "of other task types"

@@ -136,7 +136,7 @@ def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:
     params = init_params(shape, jax.random.key(0))
     prompts = np.array(request["decode"]["prompts"], np.int32)
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
-    decoding = Decoding(config.decode_steps, (config.vocab_size - 1,))
+    decoding = Decoding(config.decode_steps, (config.vocab_size - 1,), greedy=True)
     decode = timed(
         lambda: sample(params, prompts, lengths, jax.random.key(0), jnp.float32(0.0), config=shape, decoding=decoding),
         config.repeat,

@@ -76,11 +76,11 @@ class Worker:
         said = seen.text, seen.admissible
         number = self._said.get(said)
         if number is None:
-            if len(self._said) >= SAID_AT_MOST:
-                self._said.clear()
             lines = "\n".join(seen.admissible)
             if lines.count("\n") > max(len(seen.admissible) - 1, 0):
                 raise ValueError("an admissible command holds a line break")
+            if len(self._said) >= SAID_AT_MOST:  # only where the pool will do so, too
+                self._said.clear()
             self._said[said] = len(self._said)
             return [[seen.text, lines, word_counts(seen.text)], seen.reward, seen.done, seen.won, task]
         return [number, seen.reward, seen.done, seen.won, task]

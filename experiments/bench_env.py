@@ -4,8 +4,9 @@
     proxmo bench env --games DIR --python PY            # beside ALFWorld's own, which PY has, on genuine games
 
 Every engine plays the same commands on the same games in a process of its own, and must say the same. The pool plays
-128 environments on `--workers` processes; what it adds is a turn's time less the environments' own, which is what
-the same steps take in one process, shared evenly among the workers. The table is printed and appended to BENCHMARKS.md.
+128 environments on `--workers` processes; what it adds is a turn's time less the environments' own, which is what the
+same steps take in as many processes that play at once and say nothing. The table is printed and appended to
+BENCHMARKS.md.
 """
 
 import json

@@ -19,7 +19,7 @@ from proxmo_jax.policy import Policy, PolicyConfig
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.weights import find_model, load_weights, parameter_count, read_config
 
-CURE = "install it with: pip install torch --index-url https://download.pytorch.org/whl/cpu"
+CURE = "install torch (its CPU build is enough) in this environment"
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     games = held_out_games(config, stored, console)
     mesh = make_mesh(0, stored.fsdp, stored.tensor)
     player = players.make_player(stored, mesh)
+    player.decoding = dataclasses.replace(player.decoding, greedy=config.greedy)
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()

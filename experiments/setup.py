@@ -32,7 +32,8 @@ class Config:
     resume: bool = False
     """Go on from the newest checkpoint in --out, with the settings stored there."""
     config: Path | None = None
-    """TOML file with settings of these names; options on the command line win."""
+    """Name of a recipe in experiments/configs, or TOML file with settings of these names; options on the command line
+    win."""
     method: str = "proxmo"
     """Estimator: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation,
     proxmo_without_proximity, official."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -327,8 +326,3 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
 
 def parameter_count(config: PolicyConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
-
-
-def cast(params: Any, dtype: str) -> Any:
-    """The parameters in another dtype."""
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

@@ -54,13 +54,8 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def split(mesh: Mesh, tree: Any) -> Any:
-    """Put arrays on the mesh, their first axis split as a batch; it must divide by `batch_shards`."""
+    """Put arrays on the mesh, their first axis split as a batch; it must divide by data x fsdp."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
 
 

@@ -201,6 +201,40 @@ def test_worker_and_pool_forget_texts_together(games, monkeypatch):
         assert len(said) <= 3
 
 
+class Breaking:
+    """A world whose second answer cannot be sent."""
+
+    task = "t"
+
+    def __init__(self):
+        self.turn = 0
+
+    def reset(self):
+        return Observation("start", ("look",))
+
+    def step(self, command):
+        self.turn += 1
+        return Observation(f"turn {self.turn}", ("one\ntwo",) if self.turn == 2 else ("look",))
+
+
+def test_an_answer_that_cannot_be_sent_is_lost_alone(monkeypatch):
+    """And neither side forgets for it what the other still remembers."""
+    for side in ("pool", "worker"):
+        monkeypatch.setattr(f"envs_bridge.{side}.SAID_AT_MOST", 2)
+    worker, said = Worker(lambda path: Breaking()), []
+    heard = [_parse(worker.answer({"reset": [[0, ""]]}), 1, said)]
+    heard += [_parse(worker.answer({"step": [[0, ""]]}), 1, said) for _ in range(4)]
+    assert heard[2] == ["an admissible command holds a line break"]
+    assert [seen.text for ((seen, _),) in (heard[0], heard[1], heard[3], heard[4])] == [
+        "start",
+        "turn 1",
+        "turn 3",
+        "turn 4",
+    ]
+    again = worker.answer({"reset": [[1, ""]]})
+    assert _parse(again, 1, said)[0][0].text == "start"
+
+
 def strange_actions(count):
     """Actions as a broken or hostile model may write them: Unicode, control characters, code, at times a megabyte."""
     rng = random.Random(0)

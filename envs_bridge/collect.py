@@ -64,7 +64,7 @@ class Rollout:
 class Player:
     """The policy as the loop sees it: prompts in, sampled tokens out.
 
-    decoding, table: how answers are drawn and end (`proxmo_jax.sampling`). start: begins the memory of an episode from
+    decoding, table, slots: how answers are drawn and end, how many side by side (`proxmo_jax.sampling`). start: begins the memory of an episode from
     its task and first observation, which is how prompts are written. render: a prompt as the policy's tokenizer is to
     see it (a chat template). answer_start: what every answer begins with, said for the policy at the end of its prompt.
     skip_special_tokens: whether an answer's special tokens are no part of what it says.
@@ -76,6 +76,7 @@ class Player:
     mesh: Mesh
     decoding: Decoding
     table: jax.Array | None = None
+    slots: int = 0
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     start: Callable[[str, Observation], Memory] = Notes.start
     render: Callable[[str], str] = str
@@ -229,6 +230,8 @@ class _Play:
             player.table,
             config=player.config,
             decoding=player.decoding,
+            slots=player.slots,
+            mesh=player.mesh,
         )
         tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
         answers = player.tokenizer.backend_tokenizer.decode_batch(

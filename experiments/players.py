@@ -53,6 +53,7 @@ def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) 
         Decoding(
             config.max_response_tokens, (tokenizer.eos_token_id,), tokenizer.pad_token_id, config.top_k, config.top_p
         ),
+        slots=config.decode_rows,
         start=memory_of(config),
         render=lambda prompt: prompt + ANSWER_START,
         answer_start=ANSWER_START,
@@ -112,6 +113,7 @@ def language_player(config: Config, mesh: Mesh) -> Player:
         mesh,
         Decoding(config.max_response_tokens, stops, pad, config.top_k, config.top_p),
         table,
+        config.decode_rows,
         start=memory_of(config),
         render=partial(chat, tokenizer),
         skip_special_tokens=True,

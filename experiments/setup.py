@@ -134,6 +134,10 @@ class Config:
     max_prompt_tokens: int = 128
     max_response_tokens: int = 8
 
+    decode_rows: int = 0
+    """Answers that are decoded side by side, which bounds the cache's memory; the others wait for a row that has
+    stopped. 0: all."""
+
     workers: int = 2
     worker_timeout: float = 0.0
     """Seconds after which a worker that does not answer is replaced; 0: 60, and 900 with ALFWorld's own engine."""
@@ -203,6 +207,10 @@ def check(config: Config) -> None:
     devices = count // config.tensor  # over which batches are split
     for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
         need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
+    need(
+        config.decode_rows >= 0 and config.decode_rows % devices == 0,
+        f"--decode-rows must be a multiple of the {devices} devices, or 0 for all at once; got {config.decode_rows}",
+    )
     part = config.micro_batches * devices
     need(config.rows_per_batch % part == 0, f"--rows-per-batch must be a multiple of micro-batches x devices = {part}")
 

@@ -1,15 +1,17 @@
-"""Sampling answers: one prefill of left-padded prompts, then decoding with a KV cache until every row has stopped."""
+"""Sampling answers: prefill of left-padded prompts and decoding with a KV cache; rows that stop are given out again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from proxmo_jax.policy import Cache, Policy, PolicyConfig
+from proxmo_jax.sharding import cache_sharding
 
 
 class Samples(NamedTuple):
@@ -76,9 +78,9 @@ def stop_table(texts: Sequence[str], strings: Sequence[str]) -> np.ndarray:
 
 
 def draw(
-    logits: jax.Array, key: jax.Array, temperature: jax.Array, decoding: Decoding
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, decoding: Decoding
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(token, log-prob) [B] from logits [B, V]; the likeliest token at temperature 0.
+    """(token, log-prob) [B] from logits [B, V] with a key for each row; the likeliest token at temperature 0.
 
     Log-probs are of the policy at this temperature (untempered when greedy) before `top_k` and `top_p` cut it, which is
     what the learner computes.
@@ -97,7 +99,7 @@ def draw(
         allowed = jnp.where(log_probs >= least, log_probs, -jnp.inf)
     token = jnp.argmax(logits, -1)
     if not decoding.greedy:  # a `cond` on the temperature would cost sampling a third of its speed on a CPU
-        token = jnp.where(temperature > 0, jax.random.categorical(key, allowed), token)
+        token = jnp.where(temperature > 0, jax.vmap(jax.random.categorical)(keys, allowed), token)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], 1)[:, 0]
 
@@ -109,7 +111,22 @@ def stops(token: jax.Array, decoding: Decoding) -> jax.Array:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "decoding"))
+class _Slots(NamedTuple):
+    """Rows of the cache at work: which prompt each answers, how far it is, and the token it says next."""
+
+    prompt: jax.Array  # int32 [B]; N: none
+    start: jax.Array  # int32 [B], the prompt's first place in the row
+    step: jax.Array  # int32 [B], tokens said
+    running: jax.Array  # bool [B]
+    said: jax.Array  # int16 [B], the stop strings' automaton
+    token: jax.Array  # int32 [B]
+    log_prob: jax.Array  # float32 [B]
+    cache: Cache
+    waiting: jax.Array  # int32, the first prompt that no row has been given
+    samples: Samples
+
+
+@partial(jax.jit, static_argnames=("config", "decoding", "slots", "mesh"))
 def sample(
     params,
     prompts: jax.Array,
@@ -120,54 +137,102 @@ def sample(
     *,
     config: PolicyConfig,
     decoding: Decoding,
+    slots: int = 0,
+    mesh: Mesh | None = None,
 ) -> Samples:
-    """Sample an answer per row at `temperature` (0: greedy). prompts int32 [B, P], left-padded.
+    """Sample an answer per prompt at `temperature` (0: greedy). prompts int32 [N, P], left-padded.
 
     Log-probs as in `draw`, so they serve as the old log-probs of a policy update at the same temperature. `table`: a
-    `stop_table` whose strings end an answer, too. Rows of length 0 (batch padding) stop at once. Compiled once per
-    (B, P).
+    `stop_table` whose strings end an answer, too. Prompts of length 0 (batch padding) have no answer.
+
+    slots: how many are answered side by side (0: all). When an eighth of these rows have stopped they are given to the
+    prompts that wait, so that a long answer holds up none but itself and the cache is as large as `slots` asks. Random
+    numbers belong to prompts and tokens: an answer does not depend on `slots`, nor on what is sampled beside it.
+    mesh: where the rows are split over devices; a multiple of them. Compiled once per (N, P).
     """
     model = Policy(config)
-    batch, width = prompts.shape
-    max_tokens = decoding.max_tokens
-    total = width + max_tokens
-    start = width - prompt_lengths  # first real slot of each row
-    slots = jnp.arange(total)
-    real = slots[None, :] >= start[:, None]  # [B, S]
+    count, width = prompts.shape
+    batch = count if not 0 < slots < count else slots
+    room_for_all = batch == count  # every prompt has a row of its own
+    at_once = count if room_for_all else max(batch // 8, 1)  # rows given out together
+    total = width + decoding.max_tokens
+    places = jnp.arange(total)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    end = jnp.max(jnp.where(prompt_lengths > 0, jnp.arange(1, count + 1), 0))  # past it, batch padding alone
 
-    positions = jnp.maximum(slots[None, :width] - start[:, None], 0)
-    mask = real[:, None, :] & (slots[None, None, :] <= slots[None, :width, None])
-    cache: Any = Cache.empty(config, batch, total)
-    last = jnp.full((batch, 1), width - 1)
-    logits, cache = model.apply({"params": params}, prompts, positions, mask, cache, 0, last)
-    key, first = jax.random.split(key)
-    token, log_prob = draw(logits[:, -1], first, temperature, decoding)
-    tokens = jnp.full((batch, max_tokens), decoding.pad_id, jnp.int32)
-    log_probs = jnp.zeros((batch, max_tokens), jnp.float32)
-    running = prompt_lengths > 0
-    said = jnp.zeros(batch, jnp.int16)  # the stop strings' automaton
+    def place(cache: Cache) -> Cache:
+        return cache if mesh is None else jax.lax.with_sharding_constraint(cache, cache_sharding(mesh))
 
-    def going(state):
-        step, _, running, *_ = state
-        return (step < max_tokens) & running.any()
+    def said_next(logits: jax.Array, prompt: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(prompt, count - 1)], step)
+        return draw(logits, own, temperature, decoding)
 
-    def decode(state):
-        step, (token, log_prob), running, said, tokens, log_probs, lengths, cache, key = state
-        tokens = tokens.at[:, step].set(jnp.where(running, token, decoding.pad_id))
-        log_probs = log_probs.at[:, step].set(jnp.where(running, log_prob, 0.0))
-        lengths = lengths + running
-        running = running & ~stops(token, decoding)
+    def refill(s: _Slots) -> _Slots:
+        """The next prompts read, each into a row that has stopped."""
+        prompt = s.waiting + jnp.arange(at_once)
+        row = jnp.argsort(s.running, stable=True)[:at_once]
+        row, read = jnp.where(prompt < count, row, batch), jnp.minimum(prompt, count - 1)
+        lengths = jnp.where(prompt < count, prompt_lengths[read], 0)
+        start = width - lengths
+        length = total if room_for_all else width  # into the rows themselves, or into others that are copied
+        own = place(s.cache) if room_for_all else Cache.empty(config, at_once, width)
+        real = places[None, :length] >= start[:, None]
+        mask = real[:, None, :] & (places[None, None, :length] <= places[None, :width, None])
+        positions = jnp.maximum(places[None, :width] - start[:, None], 0)
+        last = jnp.full((at_once, 1), width - 1)
+        logits, own = model.apply({"params": params}, prompts[read], positions, mask, own, 0, last)
+        if not room_for_all:
+            own = jax.tree.map(lambda whole, new: whole.at[:, row, :width].set(new, mode="drop"), s.cache, own)
+        zero = jnp.zeros(at_once, jnp.int32)
+        token, log_prob = said_next(logits[:, -1], prompt, zero)
+        new = {"prompt": prompt, "start": start, "step": zero, "running": lengths > 0, "said": zero}
+        new |= {"token": token, "log_prob": log_prob}
+        fields = {k: getattr(s, k).at[row].set(v.astype(getattr(s, k).dtype), mode="drop") for k, v in new.items()}
+        return s._replace(**fields, cache=place(own), waiting=s.waiting + at_once)
+
+    def going(s: _Slots) -> jax.Array:
+        """Whether to decode on before rows are given out again."""
+        waiting = end - s.waiting
+        enough = (waiting > 0) & ((~s.running).sum() >= jnp.minimum(at_once, waiting))
+        return s.running.any() & ~enough
+
+    def decode(s: _Slots) -> _Slots:
+        """One more token of every row: noted, read, and the one after it drawn."""
+        to = jnp.where(s.running, s.prompt, count), s.step
+        samples = Samples(
+            s.samples.tokens.at[to].set(s.token, mode="drop"),
+            s.samples.log_probs.at[to].set(s.log_prob, mode="drop"),
+            s.samples.lengths.at[to[0]].add(1, mode="drop"),
+        )
+        running = s.running & ~stops(s.token, decoding) & (s.step + 1 < decoding.max_tokens)
+        said = s.said
         if table is not None:
-            said = table[said, token]
+            said = table[said, s.token]
             running = running & (said < table.shape[0] - 1)
-        at = width + step
-        mask = (real & (slots <= at))[:, None, :]
-        logits, cache = model.apply({"params": params}, token[:, None], (at - start)[:, None], mask, cache, at)
-        key, use = jax.random.split(key)
-        drawn = draw(logits[:, 0], use, temperature, decoding)
-        return step + 1, drawn, running, said, tokens, log_probs, lengths, cache, key
+        at = width + s.step
+        mask = (places >= s.start[:, None]) & (places <= at[:, None])
+        positions = (at - s.start)[:, None]
+        write_at = at[0] if room_for_all else at  # rows that began together are at the same place
+        logits, cache = model.apply(
+            {"params": params}, s.token[:, None], positions, mask[:, None, :], place(s.cache), write_at
+        )
+        token, log_prob = said_next(logits[:, 0], s.prompt, s.step + 1)
+        return s._replace(
+            step=s.step + 1, running=running, said=said, token=token, log_prob=log_prob, cache=cache, samples=samples
+        )
 
-    lengths = jnp.zeros(batch, jnp.int32)
-    state = (0, (token, log_prob), running, said, tokens, log_probs, lengths, cache, key)
-    _, _, _, _, tokens, log_probs, lengths, _, _ = jax.lax.while_loop(going, decode, state)
-    return Samples(tokens, log_probs, lengths)
+    none = jnp.zeros(batch, jnp.int32)
+    shape = (count, decoding.max_tokens)
+    s = _Slots(
+        prompt=none + count, start=none, step=none, running=none > 0, said=none.astype(jnp.int16), token=none,
+        log_prob=jnp.zeros(batch, jnp.float32), cache=place(Cache.empty(config, batch, total)), waiting=jnp.int32(0),
+        samples=Samples(jnp.full(shape, decoding.pad_id, jnp.int32), jnp.zeros(shape, jnp.float32), prompt_lengths * 0),
+    )  # fmt: skip
+    if room_for_all:
+        return jax.lax.while_loop(going, decode, refill(s)).samples
+    finished = jax.lax.while_loop(
+        lambda s: s.running.any() | (s.waiting < end),
+        lambda s: jax.lax.while_loop(going, decode, refill(s)),
+        s,
+    )
+    return finished.samples

@@ -64,6 +64,11 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    """Where keys and values of the tokens read lie, [layers, B, S, kv heads, head_dim]: split by row and by head."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None, RULES["kv_heads"], None))
+
+
 def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
     """Where each parameter lies: a tree of NamedSharding, by `LOGICAL_AXES` and `RULES`.
 

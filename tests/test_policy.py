@@ -107,11 +107,34 @@ def test_one_program_per_shape(width):
     assert sample._cache_size() == before
 
 
+@pytest.mark.parametrize("slots", [1, 3, 8, 19])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_given_out_again_answer_as_rows_of_their_own(slots, temperature):
+    """Every prompt's answer is what it would be with all of them side by side, or alone."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 9, 19).astype(np.int32)
+    prompts = np.where(np.arange(8) >= 8 - lengths[:, None], rng.integers(4, 40, (19, 8)), 0).astype(np.int32)
+    decoding = Decoding(12, tuple(range(0, 40, 4)), pad_id=7)
+    arguments = (jax.random.key(3), jnp.float32(temperature))
+    whole = sample(PARAMS, prompts, lengths, *arguments, config=CONFIG, decoding=decoding)
+    some = sample(PARAMS, prompts, lengths, *arguments, config=CONFIG, decoding=decoding, slots=slots)
+    assert len(set(np.asarray(whole.lengths).tolist())) > 4  # rows do stop at different times
+    np.testing.assert_array_equal(np.asarray(whole.lengths) == 0, lengths == 0)
+    np.testing.assert_array_equal(some.tokens, whole.tokens)
+    np.testing.assert_array_equal(some.lengths, whole.lengths)
+    np.testing.assert_allclose(some.log_probs, whole.log_probs, rtol=1e-4, atol=1e-5)
+    table = jnp.asarray(stop_table([chr(65 + i % 26) for i in range(40)], ["Q", "AB"]))
+    told = [
+        sample(PARAMS, prompts, lengths, *arguments, table, config=CONFIG, decoding=decoding, slots=n) for n in (0, 5)
+    ]
+    np.testing.assert_array_equal(told[0].tokens, told[1].tokens)
+
+
 def probabilities(decoding, temperature=1.0, count=4000):
     """How often each token is drawn from fixed logits, and the log-prob reported for each."""
     logits = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
     keys = jax.random.split(jax.random.key(1), count)
-    tokens, log_probs = jax.vmap(lambda k: draw_token(logits[None], k, jnp.float32(temperature), decoding))(keys)
+    tokens, log_probs = jax.vmap(lambda k: draw_token(logits[None], k[None], jnp.float32(temperature), decoding))(keys)
     tokens, log_probs = np.asarray(tokens)[:, 0], np.asarray(log_probs)[:, 0]
     return np.bincount(tokens, minlength=5) / count, {int(t): float(x) for t, x in zip(tokens, log_probs, strict=True)}
 

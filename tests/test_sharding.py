@@ -67,18 +67,23 @@ def test_every_mesh_learns_the_same(alone, shape):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_every_mesh_samples_the_same(shape):
-    prompts = np.random.default_rng(1).integers(4, 64, (8, 16)).astype(np.int32)
-    lengths = np.full(8, 16, np.int32)
-    answers = []
+    """All prompts side by side, and half of them waiting for a row; the cache is split as the rows and heads are."""
+    prompts = np.random.default_rng(1).integers(4, 64, (16, 16)).astype(np.int32)
+    lengths = np.full(16, 16, np.int32)
+    answers, memory = [], []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(*shape)):
         params = jax.device_put(init_params(CONFIG, jax.random.key(0)), parameter_shardings(mesh, CONFIG))
-        drawn = sample(
-            params, *split(mesh, (prompts, lengths)), jax.random.key(0), jnp.float32(0.0),
-            config=CONFIG, decoding=Decoding(6, (3,)),
-        )  # fmt: skip
-        answers.append(jax.device_get(drawn))
-    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
-    np.testing.assert_allclose(answers[0].log_probs, answers[1].log_probs, rtol=1e-4, atol=1e-4)
+        for slots in (0, 8):
+            program = sample.lower(
+                params, *split(mesh, (prompts, lengths)), jax.random.key(0), jnp.float32(0.0),
+                config=CONFIG, decoding=Decoding(6, (3, 4, 5)), slots=slots, mesh=mesh,
+            ).compile()  # fmt: skip
+            memory.append(program.memory_analysis().temp_size_in_bytes)
+            answers.append(jax.device_get(program(params, *split(mesh, (prompts, lengths)), jax.random.key(0), 0.0)))
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answers[0].tokens, answer.tokens)
+        np.testing.assert_allclose(answers[0].log_probs, answer.log_probs, rtol=1e-4, atol=1e-4)
+    assert memory[2] < memory[0] / 3
 
 
 def test_meshes_that_cannot_be_are_refused():

@@ -64,10 +64,10 @@ class Rollout:
 class Player:
     """The policy as the loop sees it: prompts in, sampled tokens out.
 
-    decoding, table, slots: how answers are drawn and end, how many side by side (`proxmo_jax.sampling`). start: begins the memory of an episode from
-    its task and first observation, which is how prompts are written. render: a prompt as the policy's tokenizer is to
-    see it (a chat template). answer_start: what every answer begins with, said for the policy at the end of its prompt.
-    skip_special_tokens: whether an answer's special tokens are no part of what it says.
+    decoding, table, slots: how answers are drawn and end, how many side by side (`proxmo_jax.sampling`). start: begins
+    the memory of an episode from its task and first observation, which is how prompts are written. render: a prompt as
+    the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
+    policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out.
     """
 
     tokenizer: PreTrainedTokenizerFast

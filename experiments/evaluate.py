@@ -22,6 +22,7 @@ from rich.table import Table
 from envs_bridge.collect import Player, collect
 from envs_bridge.pool import Pool
 from experiments import players, setup
+from proxmo_jax import adapters
 from proxmo_jax.checkpoint import Checkpoints, load_params
 from proxmo_jax.report import progress_bar, wilson
 from proxmo_jax.sharding import make_mesh
@@ -136,9 +137,11 @@ def trained_params(config: Config, stored: setup.Config, player: Player):
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
             raise ValueError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
-        fresh = players.fresh_params(player, jax.random.key(0))
-        state = players.new_state(player, fresh, players.run_optimizer(stored))
-        return checkpoints.restore(state, wanted)[0].params, wanted
+        key = jax.random.key(0)
+        start = players.pretrained_params(stored, player) if stored.lora_rank else players.fresh_params(player, key)
+        state = players.new_state(player, start, players.run_optimizer(stored))
+        learned = checkpoints.restore(state, wanted)[0].params
+        return adapters.join(adapters.split(start)[0], learned), wanted
     finally:
         checkpoints.close()
 

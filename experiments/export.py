@@ -3,6 +3,7 @@
 proxmo export runs/household out/policy      # the newest checkpoint; `transformers` and --model load the folder
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from experiments import evaluate, players
+from proxmo_jax import adapters
 from proxmo_jax.sharding import make_mesh
 from proxmo_jax.weights import save_weights
 
@@ -36,7 +38,10 @@ def main(config: Config, console: Console | None = None) -> Path:
     stored = evaluate.run_settings(asked)
     player = players.make_player(stored, make_mesh(0, stored.fsdp, stored.tensor))
     params, iteration = evaluate.trained_params(asked, stored, player)
-    files = save_weights(config.target, params, player.config)
+    shape = dataclasses.replace(player.config, lora_rank=0)
+    if player.config.lora_rank:
+        params = adapters.merge(params, player.config.lora_alpha / player.config.lora_rank)
+    files = save_weights(config.target, params, shape)
     player.tokenizer.save_pretrained(config.target)
     ends = {"eos_token_id": list(player.decoding.stop_ids), "pad_token_id": player.decoding.pad_id}
     (config.target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")

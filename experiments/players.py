@@ -1,5 +1,6 @@
 """The policy of a run: a small one made for it, or a language model, and how it reads and answers."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,8 @@ from envs_bridge.collect import Example, Limits, Player
 from envs_bridge.household import lexicon
 from envs_bridge.prompts import ANSWER_START, History, Notes
 from experiments.setup import Config
+from proxmo_jax import adapters
+from proxmo_jax.attention import BLOCK
 from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, stop_table
@@ -77,7 +80,11 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
 def language_player(config: Config, mesh: Mesh) -> Player:
     """A Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
     folder = find_model(config.model)
-    policy = read_config(folder, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat)
+    names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
+    attention = config.attention
+    if attention == "auto":
+        attention = "splash" if jax.default_backend() == "tpu" and config.row_length % BLOCK == 0 else "dense"
+    policy = read_config(folder, attention=attention, **{name: getattr(config, name) for name in names})
     weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
     parameter_shardings(mesh, policy)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
@@ -158,8 +165,14 @@ def fresh_params(player: Player, key: jax.Array) -> Any:
 
 
 def pretrained_params(config: Config, player: Player) -> Any:
-    """The parameters of --model, where they are to lie."""
-    return load_weights(find_model(config.model), player.config, parameter_shardings(player.mesh, player.config))
+    """The parameters of --model, where they are to lie, with fresh adapters if it has some."""
+    plain = dataclasses.replace(player.config, lora_rank=0)
+    params = load_weights(find_model(config.model), plain, parameter_shardings(player.mesh, plain))
+    if not player.config.lora_rank:
+        return params
+    _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
+    fresh = jax.jit(lambda key: adapters.split(init_params(player.config, key))[1], out_shardings=shardings)
+    return adapters.join(params, fresh(jax.random.key(config.seed)))
 
 
 def run_optimizer(config: Config) -> optax.GradientTransformation:
@@ -169,11 +182,12 @@ def run_optimizer(config: Config) -> optax.GradientTransformation:
         config.weight_decay,
         config.max_grad_norm,
         warmup=5,
-        momentum_dtype=config.momentum_dtype,
+        moments_dtype=config.moments_dtype,
     )
 
 
 def new_state(player: Player, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The start of learning from a copy of these parameters."""
-    own = jax.tree.map(jnp.copy, params)
-    return TrainState(own, place_optimizer(optimizer, own, parameter_shardings(player.mesh, player.config)))
+    """The start of learning from these parameters; what is learned is copied."""
+    own = jax.tree.map(jnp.copy, adapters.split(params)[1])
+    _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
+    return TrainState(own, place_optimizer(optimizer, own, shardings))

@@ -18,6 +18,7 @@ from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.pool import Pool
 from envs_bridge.worker import ENGINES
 from proxmo_jax.advantages import PRESETS
+from proxmo_jax.attention import BLOCK
 from proxmo_jax.losses import AGGREGATIONS, KL
 from proxmo_jax.policy import REMAT
 from proxmo_jax.report import progress_bar
@@ -78,8 +79,9 @@ class Config:
     """Share of the learning rate left at the last iteration (cosine); published: constant, 1."""
     epochs: int = 1
     rows_per_batch: int = 32
-    micro_batches: int = 8
-    """Parts a mini-batch is computed in, to save memory; the result is the same."""
+    micro_batch_tokens: int = 640
+    """Tokens that a device computes at once, at least a row; a mini-batch is cut into as many parts as that needs. The
+    result is the same, memory and speed are not."""
     row_length: int = 160
     answer_share: float = 0.125
     """Share of a row's tokens that responses may take."""
@@ -119,8 +121,17 @@ class Config:
     """What a --model computes in: float32 or bfloat16."""
     param_dtype: str = "float32"
     """What its parameters are kept in: float32 or bfloat16."""
-    momentum_dtype: str = "float32"
-    """What the optimiser's first moment is kept in: float32 or bfloat16."""
+    moments_dtype: str = "float32"
+    """What the optimiser's moments are kept in: float32 or bfloat16."""
+    attention: str = "auto"
+    """Attention over training rows of a --model: dense, splash (JAX's TPU kernel; --row-length a multiple of 128), or
+    auto: splash on a TPU where it can."""
+    lora_rank: int = 0
+    """Rank of the adapters that are learned in the place of a --model's weights; 0: the weights are learned."""
+    lora_alpha: float = 32.0
+    """What the adapters' product is scaled by, times the rank."""
+    old_log_probs: str = "sampler"
+    """Whose log-probs the ratio's denominator has: the sampler's, or the trainer's (one more forward)."""
     remat: str = "none"
     """What of a layer is computed again for its gradient: none, full (all) or dots (all but products with weights)."""
     top_k: int = 0
@@ -154,13 +165,15 @@ CHOICES = {
     "prompt": ("notes", "history"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
-    "momentum_dtype": ("float32", "bfloat16"),
+    "moments_dtype": ("float32", "bfloat16"),
+    "attention": ("auto", "dense", "splash"),
+    "old_log_probs": ("sampler", "trainer"),
     "remat": tuple(REMAT),
     "kl": tuple(KL),
     "aggregation": AGGREGATIONS,
 }
 AT_LEAST_ONE = (
-    "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batches"
+    "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batch_tokens"
     " epochs warm_start_steps max_response_tokens"
 ).split()
 
@@ -211,8 +224,20 @@ def check(config: Config) -> None:
         config.decode_rows >= 0 and config.decode_rows % devices == 0,
         f"--decode-rows must be a multiple of the {devices} devices, or 0 for all at once; got {config.decode_rows}",
     )
-    part = config.micro_batches * devices
-    need(config.rows_per_batch % part == 0, f"--rows-per-batch must be a multiple of micro-batches x devices = {part}")
+    need(config.lora_rank >= 0, f"--lora-rank must be at least 0, got {config.lora_rank}")
+    need(bool(config.model) or not config.lora_rank, "--lora-rank needs a --model, whose weights stay as they are")
+    need(config.lora_alpha > 0, f"--lora-alpha must be > 0, got {config.lora_alpha}")
+    need(
+        config.attention != "splash" or config.row_length % BLOCK == 0,
+        f"--row-length must be a multiple of {BLOCK} for --attention splash, got {config.row_length}",
+    )
+
+
+def micro_batches(config: Config) -> int:
+    """Into how many equal parts a mini-batch is cut: the fewest whose rows, on each device, keep to the budget."""
+    rows = config.rows_per_batch * config.tensor // jax.device_count()
+    at_most = max(config.micro_batch_tokens // config.row_length, 1)
+    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_most)
 
 
 def stored_config(config: Config) -> Config:
@@ -223,6 +248,11 @@ def stored_config(config: Config) -> Config:
     stored = json.loads(path.read_text())
     paths = {"out", "config", "warm_start_from", "data"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
+    if unknown:
+        raise ValueError(
+            f"{path}: has {', '.join(unknown)}, which is no setting of this version; need a run of its own"
+        )
     iterations = max(values["iterations"], config.iterations)
     return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
 

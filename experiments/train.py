@@ -24,11 +24,22 @@ from envs_bridge.household.expert import Habits
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from experiments.players import fresh_params, make_player, memory_of, new_state, pretrained_params, run_optimizer
-from experiments.setup import Config, check, kind_of, make_games, make_pool, open_folder, stored_config
+from experiments.setup import (
+    Config,
+    check,
+    kind_of,
+    make_games,
+    make_pool,
+    micro_batches,
+    open_folder,
+    stored_config,
+)
+from proxmo_jax import adapters
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
 from proxmo_jax.learner import (
+    Rows,
     TrainState,
     cloning_step,
     estimate,
@@ -38,7 +49,7 @@ from proxmo_jax.learner import (
     policy_step,
     row_log_probs,
 )
-from proxmo_jax.losses import LossSettings
+from proxmo_jax.losses import LossSettings, token_mean
 from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import make_mesh, replicate, split
@@ -69,7 +80,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 
-    with make_pool(config) as pool:
+    with make_pool(config) as pool, jax.set_mesh(mesh):
         # Where reinforcement starts, or the checkpoint of a run that was cut off.
         reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, stop)
         if stop:
@@ -87,7 +98,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         evaluation = Evaluation(config, player, pool, eval_games)
         start = "before training" if config.model else "warm start"
         if not first:
-            metrics.write({"iteration": 0, **evaluation.run(state.params, console, start, "episodes_before.txt")})
+            metrics.write({"iteration": 0, **evaluation.run(reference, console, start, "episodes_before.txt")})
         last_row = read_metrics(config.out / "metrics.jsonl")[-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         with progress_bar(console) as bar:
@@ -96,9 +107,9 @@ def main(config: Config, console: Console | None = None) -> Path:
                 state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
                 last = iteration == config.iterations
                 if iteration % config.eval_every == 0 or last:
-                    row |= evaluation.run(
-                        state.params, console, f"iteration {iteration}", "episodes_after.txt" if last else None
-                    )
+                    params = adapters.join(loop.frozen, state.params)
+                    episodes = "episodes_after.txt" if last else None
+                    row |= evaluation.run(params, console, f"iteration {iteration}", episodes)
                 metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
                 if iteration % config.save_every == 0 or last or stop:
@@ -214,7 +225,7 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
             zero = jnp.zeros(rollout.prompt_lengths.shape)
             for rows in batches(config, player.mesh, rollout, zero, rng):
                 state, loss = cloning_step(
-                    state, rows, config=player.config, optimizer=optimizer, micro_batches=config.micro_batches
+                    state, rows, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
                 )
                 step += 1
                 if step % 50 == 0:
@@ -275,6 +286,8 @@ class Loop:
         self.kinds = np.array([kind_of(game) for game in games])
         self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in TASK_TYPES])
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
+        self.frozen, _ = adapters.split(reference)
+        self.micro_batches = micro_batches(config)
         self.settings = PRESETS[config.method](invalid_penalty=config.invalid_penalty)
         self.loss = LossSettings(
             clip=config.clip,
@@ -307,8 +320,9 @@ class Loop:
         games = [self.games[i] for i in chosen for _ in range(config.members)]
 
         began = time.time()
+        params = adapters.join(self.frozen, state.params)
         rollout = collect(
-            self.player, state.params, self.pool, games, key, temperature=config.temperature, buffer=self.buffer,
+            self.player, params, self.pool, games, key, temperature=config.temperature, buffer=self.buffer,
             reward_scale=config.reward_scale, penalise_inadmissible=config.penalise_inadmissible,
         )  # fmt: skip
         jax.block_until_ready(rollout.buffer)
@@ -325,25 +339,21 @@ class Loop:
 
         parts = []
         temperature = jnp.float32(config.temperature)
-        mini = list(batches(config, self.mesh, rollout, advantage, rng))
-        mini = [
-            dataclasses.replace(
-                rows, reference=row_log_probs(self.reference, rows, temperature, config=self.player.config)
-            )
-            for rows in mini
-        ]
+        mini = [self.with_log_probs(rows, params) for rows in batches(config, self.mesh, rollout, advantage, rng)]
+        gap = float(jnp.stack([gap for _, gap in mini]).mean()) if config.old_log_probs == "trainer" else None
         rate = jnp.float32(learning_rate_share(config, iteration))
         for _ in range(config.epochs):
-            for rows in mini:
+            for rows, _ in mini:
                 state, part = policy_step(
                     state,
                     rows,
                     temperature,
                     rate,
+                    self.frozen,
                     config=self.player.config,
                     optimizer=self.optimizer,
                     settings=self.loss,
-                    micro_batches=config.micro_batches,
+                    micro_batches=self.micro_batches,
                 )
                 parts.append(part)
         jax.block_until_ready(state)
@@ -369,12 +379,28 @@ class Loop:
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(TASK_TYPES, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
-            "loss/sampler_gap": float(parts[0].gap),
+            "loss/sampler_gap": float(parts[0].gap) if gap is None else gap,
             "time/rollout": played - began,
             "time/estimator": estimated - played,
             "time/update": updated - estimated,
             "time/iteration": total,
         }
+
+    def with_log_probs(self, rows: Rows, params) -> tuple[Rows, jax.Array]:
+        """The rows with log-probs of the reference and, where asked for, of the trainer, in one pass; and how far
+        sampler and trainer are apart, if that is known. With no weight on the KL it is to the rollout's policy."""
+        config, old, reference = self.config, rows.old, rows.old
+        wanted = {"reference": self.reference} if config.kl_weight else {}
+        wanted |= {"old": params} if config.old_log_probs == "trainer" else {}
+        if wanted:
+            found = row_log_probs(
+                tuple(wanted.values()), rows, jnp.float32(config.temperature), config=self.player.config,
+                micro_batches=self.micro_batches,
+            )  # fmt: skip
+            named = dict(zip(wanted, found, strict=True))
+            reference, old = named.get("reference", old), named.get("old", old)
+        gap = token_mean(jnp.abs(old - rows.old), rows.mask)
+        return dataclasses.replace(rows, old=old, reference=reference), gap
 
     def let_similar_texts_share_anchors(self, rollout: Rollout) -> None:
         """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from proxmo_jax import adapters
+from proxmo_jax.attention import splash
 from proxmo_jax.batch import batch_advantages
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.losses import LossSettings, PolicyLoss, policy_loss, token_log_probs, token_weights
-from proxmo_jax.policy import Policy, PolicyConfig
+from proxmo_jax.policy import Policy, PolicyConfig, dense_attention
 from proxmo_jax.types import Advantages, Group, Settings, pytree
 from proxmo_jax.words import WordCounts
 
@@ -46,7 +48,7 @@ class Rows:
 
 
 class TrainState(NamedTuple):
-    """Parameters and optimiser state; donated to every update."""
+    """What is learned (`adapters.split`) and the optimiser's state; donated to every update."""
 
     params: Any
     opt_state: Any
@@ -144,16 +146,31 @@ def gather_rows(
 
 def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
     """Logits [B, A, V] of the response tokens; a token sees the earlier tokens of its own segment."""
-    length = rows.tokens.shape[1]
-    same = rows.segments[:, :, None] == rows.segments[:, None, :]
-    mask = same & jnp.tril(jnp.ones((length, length), bool))
-    return Policy(config).apply({"params": params}, rows.tokens, rows.positions, mask, places=rows.places)[0]
+    if config.attention == "splash":
+        policy, mask = Policy(config, splash), rows.segments
+    else:
+        length = rows.tokens.shape[1]
+        same = rows.segments[:, :, None] == rows.segments[:, None, :]
+        policy, mask = Policy(config, dense_attention), same & jnp.tril(jnp.ones((length, length), bool))
+    return policy.apply({"params": params}, rows.tokens, rows.positions, mask, places=rows.places)[0]
 
 
-@partial(jax.jit, static_argnames=("config",))
-def row_log_probs(params, rows: Rows, temperature: jax.Array, *, config: PolicyConfig) -> jax.Array:
-    """Log-probs of the response tokens [B, A], at the rollout's temperature."""
-    return token_log_probs(row_logits(params, rows, config) / temperature, rows.targets)[0]
+@partial(jax.jit, static_argnames=("config", "micro_batches"))
+def row_log_probs(
+    policies: tuple, rows: Rows, temperature: jax.Array, *, config: PolicyConfig, micro_batches: int = 1
+) -> tuple[jax.Array, ...]:
+    """Log-probs of the response tokens [B, A] under each of the policies' parameters, at the rollout's temperature.
+
+    Several policies (the one that is learned, the reference) share one pass over the rows, part by part.
+    """
+
+    def of_part(part: Rows) -> tuple[jax.Array, ...]:
+        return tuple(
+            token_log_probs(row_logits(params, part, config) / temperature, part.targets)[0] for params in policies
+        )
+
+    answer = jax.lax.map(of_part, _parts(rows, micro_batches))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), answer)
 
 
 def make_optimizer(
@@ -162,16 +179,37 @@ def make_optimizer(
     max_norm: float,
     warmup: int,
     decay_steps: int | None = None,
-    momentum_dtype: str = "float32",
+    moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it.
 
-    `momentum_dtype`: of the first moment, which bfloat16 halves; the second keeps the parameters' dtype.
+    `moments_dtype`: what both moments are kept in between steps; they are computed in float32. The second moment's
+    decay, 0.98, moves it by more than bfloat16's grain; one of 0.999 would not.
     """
     rate = optax.cosine_decay_schedule(learning_rate, decay_steps, 0.1) if decay_steps else lambda _: learning_rate
     schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), rate], [warmup])
-    adam = optax.adamw(schedule, b2=0.98, weight_decay=weight_decay, mu_dtype=momentum_dtype)
-    return optax.chain(optax.clip_by_global_norm(max_norm), adam)
+    return optax.chain(
+        optax.clip_by_global_norm(max_norm),
+        _kept_in(optax.scale_by_adam(b2=0.98, mu_dtype="float32"), moments_dtype),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _kept_in(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """The same, its moments kept in `dtype` between steps."""
+
+    def cast(state, to: str):
+        return state._replace(**{name: optax.tree.cast(getattr(state, name), to) for name in ("mu", "nu")})
+
+    def init(params):
+        return cast(adam.init(params), dtype)
+
+    def update(gradient, state, params=None):
+        updates, state = adam.update(gradient, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "settings", "micro_batches"), donate_argnums=0)
@@ -180,6 +218,7 @@ def policy_step(
     rows: Rows,
     temperature: jax.Array,
     rate: jax.Array | float = 1.0,
+    frozen: Any = None,
     *,
     config: PolicyConfig,
     optimizer: optax.GradientTransformation,
@@ -189,11 +228,11 @@ def policy_step(
     """One optimiser step on one mini-batch of rows, its gradient summed over `micro_batches` parts.
 
     `rate` scales the optimiser's learning rate: iterations differ in their number of steps, so a schedule over
-    iterations cannot be the optimiser's own.
+    iterations cannot be the optimiser's own. `frozen`: the parameters that are not learned, beside adapters.
     """
 
     def loss(params, part: Rows, weight, total):
-        logits = row_logits(params, part, config) / temperature
+        logits = row_logits(adapters.join(frozen or {}, params), part, config) / temperature
         columns = (part.targets, part.mask, part.advantage, part.old, part.reference)
         parts = policy_loss(logits, *columns, settings, weight=weight, total=total)
         return parts.loss, parts
@@ -233,18 +272,23 @@ def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
     gradient = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
         return gradient(params, rows, weight, total)
-    # Interleaved, so that a batch axis split over devices stays split in every part.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), (rows, weight))
+    parts = _parts((rows, weight), micro_batches)
 
     def add(so_far, part):
         return jax.tree.map(jnp.add, so_far, gradient(params, *part, total)), None
 
     whole = jax.eval_shape(gradient, params, rows, weight, total)
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), whole)  # bfloat16 would lose small parts
     return jax.lax.scan(add, start, parts)[0]
 
 
+def _parts(tree, count: int):
+    """Arrays [B, ...] as [count, B / count, ...], interleaved: an axis split over devices stays split in every part."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
+
+
 def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation, rate) -> TrainState:
+    gradient = optax.tree.cast(gradient, "float32")
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     updates = jax.tree.map(lambda x: rate * x, updates)
     return TrainState(optax.apply_updates(state.params, updates), opt_state)

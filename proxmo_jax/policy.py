@@ -7,6 +7,7 @@ compiles like one layer.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# Uniform within 1 / sqrt(inputs), as in the authors' code.
+LORA_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class PolicyConfig:
     qkv_bias, qk_norm: Qwen2 has biases, Qwen3 normalised query and key heads. `max_position_embeddings` is the longest
     sequence. dtype, param_dtype: what is computed in and what is stored; statistics, logits and softmax are float32.
     remat: what is kept of a layer for its gradient: all ("none"), nothing ("full") or products with weights ("dots").
+    attention: of packed rows, "dense" or "splash" (`attention.splash`). lora_rank, lora_alpha: adapters (`adapters`),
+    kept in float32; rank 0: none.
     """
 
     vocab_size: int
@@ -84,6 +89,9 @@ class PolicyConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "dense"
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -126,37 +134,48 @@ class RMSNorm(nn.Module):
         return normal.astype(x.dtype) * weight.astype(x.dtype)
 
 
+def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """query [B, L, H, D], key and value [B, S, K, D], mask bool [B, L, S]: token l may attend to token s."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
 class Layer(nn.Module):
     """One decoder layer; a scan body: carries the hidden states and all layers' caches, of which it writes its own."""
 
     config: PolicyConfig
+    attend: Callable
 
     @nn.compact
     def __call__(self, carry, layer, positions, mask, write_at):
         c = self.config
         hidden, cache = carry
-        types: Any = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+
+        def linear(name: str, features: int | tuple[int, ...], x, *, axes: int = 1, bias: bool = False):
+            types: Any = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+            axis = tuple(range(-axes, 0))
+            y = nn.DenseGeneral(features, axis=axis, use_bias=bias, name=name, **types)(x)
+            if c.lora_rank:
+                types = {"dtype": c.dtype, "use_bias": False, "param_dtype": "float32"}
+                low = nn.DenseGeneral(c.lora_rank, axis=axis, name=f"{name}_lora_a", kernel_init=LORA_A, **types)(x)
+                up = nn.DenseGeneral(features, name=f"{name}_lora_b", kernel_init=nn.initializers.zeros, **types)
+                y = y + c.lora_alpha / c.lora_rank * up(low)
+            return y
+
         x = RMSNorm(c, name="input_norm")(hidden)
-
-        def heads(name: str, count: int):
-            return nn.DenseGeneral((count, c.head_dim), use_bias=c.qkv_bias, name=name, **types)(x)
-
-        query = heads("query", c.num_attention_heads)
-        key = heads("key", c.num_key_value_heads)
-        value = heads("value", c.num_key_value_heads)
+        query = linear("query", (c.num_attention_heads, c.head_dim), x, bias=c.qkv_bias)
+        key = linear("key", (c.num_key_value_heads, c.head_dim), x, bias=c.qkv_bias)
+        value = linear("value", (c.num_key_value_heads, c.head_dim), x, bias=c.qkv_bias)
         if c.qk_norm:
             query, key = RMSNorm(c, name="query_norm")(query), RMSNorm(c, name="key_norm")(key)
         query, key = rotate(query, positions, c.rope), rotate(key, positions, c.rope)
         if cache is not None:
             cache = Cache(written(cache.keys, key, layer, write_at), written(cache.values, value, layer, write_at))
             key, value = cache.keys[layer], cache.values[layer]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-        hidden = hidden + nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=False, name="output", **types)(mixed)
+        hidden = hidden + linear("output", c.hidden_size, self.attend(query, key, value, mask), axes=2)
 
         x = RMSNorm(c, name="mlp_norm")(hidden)
-        gate = nn.Dense(c.intermediate_size, use_bias=False, name="gate", **types)(x)
-        up = nn.Dense(c.intermediate_size, use_bias=False, name="up", **types)(x)
-        hidden = hidden + nn.Dense(c.hidden_size, use_bias=False, name="down", **types)(jax.nn.silu(gate) * up)
+        gate, up = linear("gate", c.intermediate_size, x), linear("up", c.intermediate_size, x)
+        hidden = hidden + linear("down", c.hidden_size, jax.nn.silu(gate) * up)
         return (hidden, cache), None
 
 
@@ -170,9 +189,10 @@ def written(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -
 
 
 class Policy(nn.Module):
-    """Next-token logits."""
+    """Next-token logits. `attend(query, key, value, mask)` is the attention, `mask` whatever it takes for one."""
 
     config: PolicyConfig
+    attend: Callable = dense_attention
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache: Cache | None = None, write_at=0, places=None):
@@ -193,7 +213,7 @@ class Policy(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
             unroll=c.num_hidden_layers <= 4,  # a few layers run faster unrolled; many compile faster rolled
-        )(c, name="layers")
+        )(c, self.attend, name="layers")
         start = embedding[tokens].astype(c.dtype), cache
         (hidden, cache), _ = layers(start, jnp.arange(c.num_hidden_layers), positions, mask, write_at)
         if places is not None:
@@ -223,6 +243,20 @@ LOGICAL_AXES = {
     "layers/gate/kernel": ("layer", "embed", "mlp"),
     "layers/up/kernel": ("layer", "embed", "mlp"),
     "layers/down/kernel": ("layer", "mlp", "embed"),
+    "layers/query_lora_a/kernel": ("layer", "embed", None),
+    "layers/query_lora_b/kernel": ("layer", None, "heads", None),
+    "layers/key_lora_a/kernel": ("layer", "embed", None),
+    "layers/key_lora_b/kernel": ("layer", None, "kv_heads", None),
+    "layers/value_lora_a/kernel": ("layer", "embed", None),
+    "layers/value_lora_b/kernel": ("layer", None, "kv_heads", None),
+    "layers/output_lora_a/kernel": ("layer", "heads", None, None),
+    "layers/output_lora_b/kernel": ("layer", None, "embed"),
+    "layers/gate_lora_a/kernel": ("layer", "embed", None),
+    "layers/gate_lora_b/kernel": ("layer", None, "mlp"),
+    "layers/up_lora_a/kernel": ("layer", "embed", None),
+    "layers/up_lora_b/kernel": ("layer", None, "mlp"),
+    "layers/down_lora_a/kernel": ("layer", "mlp", None),
+    "layers/down_lora_b/kernel": ("layer", None, "embed"),
 }
 
 

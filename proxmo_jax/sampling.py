@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,7 @@ def sample(
         lengths = jnp.where(prompt < count, prompt_lengths[read], 0)
         start = width - lengths
         length = total if room_for_all else width  # into the rows themselves, or into others that are copied
+        own: Any
         own = place(s.cache) if room_for_all else Cache.empty(config, at_once, width)
         real = places[None, :length] >= start[:, None]
         mask = real[:, None, :] & (places[None, None, :length] <= places[None, :width, None])
@@ -213,6 +214,7 @@ def sample(
         mask = (places >= s.start[:, None]) & (places <= at[:, None])
         positions = (at - s.start)[:, None]
         write_at = at[0] if room_for_all else at  # rows that began together are at the same place
+        cache: Any
         logits, cache = model.apply(
             {"params": params}, s.token[:, None], positions, mask[:, None, :], place(s.cache), write_at
         )

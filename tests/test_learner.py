@@ -21,6 +21,7 @@ from proxmo_jax.learner import (
 from proxmo_jax.losses import AGGREGATIONS, LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, sample
+from proxmo_jax.sharding import make_mesh, parameter_shardings, place_optimizer
 
 CONFIG = PolicyConfig(vocab_size=24, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.2)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -81,7 +82,7 @@ def test_what_was_sampled_is_what_is_trained_on():
     mask = np.asarray(rows.mask)
     assert mask.sum() == answered.sum()
     np.testing.assert_allclose(
-        np.asarray(row_log_probs(PARAMS, rows, jnp.float32(1.0), config=CONFIG))[mask],
+        np.asarray(row_log_probs((PARAMS,), rows, jnp.float32(1.0), config=CONFIG)[0])[mask],
         np.asarray(rows.old)[mask],
         rtol=1e-3,
         atol=1e-4,
@@ -96,7 +97,7 @@ def test_a_row_computes_as_its_turns_alone():
     packed, _ = rows_of(buffer, prompt_lengths, answered, row_length=24)
     alone, _ = rows_of(buffer, prompt_lengths, answered, row_length=12)
     sums = [
-        float(jnp.where(rows.mask, row_log_probs(PARAMS, rows, jnp.float32(1.0), config=CONFIG), 0).sum())
+        float(jnp.where(rows.mask, row_log_probs((PARAMS,), rows, jnp.float32(1.0), config=CONFIG)[0], 0).sum())
         for rows in (packed, alone)
     ]
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-4)
@@ -121,6 +122,16 @@ def test_micro_batches_change_nothing(aggregation):
     np.testing.assert_allclose(parts.loss, split_parts.loss, rtol=1e-4)
 
 
+def test_log_probs_come_part_by_part_in_the_same_order():
+    rows, _ = rows_of(*played(), row_length=12)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x, x])[: len(x) // 2 * 2], rows)
+    other = init_params(CONFIG, jax.random.key(9))
+    whole = row_log_probs((PARAMS, other), rows, jnp.float32(1.0), config=CONFIG)
+    parts = row_log_probs((PARAMS, other), rows, jnp.float32(1.0), config=CONFIG, micro_batches=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
+    assert float(jnp.abs(whole[0] - whole[1]).max()) > 0.1
+
+
 def test_padding_rows_change_nothing():
     rows, _ = rows_of(*played(), row_length=12)
     padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), rows)
@@ -131,20 +142,29 @@ def test_padding_rows_change_nothing():
 def test_update_moves_towards_positive_advantage():
     rows, _ = rows_of(*played())
     better = step(rows, kl_weight=0.0, entropy_weight=0.0)[0].params
-    before, after = (row_log_probs(p, rows, jnp.float32(1.0), config=CONFIG) for p in (PARAMS, better))
+    before, after = row_log_probs((PARAMS, better), rows, jnp.float32(1.0), config=CONFIG)
     gain = jnp.where(rows.mask, (after - before) * rows.advantage, 0).sum()
     assert float(gain) > 0
 
 
-def test_cloning_learns_its_answers():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cloning_learns_its_answers(dtype):
+    """Also with the optimiser's moments in half the memory."""
     rows, _ = rows_of(*played())
-    optimizer = make_optimizer(1e-2, 0.0, 1.0, 2)
+    optimizer = make_optimizer(1e-2, 0.0, 1.0, 2, moments_dtype=dtype)
     params = jax.tree.map(jnp.copy, PARAMS)
-    state, losses = TrainState(params, optimizer.init(params)), []
+    state, losses = TrainState(params, place_optimizer(optimizer, params, one_device())), []
     for _ in range(40):
         state, loss = cloning_step(state, rows, config=CONFIG, optimizer=optimizer)
         losses.append(float(loss))
     assert losses[-1] < 0.2 * losses[0]
+    moments = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert len(moments) == 2 * len(jax.tree.leaves(params))
+    assert {str(x.dtype) for x in moments} == {dtype}
+
+
+def one_device():
+    return parameter_shardings(make_mesh(devices=jax.devices()[:1]), CONFIG)
 
 
 def test_buffer_drops_batch_padding_and_clears():

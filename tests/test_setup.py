@@ -17,7 +17,7 @@ from experiments.setup import Config, check, micro_batches, stored_config
         ({"attention": "splash"}, "--row-length must be a multiple of 128 for --attention splash, got 160"),
         ({"old_log_probs": "both"}, "--old-log-probs must be one of sampler, trainer"),
         ({"micro_batch_tokens": 0}, "--micro-batch-tokens must be at least 1"),
-        ({"rows_per_batch": 12}, "rows_per_batch must be a multiple of the 8 devices"),
+        ({"rows_per_batch": 12}, "--rows-per-batch must be a multiple of the 8 devices"),
     ],
 )
 def test_settings_that_cannot_work(options, message):
@@ -43,5 +43,5 @@ def test_a_mini_batch_is_cut_into_the_fewest_equal_parts_that_keep_to_the_budget
 
 def test_a_run_of_another_version_is_not_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"micro_batches": 8}))
-    with pytest.raises(ValueError, match="has micro_batches, no setting of this version"):
+    with pytest.raises(ValueError, match="has micro_batches, which is no setting of this version"):
         stored_config(Config(out=tmp_path))

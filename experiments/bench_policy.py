@@ -42,6 +42,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
+WAITING = ("decode, batch after batch", "decode, rows given out again")
 ROWS_AT_ONCE = 4  # in a micro-batch, as `proxmo train` has by default
 
 
@@ -131,7 +132,7 @@ def timed(function, repeat: int) -> dict:
 
 
 def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:
-    """Decoding, a train step on padded turns, one on packed rows."""
+    """Decoding, with prompts that wait and without; a train step on padded turns, one on packed rows."""
     keep_freed_memory()  # as `proxmo train` does
     params = init_params(shape, jax.random.key(0))
     prompts = np.array(request["decode"]["prompts"], np.int32)
@@ -142,13 +143,36 @@ def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:
         config.repeat,
     )
     drawn = sample(params, prompts, lengths, jax.random.key(0), jnp.float32(0.0), config=shape, decoding=decoding)
-    answer = {"decode": {**decode, "tokens": int(drawn.lengths.sum())}}
+    answer = {"decode": {**decode, "tokens": int(drawn.lengths.sum())}, **time_waiting(config, shape, params, prompts)}
     prompt, response = (np.array([len(r) for r in request[name]]) for name in ("prompts", "answers"))
     whole = int(prompt.max() + response.max())
     for name, row_length, room in (("padded", whole, int(response.max())), ("packed", whole, whole // 2)):
         rows = make_rows(request, prompt, response, row_length, room, alone=name == "padded")
         answer[name] = {**time_step(shape, params, rows, config.repeat), "rows": rows.tokens.shape}
     return answer
+
+
+def time_waiting(config: Config, shape: PolicyConfig, params, prompts: np.ndarray) -> dict:
+    """Four times as many prompts as rows, answers of 40 tokens on average and 160 at most: batch after batch, or each
+    row given to the next prompt when it has stopped."""
+    rows, key, one = config.decode_rows, jax.random.key(1), jnp.float32(1.0)
+    waiting = np.concatenate([prompts] * 4)
+    lengths = np.full(len(waiting), waiting.shape[1], np.int32)
+    decoding = Decoding(160, tuple(range(config.vocab_size // 40)))
+
+    def draw(part: slice, slots: int):
+        return sample(params, waiting[part], lengths[part], key, one, config=shape, decoding=decoding, slots=slots)
+
+    def after_another():
+        return [draw(slice(start, start + rows), 0) for start in range(0, len(waiting), rows)]
+
+    tokens = {
+        WAITING[0]: sum(int(drawn.lengths.sum()) for drawn in after_another()),
+        WAITING[1]: int(draw(slice(None), rows).lengths.sum()),
+    }
+    took = {WAITING[0]: timed(after_another, config.repeat)}
+    took[WAITING[1]] = timed(lambda: draw(slice(None), rows), config.repeat)
+    return {name: {**took[name], "tokens": tokens[name]} for name in WAITING}
 
 
 def make_rows(request: dict, prompt, response, row_length: int, room: int, *, alone: bool) -> Rows:
@@ -220,7 +244,7 @@ def time_tunix(python: Path, request: dict) -> dict:
 def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> str:
     """The measurements as Markdown."""
     real = sum(map(len, request["prompts"])) + sum(map(len, request["answers"]))
-    rows = [("decode", "ours", ours["decode"], ours["decode"]["tokens"])]
+    rows = [(name, "ours", ours[name], ours[name]["tokens"]) for name in ("decode", *WAITING)]
     rows += [(f"train step, {name}", "ours", ours[name], real) for name in ("padded", "packed")]
     if theirs:
         rows.insert(1, ("decode", "google-tunix", theirs["decode"], theirs["decode"]["tokens"]))
@@ -233,7 +257,8 @@ def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> st
         f" {jax.__version__}. Qwen2 of {config.layers} layers, width {config.hidden_size}, {config.vocab_size} words,"
         f" {config.dtype}; {config.turns} turns of {real / config.turns:.0f} tokens on average, the longest"
         f" {max(len(p) + len(a) for p, a in zip(request['prompts'], request['answers'], strict=True))};"
-        f" {config.decode_rows} prompts of 128 tokens, {config.decode_steps} steps, greedy. Medians of {config.repeat};"
+        f" {config.decode_rows} prompts of 128 tokens, {config.decode_steps} steps, greedy; then four times as many"
+        f" prompts on {config.decode_rows} rows, answers of some 40 tokens, at most 160. Medians of {config.repeat};"
         " tokens are real ones, padding not counted.",
         "",
         "| what | whose | seconds | tokens / s | times google-tunix | first call s |",
@@ -241,7 +266,7 @@ def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> st
     ]
     for what, whose, timing, tokens in rows:
         rate, ratio = tokens / timing["seconds"], "-"
-        if theirs:
+        if theirs and what not in WAITING:
             peer = theirs["decode"] if what == "decode" else theirs["train"]
             ratio = f"{rate / ((peer.get('tokens') or real) / peer['seconds']):.2f}"
         lines.append(f"| {what} | {whose} | {timing['seconds']:.3f} | {rate:,.0f} | {ratio} | {timing['first']:.1f} |")

@@ -47,6 +47,6 @@ def test_packed_and_padded_rows_are_the_same_work():
         rows = bench_policy.make_rows(request, prompt, response, row_length, room, alone=alone)
         assert int(rows.mask.sum()) == response.sum()
         assert len(rows.tokens) == (8 if alone else 4)
-        log_probs = row_log_probs(params, rows, jax.numpy.float32(1.0), config=shape)
+        log_probs = row_log_probs((params,), rows, jax.numpy.float32(1.0), config=shape)[0]
         losses.append(float((log_probs * rows.advantage * rows.mask).sum()))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)

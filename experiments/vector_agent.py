@@ -1,0 +1,286 @@
+"""A whole training run as one function of arrays: rollout, estimator and update, to be mapped over settings and seeds.
+
+The policy scores the admissible commands from the goal, the last text, what is in hand and which commands were given
+before. What this leaves out against a language model: it reads texts as bags of pieces, it cannot say anything that is
+not a possible command, its commands are one token, and it knows the goal as two types rather than from a sentence.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import vector_household as vh
+from experiments.vector_household import Houses, State, Texts
+from proxmo_jax.advantages import advantages
+from proxmo_jax.losses import LossSettings, policy_loss
+from proxmo_jax.types import Group, Settings, pytree
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is the same in all runs of a study; a program is compiled for each.
+
+    groups, members, turns: the rectangle of a rollout. iterations: updates; evaluated every `eval_every` of them and at
+    the start. hidden: width of the policy.
+    """
+
+    groups: int = 8
+    members: int = 8
+    turns: int = 20
+    iterations: int = 120
+    eval_every: int = 10
+    hidden: int = 32
+    epochs: int = 1
+    reward_scale: float = 10.0
+
+
+@pytree
+@dataclass(frozen=True)
+class Knobs:
+    """What runs may differ in: the estimator's settings, and floats.
+
+    paraphrase: the chance that a phrase of a text is said otherwise. penalty_free: unused turns cost nothing.
+    """
+
+    estimator: Settings
+    learning_rate: Any = 0.01
+    entropy: Any = 0.01
+    paraphrase: Any = 0.0
+
+
+class Seen(NamedTuple):
+    """What the policy is shown at a turn. text int32 [L] pieces; held: type of what is in hand; flags bool [4]: it is
+    the target, it is as the goal wants it, a place of the goal is here, the lamp is here; used float32 [A], how often
+    each command was given; last bool [A]; in_place bool [O], targets that lie where they should; possible bool [A]."""
+
+    text: jax.Array
+    held: jax.Array
+    flags: jax.Array
+    used: jax.Array
+    last: jax.Array
+    in_place: jax.Array
+    possible: jax.Array
+
+
+class Scores(nn.Module):
+    """Logits [A] of the commands in one house: relu(state + command) . w, command embeddings summed by word."""
+
+    pieces: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, house: Houses, seen: Seen) -> jax.Array:
+        def table(name: str, rows: int) -> jax.Array:
+            return self.param(name, nn.initializers.normal(0.3), (rows, self.hidden))
+
+        receptacles, objects = house.receptacle.shape[0], house.object.shape[0]
+        things = table("command_object", self.pieces)[house.object]  # [O, H]
+        places = table("command_place", self.pieces)[house.receptacle]
+        verbs = table("verb", len(vh.VERBS))
+        target = table("target", 2)[house.target.astype(jnp.int32)]
+        lamp = table("lamp", 2)[house.lamp.astype(jnp.int32)]
+        place = table("place", 2)[house.place.astype(jnp.int32)]
+        done = table("in_place", 2)[seen.in_place.astype(jnp.int32)]
+        about = things + target + lamp
+        commands = jnp.concatenate(
+            [
+                verbs[: len(vh.COMMANDS)],
+                verbs[vh.GO] + places + place,
+                verbs[vh.TAKE] + about + done,
+                verbs[vh.USE] + about,
+                verbs[vh.SLICE] + about,
+            ]
+        )
+        assert commands.shape[0] == len(vh.COMMANDS) + receptacles + 3 * objects
+        history = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32)], 1)
+        commands = commands + history @ table("history", 2)
+
+        words = table("text", self.pieces)[seen.text] * (seen.text > 0)[:, None]
+        state = words.sum(0) / 4.0 + table("held", self.pieces)[seen.held]
+        state = state + seen.flags.astype(jnp.float32) @ table("flags", 4)
+        state = state + table("kind", 6)[house.kind]
+        state = state + table("goal_target", self.pieces)[house.goal[0]] + table("goal_place", self.pieces)[house.goal[1]]
+        state = nn.Dense(self.hidden)(nn.relu(state)) + state
+        hidden = nn.relu(state[None] + commands)
+        logits = hidden @ self.param("score", nn.initializers.normal(0.1), (self.hidden,))
+        return jnp.where(seen.possible, logits, -1e9)
+
+
+class Rollout(NamedTuple):
+    """[G, M, T, ...]: what was shown, what was done; mask of turns that happened; won [G, M, T], at the turn."""
+
+    seen: Seen
+    command: jax.Array
+    log_prob: jax.Array
+    mask: jax.Array
+    won: jax.Array
+
+
+def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:
+    """What the policy is shown of a state."""
+    held, here = state.held, state.here
+    ready = jnp.select([house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True)
+
+    def at(table, index):
+        return (index >= 0) & table[jnp.maximum(index, 0)]
+
+    flags = jnp.stack(
+        [at(house.target, held), at(house.target & ready, held), at(house.place, here),
+         (here >= 0) & (house.lamp & (state.inside == here)).any()]
+    )  # fmt: skip
+    where = jnp.maximum(state.inside, 0)
+    in_place = house.target & ready & (state.inside >= 0) & house.place[where]
+    named = jnp.where(held >= 0, house.object[jnp.maximum(held, 0)], 0)
+    return Seen(text, named, flags, used, last, in_place, vh.admissible(house, state))
+
+
+def paraphrased(text: jax.Array, table: jax.Array, chance: jax.Array, key: jax.Array) -> jax.Array:
+    """The text with each phrase that has other wordings said otherwise with this chance."""
+    which, other = jax.random.split(key)
+    choice = jax.random.randint(other, text.shape, 1, table.shape[1])
+    return jnp.where(jax.random.uniform(which, text.shape) < chance, table[text, choice], text)
+
+
+def play(
+    params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: jax.Array, key: jax.Array,
+    *, greedy: bool = False,
+) -> Rollout:  # fmt: skip
+    """One episode; arrays [T, ...]."""
+    length = max(house.start.shape[0], len(vh.PHRASES[0]) + 9 + 3 * house.object.shape[0])
+    commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
+
+    def fit(text):
+        return jnp.pad(text, (0, length - text.shape[0]))
+
+    def turn(carry, key):
+        state, text, used, last, done = carry
+        draw, noise = jax.random.split(key)
+        seen = show(house, state, paraphrased(text, paraphrases, chance, noise), used, last)
+        log_probs = jax.nn.log_softmax(net.apply({"params": params}, house, seen))
+        command = jnp.argmax(log_probs) if greedy else jax.random.categorical(draw, log_probs)
+        after, said, won = vh.step(house, state, command)
+        row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
+        chosen = jnp.arange(commands) == command
+        following = (after, fit(said), used + chosen, chosen, done | won)
+        kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), following, carry)
+        return kept, row
+
+    zero = jnp.zeros(commands, jnp.float32)
+    start = (vh.reset(house), fit(house.start), zero, zero > 0, jnp.bool_(False))
+    return jax.lax.scan(turn, start, jax.random.split(key, spec.turns))[1]
+
+
+def embed(text: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
+    """TF-IDF unit vectors [..., V] of texts of pieces [..., L], over all texts under the mask (`embeddings.tfidf`)."""
+    flat = text.reshape(-1, text.shape[-1])
+    rows = jnp.arange(flat.shape[0])[:, None]
+    bags = jnp.zeros((flat.shape[0], words.shape[0]), jnp.float32).at[rows, flat].add(1.0)
+    counts = jnp.where(mask.reshape(-1, 1), bags @ words, 0.0)
+    idf = jnp.log((1.0 + mask.sum()) / (1.0 + (counts > 0).sum(0))) + 1.0
+    value = counts * idf
+    norm = jnp.sqrt(jnp.square(value).sum(1, keepdims=True))
+    return (value / jnp.where(norm > 0, norm, 1.0)).reshape(*mask.shape, -1)
+
+
+def estimate(rollout: Rollout, settings: Settings, words: jax.Array, reward_scale: float) -> jax.Array:
+    """Advantages [G, M, T]. Equal texts are told by a 32-bit sum of random numbers, one for each piece and place."""
+    mask, text = rollout.mask, rollout.seen.text
+    embedding = anchor = None
+    if settings.aggregation == "soft":
+        embedding = embed(text, mask, words)
+    if settings.aggregation == "hard":
+        numbers = np.random.default_rng(0).integers(0, 2**32, (words.shape[0], text.shape[-1]), np.uint32)
+        anchor = jnp.asarray(numbers)[text, jnp.arange(text.shape[-1])].sum(-1).astype(jnp.int32)
+    group = Group(
+        reward=reward_scale * rollout.won.astype(jnp.float32),
+        mask=mask,
+        success=rollout.won.any(-1),
+        action_valid=mask,
+        anchor=anchor,
+        embedding=embedding,
+    )
+    return jax.vmap(advantages, (0, None))(group, settings).joint
+
+
+def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
+    """(Knobs, key) -> curves: a run from fresh parameters, to be put under `vmap` and `jit`.
+
+    Curves: `eval` float32 [iterations / eval_every + 1], success on every held-out house, sampled as in training;
+    `success`, `mixed` (share of groups with wins and losses), `turns` float32 [iterations / eval_every], means of the
+    training rollouts since the last evaluation; `by_kind` [6], the last evaluation by task type.
+    """
+    net = Scores(len(texts.pieces), spec.hidden)
+    words, paraphrases = jnp.asarray(texts.words), jnp.asarray(texts.paraphrases)
+    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.01, b2=0.99)
+    houses = len(train.kind)
+
+    def rollout(params, at: Houses, members: int, chance, key) -> Rollout:
+        keys = jax.random.split(key, (len(at.kind), members))
+        one = partial(play, params, net)
+        return jax.vmap(
+            lambda house, keys: jax.vmap(lambda key: one(house, spec, paraphrases, chance, key))(keys)
+        )(at, keys)  # fmt: skip
+
+    def loss(params, at: Houses, rollout: Rollout, advantage, entropy):
+        score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)), (0, 0))
+        flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), rollout)
+        parts = policy_loss(
+            score(at, flat.seen), flat.command, flat.mask, advantage.reshape(flat.mask.shape), flat.log_prob,
+            flat.log_prob, LossSettings(kl_weight=0.0, entropy_weight=0.0),
+        )  # fmt: skip
+        return parts.policy - entropy * parts.entropy
+
+    def evaluate(params, knobs: Knobs, key):
+        won = rollout(params, held_out, 1, knobs.paraphrase, key).won.any((1, 2))
+        return won.astype(jnp.float32)
+
+    def iteration(carry, key, knobs: Knobs):
+        params, opt_state = carry
+        draw, playing = jax.random.split(key)
+        at = vh.pick(train, jax.random.choice(draw, houses, (spec.groups,), replace=False))
+        played = rollout(params, at, spec.members, knobs.paraphrase, playing)
+        advantage = estimate(played, knobs.estimator, words, spec.reward_scale)
+        advantage = advantage / spec.reward_scale
+        for _ in range(spec.epochs):
+            gradient = jax.grad(loss)(params, at, played, advantage, knobs.entropy)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        wins = played.won.any(-1)
+        share = wins.mean(-1)
+        row = {
+            "success": wins.mean(),
+            "mixed": ((share > 0) & (share < 1)).mean(),
+            "turns": played.mask.sum(-1).mean(),
+        }
+        return (params, opt_state), row
+
+    def run(knobs: Knobs, key: jax.Array) -> dict[str, jax.Array]:
+        start, examining, training = jax.random.split(key, 3)
+        house, first = vh.pick(train, 0), vh.reset(vh.pick(train, 0))
+        commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
+        none = jnp.zeros(commands)
+        params = net.init(start, house, show(house, first, house.start, none, none > 0))["params"]
+        opt_state = optimizer.init(params)
+        opt_state.hyperparams["learning_rate"] = jnp.asarray(knobs.learning_rate, jnp.float32)
+
+        def part(carry, keys):
+            carry, rows = jax.lax.scan(partial(iteration, knobs=knobs), carry, keys)
+            won = evaluate(carry[0], knobs, examining)
+            return carry, ({name: x.mean() for name, x in rows.items()}, won)
+
+        parts = spec.iterations // spec.eval_every
+        keys = jax.random.split(training, (parts, spec.eval_every))
+        before = evaluate(params, knobs, examining)
+        _, (curves, won) = jax.lax.scan(part, (params, opt_state), keys)
+        kind = jnp.asarray(held_out.kind)
+        by_kind = jax.vmap(lambda k: (won[-1] * (kind == k)).sum() / jnp.maximum((kind == k).sum(), 1))(jnp.arange(6))
+        success = jnp.concatenate([before.mean()[None], won.mean(1)])
+        return {**curves, "eval": success, "by_kind": by_kind}
+
+    return run

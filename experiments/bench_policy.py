@@ -155,12 +155,13 @@ def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:
 def time_waiting(config: Config, shape: PolicyConfig, params, prompts: np.ndarray) -> dict:
     """Four times as many prompts as rows, answers of 40 tokens on average and 160 at most: batch after batch, or each
     row given to the next prompt when it has stopped."""
-    rows, key, one = config.decode_rows, jax.random.key(1), jnp.float32(1.0)
+    rows, one = config.decode_rows, jnp.float32(1.0)
     waiting = np.concatenate([prompts] * 4)
     lengths = np.full(len(waiting), waiting.shape[1], np.int32)
     decoding = Decoding(160, tuple(range(config.vocab_size // 40)))
 
     def draw(part: slice, slots: int):
+        key = jax.random.key(part.start or 0)
         return sample(params, waiting[part], lengths[part], key, one, config=shape, decoding=decoding, slots=slots)
 
     def after_another():

@@ -105,7 +105,9 @@ class Scores(nn.Module):
         state = words.sum(0) / 4.0 + table("held", self.pieces)[seen.held]
         state = state + seen.flags.astype(jnp.float32) @ table("flags", 4)
         state = state + table("kind", 6)[house.kind]
-        state = state + table("goal_target", self.pieces)[house.goal[0]] + table("goal_place", self.pieces)[house.goal[1]]
+        state = (
+            state + table("goal_target", self.pieces)[house.goal[0]] + table("goal_place", self.pieces)[house.goal[1]]
+        )
         state = nn.Dense(self.hidden)(nn.relu(state)) + state
         hidden = nn.relu(state[None] + commands)
         logits = hidden @ self.param("score", nn.initializers.normal(0.1), (self.hidden,))
@@ -125,7 +127,9 @@ class Rollout(NamedTuple):
 def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:
     """What the policy is shown of a state."""
     held, here = state.held, state.here
-    ready = jnp.select([house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True)
+    ready = jnp.select(
+        [house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True
+    )
 
     def at(table, index):
         return (index >= 0) & table[jnp.maximum(index, 0)]

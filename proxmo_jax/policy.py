@@ -100,15 +100,18 @@ class PolicyConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens read so far: [layers, B, S, kv heads, head_dim] each, in the policy's dtype."""
+    """Keys and values of the tokens read so far: [layers, B, kv heads, head_dim, S] and
+    [layers, B, kv heads, S, head_dim], in the policy's dtype: as a decoding step's two products read them.
+    """
 
     keys: jax.Array
     values: jax.Array
 
     @classmethod
     def empty(cls, config: PolicyConfig, batch: int, length: int) -> "Cache":
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        return cls(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads)
+        keys, values = (*shape, config.head_dim, length), (*shape, length, config.head_dim)
+        return cls(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
@@ -137,6 +140,19 @@ class RMSNorm(nn.Module):
 def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """query [B, L, H, D], key and value [B, S, K, D], mask bool [B, L, S]: token l may attend to token s."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
+def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The same with keys [B, K, D, S] and values [B, K, S, D] as the cache has them; softmax in float32."""
+    batch, length, heads, head_dim = query.shape
+    groups = keys.shape[1]
+    query = query.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = query.reshape(batch, groups, -1, head_dim)
+    logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = logits.reshape(*query.shape[:4], -1)
+    weight = jax.nn.softmax(jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)).astype(values.dtype)
+    mixed = jnp.matmul(weight.reshape(*rows.shape[:3], -1), values).reshape(query.shape)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 class Layer(nn.Module):
@@ -169,9 +185,11 @@ class Layer(nn.Module):
             query, key = RMSNorm(c, name="query_norm")(query), RMSNorm(c, name="key_norm")(key)
         query, key = rotate(query, positions, c.rope), rotate(key, positions, c.rope)
         if cache is not None:
-            cache = Cache(written(cache.keys, key, layer, write_at), written(cache.values, value, layer, write_at))
-            key, value = cache.keys[layer], cache.values[layer]
-        hidden = hidden + linear("output", c.hidden_size, self.attend(query, key, value, mask), axes=2)
+            cache = written(cache, key, value, layer, write_at)
+            mixed = cached_attention(query, cache.keys[layer], cache.values[layer], mask)
+        else:
+            mixed = self.attend(query, key, value, mask)
+        hidden = hidden + linear("output", c.hidden_size, mixed, axes=2)
 
         x = RMSNorm(c, name="mlp_norm")(hidden)
         gate, up = linear("gate", c.intermediate_size, x), linear("up", c.intermediate_size, x)
@@ -179,13 +197,22 @@ class Layer(nn.Module):
         return (hidden, cache), None
 
 
-def written(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    """The cache [layers, B, S, ...] with `new` [B, L, ...] in a layer's slots from `at` on: one for all rows, or one
-    each [B]. In place where the cache is carried by a loop."""
+def written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, at: jax.Array) -> Cache:
+    """The cache with `key` and `value` [B, L, K, D] in a layer's slots from `at` on: one for all rows, or one each [B].
+    In place where the cache is carried by a loop."""
+    key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
     if jnp.ndim(at) == 0:
-        return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, at, 0, 0))
-    rows, length = new.shape[:2]
-    return cache.at[layer, jnp.arange(rows)[:, None], at[:, None] + jnp.arange(length)].set(new)
+        return Cache(
+            jax.lax.dynamic_update_slice(cache.keys, key[None], (layer, 0, 0, 0, at)),
+            jax.lax.dynamic_update_slice(cache.values, value[None], (layer, 0, 0, at, 0)),
+        )
+    rows, heads, length, _ = value.shape
+    row, head = jnp.arange(rows)[:, None, None], jnp.arange(heads)[:, None]
+    slot = at[:, None, None] + jnp.arange(length)
+    return Cache(  # indices apart from each other come first: [B, K, L, D] both
+        cache.keys.at[layer, row, head, :, slot].set(key.swapaxes(2, 3)),
+        cache.values.at[layer, row, head, slot].set(value),
+    )
 
 
 class Policy(nn.Module):

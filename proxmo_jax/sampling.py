@@ -183,7 +183,10 @@ def sample(
         last = jnp.full((at_once, 1), width - 1)
         logits, own = model.apply({"params": params}, prompts[read], positions, mask, own, 0, last)
         if not room_for_all:
-            own = jax.tree.map(lambda whole, new: whole.at[:, row, :width].set(new, mode="drop"), s.cache, own)
+            own = Cache(
+                s.cache.keys.at[:, row, :, :, :width].set(own.keys, mode="drop"),
+                s.cache.values.at[:, row, :, :width].set(own.values, mode="drop"),
+            )
         zero = jnp.zeros(at_once, jnp.int32)
         token, log_prob = said_next(logits[:, -1], prompt, zero)
         new = {"prompt": prompt, "start": start, "step": zero, "running": lengths > 0, "said": zero}

@@ -65,8 +65,8 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Where keys and values of the tokens read lie, [layers, B, S, kv heads, head_dim]: split by row and by head."""
-    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None, RULES["kv_heads"], None))
+    """Where a `Cache` lies, keys and values: split by row and by head."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["kv_heads"], None, None))
 
 
 def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:

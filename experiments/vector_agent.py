@@ -27,7 +27,7 @@ class Spec:
     """What is the same in all runs of a study; a program is compiled for each.
 
     groups, members, turns: the rectangle of a rollout. iterations: updates; evaluated every `eval_every` of them and at
-    the start. hidden: width of the policy.
+    the start. hidden: width of the policy. paraphrases: whether texts are said otherwise by chance (`Knobs`).
     """
 
     groups: int = 8
@@ -38,15 +38,14 @@ class Spec:
     hidden: int = 32
     epochs: int = 1
     reward_scale: float = 10.0
+    paraphrases: bool = False
 
 
 @pytree
 @dataclass(frozen=True)
 class Knobs:
-    """What runs may differ in: the estimator's settings, and floats.
-
-    paraphrase: the chance that a phrase of a text is said otherwise. penalty_free: unused turns cost nothing.
-    """
+    """What runs of one program may differ in: the estimator's floats, the learning rate, the weight of the entropy, and
+    the chance that a phrase of a text is said otherwise (if `Spec.paraphrases`)."""
 
     estimator: Settings
     learning_rate: Any = 0.01
@@ -55,11 +54,16 @@ class Knobs:
 
 
 class Seen(NamedTuple):
-    """What the policy is shown at a turn. text int32 [L] pieces; held: type of what is in hand; flags bool [4]: it is
-    the target, it is as the goal wants it, a place of the goal is here, the lamp is here; used float32 [A], how often
-    each command was given; last bool [A]; in_place bool [O], targets that lie where they should; possible bool [A]."""
+    """What the policy is shown at a turn.
+
+    text int32 [L] pieces; bag float32 [P], how often each is said; held bool [O], what is in hand; flags bool [4]: it
+    is the target, it is as the goal wants it, a place of the goal is here, the lamp is here; used float32 [A], how
+    often each command was given; last bool [A]; in_place bool [O], targets that lie where they should; possible bool
+    [A].
+    """
 
     text: jax.Array
+    bag: jax.Array
     held: jax.Array
     flags: jax.Array
     used: jax.Array
@@ -83,10 +87,13 @@ class Scores(nn.Module):
         things = table("command_object", self.pieces)[house.object]  # [O, H]
         places = table("command_place", self.pieces)[house.receptacle]
         verbs = table("verb", len(vh.VERBS))
-        target = table("target", 2)[house.target.astype(jnp.int32)]
-        lamp = table("lamp", 2)[house.lamp.astype(jnp.int32)]
-        place = table("place", 2)[house.place.astype(jnp.int32)]
-        done = table("in_place", 2)[seen.in_place.astype(jnp.int32)]
+        # Products, not look-ups, where a turn decides: the gradient of a look-up is a scatter, slow on a CPU.
+        target, lamp, place, done = (
+            flag[:, None] * table(name, 1)
+            for name, flag in (
+                ("target", house.target), ("lamp", house.lamp), ("place", house.place), ("in_place", seen.in_place)
+            )
+        )  # fmt: skip
         about = things + target + lamp
         commands = jnp.concatenate(
             [
@@ -101,8 +108,7 @@ class Scores(nn.Module):
         history = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32)], 1)
         commands = commands + history @ table("history", 2)
 
-        words = table("text", self.pieces)[seen.text] * (seen.text > 0)[:, None]
-        state = words.sum(0) / 4.0 + table("held", self.pieces)[seen.held]
+        state = seen.bag @ table("text", self.pieces) / 4.0 + seen.held @ table("held", self.pieces)[house.object]
         state = state + seen.flags.astype(jnp.float32) @ table("flags", 4)
         state = state + table("kind", 6)[house.kind]
         state = (
@@ -124,7 +130,15 @@ class Rollout(NamedTuple):
     won: jax.Array
 
 
-def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:
+def bag_of(text: jax.Array, pieces: int) -> jax.Array:
+    """How often each piece is said in texts [..., L]: float32 [..., P]; piece 0 says nothing.
+
+    Compared with every piece: a scatter would be a loop on a CPU.
+    """
+    return ((text[..., None] == jnp.arange(pieces)) & (text[..., None] > 0)).sum(-2).astype(jnp.float32)
+
+
+def show(house: Houses, state: State, text: jax.Array, pieces: int, used: jax.Array, last: jax.Array) -> Seen:
     """What the policy is shown of a state."""
     held, here = state.held, state.here
     ready = jnp.select(
@@ -140,8 +154,8 @@ def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: ja
     )  # fmt: skip
     where = jnp.maximum(state.inside, 0)
     in_place = house.target & ready & (state.inside >= 0) & house.place[where]
-    named = jnp.where(held >= 0, house.object[jnp.maximum(held, 0)], 0)
-    return Seen(text, named, flags, used, last, in_place, vh.admissible(house, state))
+    in_hand = jnp.arange(house.object.shape[0]) == held
+    return Seen(text, bag_of(text, pieces), in_hand, flags, used, last, in_place, vh.admissible(house, state))
 
 
 def paraphrased(text: jax.Array, table: jax.Array, chance: jax.Array, key: jax.Array) -> jax.Array:
@@ -156,7 +170,7 @@ def play(
     *, greedy: bool = False,
 ) -> Rollout:  # fmt: skip
     """One episode; arrays [T, ...]."""
-    length = max(house.start.shape[0], len(vh.PHRASES[0]) + 9 + 3 * house.object.shape[0])
+    length = max(house.start.shape[0], 9 + 3 * house.object.shape[0])
     commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
 
     def fit(text):
@@ -165,8 +179,10 @@ def play(
     def turn(carry, key):
         state, text, used, last, done = carry
         draw, noise = jax.random.split(key)
-        seen = show(house, state, paraphrased(text, paraphrases, chance, noise), used, last)
-        log_probs = jax.nn.log_softmax(net.apply({"params": params}, house, seen))
+        read = paraphrased(text, paraphrases, chance, noise) if spec.paraphrases else text
+        seen = show(house, state, read, net.pieces, used, last)
+        logits: Any = net.apply({"params": params}, house, seen)
+        log_probs = jax.nn.log_softmax(logits)
         command = jnp.argmax(log_probs) if greedy else jax.random.categorical(draw, log_probs)
         after, said, won = vh.step(house, state, command)
         row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
@@ -180,12 +196,9 @@ def play(
     return jax.lax.scan(turn, start, jax.random.split(key, spec.turns))[1]
 
 
-def embed(text: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
-    """TF-IDF unit vectors [..., V] of texts of pieces [..., L], over all texts under the mask (`embeddings.tfidf`)."""
-    flat = text.reshape(-1, text.shape[-1])
-    rows = jnp.arange(flat.shape[0])[:, None]
-    bags = jnp.zeros((flat.shape[0], words.shape[0]), jnp.float32).at[rows, flat].add(1.0)
-    counts = jnp.where(mask.reshape(-1, 1), bags @ words, 0.0)
+def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
+    """TF-IDF unit vectors [..., V] of bags of pieces [..., P], over all texts under the mask (`embeddings.tfidf`)."""
+    counts = jnp.where(mask.reshape(-1, 1), bag.reshape(-1, bag.shape[-1]) @ words, 0.0)
     idf = jnp.log((1.0 + mask.sum()) / (1.0 + (counts > 0).sum(0))) + 1.0
     value = counts * idf
     norm = jnp.sqrt(jnp.square(value).sum(1, keepdims=True))
@@ -197,7 +210,7 @@ def estimate(rollout: Rollout, settings: Settings, words: jax.Array, reward_scal
     mask, text = rollout.mask, rollout.seen.text
     embedding = anchor = None
     if settings.aggregation == "soft":
-        embedding = embed(text, mask, words)
+        embedding = embed(rollout.seen.bag, mask, words)
     if settings.aggregation == "hard":
         numbers = np.random.default_rng(0).integers(0, 2**32, (words.shape[0], text.shape[-1]), np.uint32)
         anchor = jnp.asarray(numbers)[text, jnp.arange(text.shape[-1])].sum(-1).astype(jnp.int32)
@@ -234,8 +247,9 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
     def loss(params, at: Houses, rollout: Rollout, advantage, entropy):
         score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)), (0, 0))
         flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), rollout)
+        logits: Any = score(at, flat.seen)
         parts = policy_loss(
-            score(at, flat.seen), flat.command, flat.mask, advantage.reshape(flat.mask.shape), flat.log_prob,
+            logits, flat.command, flat.mask, advantage.reshape(flat.mask.shape), flat.log_prob,
             flat.log_prob, LossSettings(kl_weight=0.0, entropy_weight=0.0),
         )  # fmt: skip
         return parts.policy - entropy * parts.entropy
@@ -250,7 +264,8 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
         at = vh.pick(train, jax.random.choice(draw, houses, (spec.groups,), replace=False))
         played = rollout(params, at, spec.members, knobs.paraphrase, playing)
         advantage = estimate(played, knobs.estimator, words, spec.reward_scale)
-        advantage = advantage / spec.reward_scale
+        if not knobs.estimator.episode_std:  # of about the same size for all, beside the entropy's weight
+            advantage = advantage / spec.reward_scale
         for _ in range(spec.epochs):
             gradient = jax.grad(loss)(params, at, played, advantage, knobs.entropy)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -269,7 +284,7 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
         house, first = vh.pick(train, 0), vh.reset(vh.pick(train, 0))
         commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
         none = jnp.zeros(commands)
-        params = net.init(start, house, show(house, first, house.start, none, none > 0))["params"]
+        params = net.init(start, house, show(house, first, house.start, net.pieces, none, none > 0))["params"]
         opt_state = optimizer.init(params)
         opt_state.hyperparams["learning_rate"] = jnp.asarray(knobs.learning_rate, jnp.float32)
 

@@ -19,14 +19,12 @@ import numpy as np
 
 from envs_bridge.household.engine import BANNER, KNIVES
 from envs_bridge.household.game import Game
-from envs_bridge.household.lexicon import HOLDS, OBJECTS
 from proxmo_jax.types import pytree
 
 COMMANDS = ("look", "inventory", "help", "examine", "open", "close", "put", "clean", "heat", "cool", "examine held")
 LOOK, INVENTORY, HELP, EXAMINE, OPEN, CLOSE, PUT, CLEAN, HEAT, COOL, EXAMINE_HELD = range(len(COMMANDS))
 VERBS = (*COMMANDS, "go", "take", "use", "slice")
 GO, TAKE, USE, SLICE = range(len(COMMANDS), len(VERBS))
-NUMBERS = 64
 ROOM = "You are in the middle of a room. Looking quickly around you, you see "
 STATES = ("", "hot and clean ", "cool and clean ", "clean ", "hot ", "cool ", "cold ")
 PHRASES = (
@@ -137,11 +135,6 @@ def build(games: Sequence[Game]) -> tuple[Houses, Texts]:
     def piece(text: str) -> int:
         return pieces.setdefault(text, len(pieces))
 
-    types = {*(name.lower() for name in HOLDS), *(thing.lower() for things in OBJECTS.values() for thing in things)}
-    for name in sorted(types):
-        piece(name)
-    for number in range(1, NUMBERS + 1):
-        piece(f" {number}")
     receptacles = max(len(game.receptacles) for game in games)
     objects = max(len(game.objects) for game in games)
     rows = [_row(game, receptacles, objects, piece) for game in games]
@@ -171,7 +164,7 @@ def _check(game: Game) -> None:
             raise ValueError(f"{game.path}: has {what}, which the array household does not know")
 
 
-def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, np.ndarray]:
+def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, Any]:
     """One game's part of `Houses`, padded."""
     goal = game.goal
 
@@ -471,6 +464,6 @@ def say(texts: Texts, row: np.ndarray) -> str:
     return "".join(texts.pieces[i] for i in np.asarray(row).tolist())
 
 
-def pick(houses: Houses, index: jax.Array) -> Houses:
+def pick(houses: Houses, index: jax.Array | int) -> Houses:
     """The houses of these numbers [...], one or more."""
     return jax.tree.map(lambda x: jnp.asarray(x)[index], houses)

@@ -16,10 +16,13 @@ USAGE = """usage: proxmo COMMAND [options]
   eval RUN          success of a trained run by task type and split
   export RUN DIR    write a trained policy as a Hugging Face folder
   advantages        compute the advantages of a file of steps
+  ablate estimator ROLLOUT   re-estimate a recorded batch under a grid of settings
+  ablate train      train small agents under every setting of a study, from many seeds
   bench estimator   time the estimator, beside the official code if it is there
   bench env         time the household engines and the worker pool
   check-model MODEL compare our decoder with transformers on a checkpoint
   bench policy      time decoding and the train step, beside google-tunix if it is there
+  bench ablation    time a grid and a study, beside one after the other
   verify-env household   play our engine and ALFWorld's own side by side
 
 proxmo COMMAND --help lists the options."""
@@ -57,12 +60,16 @@ def _dispatch(arguments: list[str]) -> int:
         return _verify_household(rest[1:])
     if command == "verify-env":
         raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household")
-    if command == "bench" and rest[:1] in (["estimator"], ["env"], ["policy"]):
+    if command == "ablate" and rest[:1] in (["estimator"], ["train"]):
+        return _ablate(*rest)
+    if command == "ablate":
+        raise ValueError(f"unknown ablation {' '.join(rest[:1])!r}; need estimator or train")
+    if command == "bench" and rest[:1] in (["estimator"], ["env"], ["policy"], ["ablation"]):
         return _bench(*rest)
     if command == "bench":
-        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env or policy")
+        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env, policy or ablation")
     raise ValueError(
-        f"unknown command {command!r}; need train, eval, export, advantages, bench, check-model or verify-env"
+        f"unknown command {command!r}; need train, eval, export, advantages, ablate, bench, check-model or verify-env"
     )
 
 
@@ -177,6 +184,20 @@ def _bench(name: str, *arguments: str) -> int:
     bench = importlib.import_module(f"experiments.bench_{name}")
     options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
     bench.main(options)
+    return 0
+
+
+def _ablate(name: str, *arguments: str) -> int:
+    import importlib
+
+    from proxmo_jax.sharding import keep_freed_memory
+
+    keep_freed_memory()
+    module = importlib.import_module(
+        {"estimator": "experiments.ablate_estimator", "train": "experiments.ablation"}[name]
+    )
+    options = tyro.cli(module.Config, args=arguments, prog=f"proxmo ablate {name}", description=module.__doc__)
+    module.main(options)
     return 0
 
 

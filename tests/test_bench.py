@@ -31,7 +31,7 @@ def test_benchmarks_refuse_nonsense(tmp_path, capsys):
     assert main(["bench", "policy", "--hidden-size", "100"]) == 2
     assert "--hidden-size must be a multiple of 64, got 100" in capsys.readouterr().err
     assert main(["bench", "weather"]) == 2
-    assert "need estimator, env or policy" in capsys.readouterr().err
+    assert "need estimator, env, policy or ablation" in capsys.readouterr().err
 
 
 @pytest.mark.slow

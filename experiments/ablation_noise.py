@@ -1,0 +1,27 @@
+"""Observations said otherwise by chance, which breaks exact matching: what is left of the step advantages?
+
+python -m experiments.ablation_noise --quick
+"""
+
+from experiments.ablation import Cell, Study, from_command_line
+from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
+
+KINDS = {"GRPO": dr_grpo(), "GiGPO": gigpo(), "ProxMO": proxmo()}
+
+STUDY = Study(
+    "noise",
+    "What do exact matching and proximity lose when texts are paraphrased at random?",
+    [
+        Cell(
+            f"{name}, {chance:.0%} said otherwise", settings, paraphrase=chance,
+            baseline=f"GRPO, {chance:.0%} said otherwise",
+        )
+        for chance in (0.1, 0.5, 0.9)
+        for name, settings in KINDS.items()
+    ],
+    remark="The chance is for each phrase of a text that has three other wordings, anew each turn. The policy reads the"
+    " same texts. GRPO is mean-centred.",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    from_command_line(STUDY)

@@ -76,7 +76,7 @@ class Config:
     """Runs that are trained at once on each device."""
     houses: int = 240
     """Houses to train in; two fifths as many, never trained in, to be evaluated in."""
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     entropy: float = 0.01
 
 
@@ -122,6 +122,16 @@ def check(config: Config, study: Study) -> None:
     labels = [cell.label for cell in study.cells]
     if len(set(labels)) < len(labels) or not labels:
         raise ValueError(f"study {study.name}: needs cells of different labels, got {', '.join(labels) or 'none'}")
+
+
+def use_every_core() -> None:
+    """Where JAX runs on a CPU: as many virtual devices as there are cores, since runs need nothing of each other. To be
+    called before JAX has started."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = (
+            f"{flags} --xla_force_host_platform_device_count={min(os.cpu_count() or 1, 8)}".strip()
+        )
 
 
 def remember_programs(folder: Path) -> None:
@@ -192,7 +202,7 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     evaluated = stacked("eval")
     return Results(
         [cell.label for cell in study.cells], every * np.arange(evaluated.shape[2]), evaluated, stacked("by_kind"),
-        {name: stacked(name) for name in ("success", "mixed", "turns")},
+        {name: stacked(name) for name in ("success", "mixed", "turns", "log_prob")},
     )  # fmt: skip
 
 
@@ -394,5 +404,9 @@ def from_command_line(study: Study) -> None:
     """A study's own command: `python -m experiments.ablation_NAME [--quick] [--seeds N] ...`."""
     import tyro
 
+    from proxmo_jax.sharding import keep_freed_memory
+
+    keep_freed_memory()
+    use_every_core()
     config = tyro.cli(Config, default=Config(study=study.name), description=study.question)
     main(dataclasses.replace(config, study=study.name), study)

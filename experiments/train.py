@@ -53,6 +53,7 @@ from proxmo_jax.losses import LossSettings, token_mean
 from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import make_mesh, replicate, split
+from proxmo_jax.steps_file import write_steps
 from proxmo_jax.words import bucket
 
 
@@ -117,6 +118,8 @@ def main(config: Config, console: Console | None = None) -> Path:
                 if stop:
                     break
         checkpoints.close()
+        if loop.played:
+            write_steps(config.out / "rollout.npz", steps_of(loop.played, config.members))
 
     rows = read_metrics(config.out / "metrics.jsonl")
     learning_curve(config.out / "learning_curve.png", [(config.method, rows)], f"{config.method}, {source} games")
@@ -124,7 +127,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     if rows and rows[-1]["iteration"] >= config.iterations:
         console.print(
             f"Done in {went}: {config.out}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
-            " episodes_after.txt and checkpoints."
+            " episodes_after.txt, rollout.npz and checkpoints."
             f" Longer: proxmo train --out {config.out} --resume --iterations {2 * config.iterations}"
         )
     else:
@@ -305,6 +308,7 @@ class Loop:
             prompt=limits.prompt, response=limits.response, words=limits.words,
         )  # fmt: skip
         self.buffer = replicate(mesh, empty)
+        self.played: Rollout | None = None  # the last one
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """This iteration's games: task types of middling success more often, as their groups have more to say."""
@@ -358,7 +362,7 @@ class Loop:
                 parts.append(part)
         jax.block_until_ready(state)
         updated = time.time()
-        self.buffer = rollout.buffer
+        self.buffer, self.played = rollout.buffer, rollout
 
         solved, tried = (x.reshape(config.groups, -1).sum(1) for x in (rollout.won, rollout.finished))
         for game, wins, attempts in zip(chosen, solved, tried, strict=True):
@@ -412,6 +416,23 @@ class Loop:
         threshold = self.settings.similarity_threshold or 1.0
         anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
+
+
+def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
+    """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
+    assert rollout.buffer is not None
+    reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
+    at = np.array([(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))])
+    episode, turn = at.T
+    return {
+        "group": episode // members,
+        "trajectory": episode,
+        "step": turn,
+        "reward": reward[episode, turn],
+        "success": rollout.won[episode],
+        "action_valid": valid[episode, turn],
+        "texts": np.array([rollout.transcripts[e][t][0] for e, t in at]),
+    }
 
 
 def learning_rate_share(config: Config, iteration: int) -> float:

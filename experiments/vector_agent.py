@@ -73,7 +73,11 @@ class Seen(NamedTuple):
 
 
 class Scores(nn.Module):
-    """Logits [A] of the commands in one house: relu(state + command) . w, command embeddings summed by word."""
+    """Logits [A] of the commands in one house: the product of what the state calls for and what the command is.
+
+    state = MLP(goal, text, hand); command = the sum of its words' embeddings, and of what was done with it before times
+    a learned vector. Products and no [A, hidden] layer: a layer of each pair was three times as slow.
+    """
 
     pieces: int
     hidden: int
@@ -87,36 +91,31 @@ class Scores(nn.Module):
         things = table("command_object", self.pieces)[house.object]  # [O, H]
         places = table("command_place", self.pieces)[house.receptacle]
         verbs = table("verb", len(vh.VERBS))
-        # Products, not look-ups, where a turn decides: the gradient of a look-up is a scatter, slow on a CPU.
-        target, lamp, place, done = (
+        target, lamp, place = (
             flag[:, None] * table(name, 1)
-            for name, flag in (
-                ("target", house.target), ("lamp", house.lamp), ("place", house.place), ("in_place", seen.in_place)
-            )
-        )  # fmt: skip
+            for name, flag in (("target", house.target), ("lamp", house.lamp), ("place", house.place))
+        )
         about = things + target + lamp
         commands = jnp.concatenate(
             [
                 verbs[: len(vh.COMMANDS)],
                 verbs[vh.GO] + places + place,
-                verbs[vh.TAKE] + about + done,
+                verbs[vh.TAKE] + about,
                 verbs[vh.USE] + about,
                 verbs[vh.SLICE] + about,
             ]
         )
-        assert commands.shape[0] == len(vh.COMMANDS) + receptacles + 3 * objects
-        history = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32)], 1)
-        commands = commands + history @ table("history", 2)
+        done = jnp.pad(seen.in_place, (len(vh.COMMANDS) + receptacles, 2 * objects))  # of commands to take
+        before = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32), done.astype(jnp.float32)])
 
+        # A product where a turn decides: the gradient of a look-up is a scatter, slow on a CPU.
         state = seen.bag @ table("text", self.pieces) / 4.0 + seen.held @ table("held", self.pieces)[house.object]
-        state = state + seen.flags.astype(jnp.float32) @ table("flags", 4)
-        state = state + table("kind", 6)[house.kind]
-        state = (
-            state + table("goal_target", self.pieces)[house.goal[0]] + table("goal_place", self.pieces)[house.goal[1]]
-        )
-        state = nn.Dense(self.hidden)(nn.relu(state)) + state
-        hidden = nn.relu(state[None] + commands)
-        logits = hidden @ self.param("score", nn.initializers.normal(0.1), (self.hidden,))
+        state = state + seen.flags.astype(jnp.float32) @ table("flags", 4) + table("kind", 6)[house.kind]
+        state = state + table("goal_target", self.pieces)[house.goal[0]]
+        state = state + table("goal_place", self.pieces)[house.goal[1]]
+        state = nn.Dense(self.hidden)(nn.relu(nn.Dense(2 * self.hidden)(nn.relu(state)))) + state
+        wanted = nn.Dense(self.hidden)(nn.relu(state))
+        logits = commands @ wanted + (table("history", 3) @ wanted) @ before
         return jnp.where(seen.possible, logits, -1e9)
 
 
@@ -225,24 +224,9 @@ def estimate(rollout: Rollout, settings: Settings, words: jax.Array, reward_scal
     return jax.vmap(advantages, (0, None))(group, settings).joint
 
 
-def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
-    """(Knobs, key) -> curves: a run from fresh parameters, to be put under `vmap` and `jit`.
-
-    Curves: `eval` float32 [iterations / eval_every + 1], success on every held-out house, sampled as in training;
-    `success`, `mixed` (share of groups with wins and losses), `turns` float32 [iterations / eval_every], means of the
-    training rollouts since the last evaluation; `by_kind` [6], the last evaluation by task type.
-    """
-    net = Scores(len(texts.pieces), spec.hidden)
-    words, paraphrases = jnp.asarray(texts.words), jnp.asarray(texts.paraphrases)
-    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.01, b2=0.99)
-    houses = len(train.kind)
-
-    def rollout(params, at: Houses, members: int, chance, key) -> Rollout:
-        keys = jax.random.split(key, (len(at.kind), members))
-        one = partial(play, params, net)
-        return jax.vmap(
-            lambda house, keys: jax.vmap(lambda key: one(house, spec, paraphrases, chance, key))(keys)
-        )(at, keys)  # fmt: skip
+def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.GradientTransformation):
+    """(params, optimiser's state, houses [G], rollout, knobs) -> the first two: estimator, loss, optimiser's steps."""
+    words = jnp.asarray(texts.words)
 
     def loss(params, at: Houses, rollout: Rollout, advantage, entropy):
         score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)), (0, 0))
@@ -254,6 +238,53 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
         )  # fmt: skip
         return parts.policy - entropy * parts.entropy
 
+    def update(params, opt_state, at: Houses, rollout: Rollout, knobs: Knobs):
+        advantage = estimate(rollout, knobs.estimator, words, spec.reward_scale)
+        if not knobs.estimator.episode_std:  # of about the same size for all, beside the entropy's weight
+            advantage = advantage / spec.reward_scale
+        for _ in range(spec.epochs):
+            gradient = jax.grad(loss)(params, at, rollout, advantage, knobs.entropy)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params, opt_state
+
+    return update
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """Adam whose learning rate is part of its state, so that it may differ between runs of one program."""
+    return optax.inject_hyperparams(optax.adam)(learning_rate=0.01, b2=0.99)
+
+
+def fresh(net: Scores, house: Houses, key: jax.Array):
+    """Parameters that have learned nothing."""
+    commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
+    none = jnp.zeros(commands)
+    seen = show(house, vh.reset(house), house.start, net.pieces, none, none > 0)
+    return net.init(key, house, seen)["params"]
+
+
+def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
+    """(Knobs, key) -> curves: a run from fresh parameters, to be put under `vmap` and `jit`.
+
+    Curves: `eval` float32 [iterations / eval_every + 1], success on every held-out house, sampled as in training;
+    `success`, `mixed` (share of groups with wins and losses), `turns`, `log_prob` (of the commands given) float32
+    [iterations / eval_every], means of the training rollouts since the last evaluation; `by_kind` [6], the last
+    evaluation by task type.
+    """
+    net = Scores(len(texts.pieces), spec.hidden)
+    paraphrases = jnp.asarray(texts.paraphrases)
+    optimizer = make_optimizer()
+    update = make_update(net, texts, spec, optimizer)
+    houses = len(train.kind)
+
+    def rollout(params, at: Houses, members: int, chance, key) -> Rollout:
+        keys = jax.random.split(key, (len(at.kind), members))
+        one = partial(play, params, net)
+        return jax.vmap(
+            lambda house, keys: jax.vmap(lambda key: one(house, spec, paraphrases, chance, key))(keys)
+        )(at, keys)  # fmt: skip
+
     def evaluate(params, knobs: Knobs, key):
         won = rollout(params, held_out, 1, knobs.paraphrase, key).won.any((1, 2))
         return won.astype(jnp.float32)
@@ -263,28 +294,20 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec):
         draw, playing = jax.random.split(key)
         at = vh.pick(train, jax.random.choice(draw, houses, (spec.groups,), replace=False))
         played = rollout(params, at, spec.members, knobs.paraphrase, playing)
-        advantage = estimate(played, knobs.estimator, words, spec.reward_scale)
-        if not knobs.estimator.episode_std:  # of about the same size for all, beside the entropy's weight
-            advantage = advantage / spec.reward_scale
-        for _ in range(spec.epochs):
-            gradient = jax.grad(loss)(params, at, played, advantage, knobs.entropy)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
+        params, opt_state = update(params, opt_state, at, played, knobs)
         wins = played.won.any(-1)
         share = wins.mean(-1)
         row = {
             "success": wins.mean(),
             "mixed": ((share > 0) & (share < 1)).mean(),
             "turns": played.mask.sum(-1).mean(),
+            "log_prob": jnp.where(played.mask, played.log_prob, 0.0).sum() / played.mask.sum(),
         }
         return (params, opt_state), row
 
     def run(knobs: Knobs, key: jax.Array) -> dict[str, jax.Array]:
         start, examining, training = jax.random.split(key, 3)
-        house, first = vh.pick(train, 0), vh.reset(vh.pick(train, 0))
-        commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
-        none = jnp.zeros(commands)
-        params = net.init(start, house, show(house, first, house.start, net.pieces, none, none > 0))["params"]
+        params = fresh(net, vh.pick(train, 0), start)
         opt_state = optimizer.init(params)
         opt_state.hyperparams["learning_rate"] = jnp.asarray(knobs.learning_rate, jnp.float32)
 

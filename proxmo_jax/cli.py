@@ -196,6 +196,8 @@ def _ablate(name: str, *arguments: str) -> int:
     module = importlib.import_module(
         {"estimator": "experiments.ablate_estimator", "train": "experiments.ablation"}[name]
     )
+    if name == "train":
+        module.use_every_core()
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo ablate {name}", description=module.__doc__)
     module.main(options)
     return 0

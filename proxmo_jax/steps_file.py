@@ -43,7 +43,7 @@ def advantages_of_file(source: Path, target: Path, settings: Settings, *, chunk:
             answer = _per_token(answer, steps["response_mask"])
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    _write(target, answer)
+    write_steps(target, answer)
     return len(answer["advantage"])
 
 
@@ -133,8 +133,11 @@ def _read_lines(path: Path) -> dict[str, np.ndarray]:
     return steps
 
 
-def _write(path: Path, answer: dict[str, np.ndarray]) -> None:
-    """Beside the target first, then moved over it: what was there is kept until the new file is whole."""
+def write_steps(path: Path, answer: dict[str, np.ndarray]) -> None:
+    """An .npz or .jsonl of arrays with a row for each step. Raises ValueError for another ending.
+
+    Written beside the target first, then moved over it: what was there is kept until the new file is whole.
+    """
     if path.suffix not in (".npz", ".jsonl"):
         raise ValueError(f"{path}: need a name that ends in .npz or .jsonl")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -143,7 +146,7 @@ def _write(path: Path, answer: dict[str, np.ndarray]) -> None:
             if path.suffix == ".npz":
                 np.savez(file, **answer)  # type: ignore[arg-type]
             else:
-                for i in range(len(answer["advantage"])):
+                for i in range(len(next(iter(answer.values())))):
                     row = {name: values[i].tolist() for name, values in answer.items()}
                     file.write((json.dumps(row) + "\n").encode())
         os.chmod(temporary, 0o666 & ~_umask())

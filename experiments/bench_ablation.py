@@ -1,0 +1,311 @@
+"""Time ablations: a grid of the estimator, a study of whole runs beside the same runs one after the other, and scaling.
+
+    proxmo bench ablation                           # some ten minutes on two cores
+    proxmo bench ablation --official ~/ProxMO-RL    # the grid beside the official code, called once for each setting
+
+The study is five variants (mean-centred GRPO, GiGPO, with modulation, with proximity, ProxMO) from 16 seeds, compilation
+included. One after the other: the same policy, update and houses, but played in the text engine, its texts read and its
+commands matched in Python; some iterations of one run are timed and the rest is multiplied. The table is printed and
+appended to BENCHMARKS.md.
+"""
+
+import dataclasses
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from envs_bridge.household.engine import Household
+from envs_bridge.household.game import TASK_TYPES, Game, build_game
+from envs_bridge.household.generate import make_game
+from experiments import ablate_estimator, ablation, bench_estimator
+from experiments import vector_household as vh
+from experiments.vector_agent import (
+    Knobs,
+    Rollout,
+    Scores,
+    Seen,
+    Spec,
+    bag_of,
+    fresh,
+    make_optimizer,
+    make_run,
+    make_update,
+)
+from proxmo_jax.advantages import proxmo
+from proxmo_jax.types import Group
+
+GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
+OFFICIAL_SECONDS = (
+    1.3  # of one call of the official code on 5,000 steps, where no checkout is given (shared measurements)
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    seeds: int = 16
+    iterations: int = 160
+    text_iterations: int = 8
+    """Iterations to time of a run in the text engine."""
+    scaling: bool = True
+    """Also time 1 to 8 virtual devices and 1 to 64 runs at once, in processes of their own."""
+    official: Path | None = None
+    """A checkout of the official code, to time it on the grid's batch."""
+    official_python: Path = Path(sys.executable)
+    """The interpreter to run it with; it needs torch and scikit-learn."""
+    append: Path | None = Path("BENCHMARKS.md")
+    """File to append the table to."""
+
+
+def main(config: Config, console: Console | None = None) -> str:
+    """Run the benchmark; returns the Markdown that was appended."""
+    console = console or Console()
+    for name in ("seeds", "iterations", "text_iterations"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.iterations % 10:
+        raise ValueError(f"--iterations must be a multiple of 10, got {config.iterations}")
+    lines = [
+        f"## Ablations, {date.today().isoformat()}: `proxmo bench ablation`", "",
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} x {jax.devices()[0].device_kind}; Python"
+        f" {platform.python_version()}, jax {jax.__version__}.", "",
+        *time_grid(config, console), "", *time_study(config, console),
+    ]  # fmt: skip
+    if config.scaling:
+        lines += ["", *time_scaling(console)]
+    text = "\n".join(lines)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if config.append is not None:
+        with config.append.open("a") as file:
+            file.write(f"\n{text}\n")
+    return text
+
+
+def time_grid(config: Config, console: Console) -> list[str]:
+    """Settings a second on a batch of about 5,000 steps, the second time over."""
+    steps = bench_estimator.play(24, 0, console)
+    group, _ = Group.from_steps(**{name: steps[name] for name in (*ablate_estimator.NEEDED, "texts")})
+    grid = ablate_estimator.settings_of(ablate_estimator.parse(GRID))
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        table = ablate_estimator.estimate(group, grid, 64)
+        took.append(time.perf_counter() - began)
+    count, seconds = len(table["aggregation"]), statistics.median(took[1:])
+    one, source = OFFICIAL_SECONDS, "1.3 s, not measured here"
+    if config.official is not None:
+        options = bench_estimator.Config(official=config.official, official_python=config.official_python)
+        one = bench_estimator.time_official(options, steps)["official"]
+        source = f"{one:.2f} s, measured in this run"
+    return [
+        f"Estimator grid: {count} settings of {len(steps['texts'])} steps, with the measures of each: {seconds:.2f} s,"
+        f" {count / seconds:.0f} settings a second; the first time, compilation included, {took[0]:.1f} s. The official code"
+        f" takes {source} for one setting: {count / seconds * one:.0f} times faster ({count / took[0] * one:.0f} with"
+        " compilation)."
+    ]
+
+
+def time_study(config: Config, console: Console) -> list[str]:
+    """A study of five variants, and the same runs one after the other through the text engine."""
+    components = ablation.load("components")
+    cells = [dataclasses.replace(cell, baseline="") for cell in components.cells if not cell.settings.episode_std]
+    study = ablation.Study("bench", components.question, cells, config.iterations)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        results = ablation.train_all(ablation.Config(seeds=config.seeds), study, Path(folder), console)
+        whole = time.perf_counter() - began
+    console.print(f"study: {whole:.0f} s; now one run in the text engine")
+    each = time_text(config.text_iterations)
+    runs = len(cells) * config.seeds
+    text = each * config.iterations * runs
+    ends = ", ".join(
+        f"{label} {x:.0%}" for label, x in zip(results.labels, results.eval[:, :, -1].mean(1), strict=True)
+    )
+    return [
+        f"Study: {len(cells)} variants x {config.seeds} seeds, {config.iterations} iterations of 8 x 8 attempts of at most 20"
+        f" turns at easy houses, with evaluations and compilation: {whole:.0f} s, {whole / runs:.1f} s a run. Success on"
+        f" held-out houses at the end: {ends}. One after the other through the text engine: {each * 1e3:.0f} ms an iteration"
+        f" (median of {config.text_iterations} early ones, without evaluations), {text / 60:.0f} min in all:"
+        f" {text / whole:.0f} times as long."
+    ]
+
+
+# The same agent in the text engine.
+
+
+def time_text(iterations: int) -> float:
+    """Median seconds of an iteration: rollout in the text engine, estimator and update as in the array runs."""
+    games = [build_game(make_game("train", i, 0, "easy", TASK_TYPES[i % 6])[1]) for i in range(60)]
+    houses, texts = vh.build(games)
+    spec, knobs = Spec(), Knobs(proxmo(), learning_rate=0.01)
+    net, optimizer = Scores(len(texts.pieces), spec.hidden), make_optimizer()
+    params = fresh(net, vh.pick(houses, 0), jax.random.key(0))
+    opt_state = optimizer.init(params)
+    update = jax.jit(make_update(net, texts, spec, optimizer))
+    score = jax.jit(
+        lambda params, at, seen: jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)))(at, seen)
+    )
+    players = [TextPlayer(game, texts, houses) for game in games]
+    rng, took = np.random.default_rng(0), []
+    for _ in range(iterations + 1):
+        began = time.perf_counter()
+        chosen = rng.choice(len(games), spec.groups, replace=False)
+        at = vh.pick(houses, chosen)
+        rollout = play_text([players[i] for i in chosen], spec, partial(score, params, at), rng, len(texts.pieces))
+        params, opt_state = jax.block_until_ready(update(params, opt_state, at, rollout, knobs))
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+class TextPlayer:
+    """One game's texts and commands as the policy's numbers."""
+
+    def __init__(self, game: Game, texts: vh.Texts, houses: vh.Houses):
+        self.game, self.places, self.things = game, houses.receptacle.shape[1], houses.object.shape[1]
+        self.length = max(houses.start.shape[1], 9 + 3 * self.things)
+        self.piece = {text: i for i, text in enumerate(texts.pieces)}
+        self.split = re.compile("|".join(re.escape(t) for t in sorted(texts.pieces, key=len, reverse=True) if t))
+        self.number = dict(self.commands())
+
+    def commands(self):
+        """(text, number) of every command there is in this house."""
+        game, first = self.game, len(vh.COMMANDS)
+        yield from (("look", vh.LOOK), ("inventory", vh.INVENTORY), ("help", vh.HELP))
+        for r, place in enumerate(game.receptacles):
+            yield f"go to {place}", first + r
+            yield from ((f"examine {place}", vh.EXAMINE), (f"open {place}", vh.OPEN), (f"close {place}", vh.CLOSE))
+            for o, thing in enumerate(game.objects):
+                yield f"take {thing} from {place}", first + self.places + o
+                yield f"move {thing} to {place}", vh.PUT
+                for verb, number in (("clean", vh.CLEAN), ("heat", vh.HEAT), ("cool", vh.COOL)):
+                    yield f"{verb} {thing} with {place}", number
+        for o, thing in enumerate(game.objects):
+            yield f"examine {thing}", vh.EXAMINE_HELD
+            yield f"use {thing}", first + self.places + self.things + o
+            for knife in game.objects:
+                yield f"slice {thing} with {knife}", first + self.places + 2 * self.things + o
+
+    def see(self, world: Household, text: str, used: np.ndarray, last: int) -> tuple[Seen, dict[int, str]]:
+        """What the policy is shown, and the words of each possible command."""
+        words = {self.number[command]: command for command in world.commands}
+        possible = np.zeros(len(used), bool)
+        possible[list(words)] = True
+        said = [self.piece[piece] for piece in self.split.findall(text)]
+        goal, game = world.game.goal, world.game
+        target = [
+            kind == goal.object_type and flags.issuperset(goal.abilities)
+            for kind, flags in zip(game.object_type, world.flags, strict=True)
+        ]
+        ready = [t and flags.issuperset(goal.states) for t, flags in zip(target, world.flags, strict=True)]
+        here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
+        places = {r for r, kind in enumerate(game.receptacle_type) if kind == goal.receptacle_type}
+        held, lamp = np.zeros(self.things, bool), False
+        if world.holding >= 0:
+            held[world.holding] = True
+        in_place = np.zeros(self.things, bool)
+        for o, inside in enumerate(world.inside):
+            in_place[o] = ready[o] and any(r in places for r in inside)
+            lamp |= bool(goal.lamp_type) and game.object_type[o] == goal.lamp_type and any(r in here for r in inside)
+        flags = np.array([
+            world.holding >= 0 and target[world.holding], world.holding >= 0 and ready[world.holding],
+            any(r in places for r in here), lamp,
+        ])  # fmt: skip
+        text_row = np.zeros(self.length, np.int32)
+        text_row[: len(said)] = said
+        return Seen(
+            text_row, np.zeros(0), held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible
+        ), words
+
+
+def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.Generator, pieces: int) -> Rollout:
+    """A rollout [G, M, T] in the text engine, all attempts side by side."""
+    groups, members = len(players), spec.members
+    commands = len(vh.COMMANDS) + players[0].places + 3 * players[0].things
+    worlds = [[Household(player.game) for _ in range(members)] for player in players]
+    texts = [[world.reset().text for world in row] for row in worlds]
+    used = np.zeros((groups, members, commands), np.float32)
+    last = np.full((groups, members), -1)
+    rows = []
+    for _ in range(spec.turns):
+        shown = [
+            [player.see(worlds[g][m], texts[g][m], used[g, m], last[g, m]) for m in range(members)]
+            for g, player in enumerate(players)
+        ]
+        seen: Any = jax.tree.map(lambda *x: np.stack(x), *[s for row in shown for s, _ in row])
+        seen = jax.tree.map(lambda x: x.reshape(groups, members, *x.shape[1:]), seen)
+        seen = seen._replace(bag=np.asarray(bag_of(seen.text, pieces)))
+        log_probs = np.asarray(jax.nn.log_softmax(score(seen)))
+        number = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(-1)
+        mask, won = np.zeros((groups, members), bool), np.zeros((groups, members), bool)
+        for g in range(groups):
+            for m in range(members):
+                world = worlds[g][m]
+                if world.done:
+                    continue
+                mask[g, m], chosen = True, number[g, m]
+                answer = world.step(shown[g][m][1][chosen])
+                texts[g][m], won[g, m] = answer.text, answer.won
+                used[g, m, chosen] += 1
+                last[g, m] = chosen
+        log_prob = np.take_along_axis(log_probs, number[..., None], -1)[..., 0]
+        rows.append(Rollout(seen, number, log_prob, mask, won))
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=2), *rows)
+
+
+# Scaling, in processes of their own: the number of virtual devices is settled when a process starts.
+
+
+def time_scaling(console: Console) -> list[str]:
+    """Tables over virtual devices and over runs at once."""
+    lines = ["| virtual devices | runs at once | s for 10 iterations | run-iterations a second |", "|---|---|---|---|"]
+    for devices, runs in ((1, 1), (1, 4), (1, 16), (1, 64), (2, 16), (4, 16), (8, 16)):
+        command = [sys.executable, "-c", f"from experiments.bench_ablation import time_runs; time_runs({runs})"]
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        root = Path(__file__).resolve().parents[1]
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        seconds = float(done.stdout.split()[-1])
+        console.print(f"{devices} devices, {runs} runs: {seconds:.2f} s")
+        lines.append(f"| {devices} | {runs} | {seconds:.2f} | {10 * runs / seconds:.0f} |")
+    return ["Scaling of ProxMO's run (compilation and evaluations not counted):", "", *lines]
+
+
+def time_runs(runs: int) -> None:
+    """Print the median seconds of ten iterations of so many runs, split over this process's devices."""
+    from proxmo_jax.sharding import keep_freed_memory
+
+    keep_freed_memory()
+    spec = Spec(iterations=10, eval_every=10)
+    train, _, texts = ablation.make_houses("easy", 60)
+    held_out = vh.pick(train, jnp.arange(1))
+    mapped = jax.vmap(make_run(train, held_out, texts, spec))
+    mesh = jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("runs")
+    program = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False))
+    one = Knobs(proxmo(), 0.01, 0.01, 0.0)
+    knobs = jax.tree.map(lambda x: jnp.full(runs, x, jnp.float32), one)
+    keys, took = jax.random.split(jax.random.key(0), runs), []
+    for _ in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(program(knobs, keys))
+        took.append(time.perf_counter() - began)
+    print(statistics.median(took[1:]))

@@ -1,0 +1,206 @@
+"""Whole runs as arrays, the same alone and side by side; studies cut off go on; pages say what the numbers say."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import ROOT
+
+from experiments import ablation
+from experiments.ablation import Cell, Config, Study
+from experiments.vector_agent import Knobs, Rollout, Seen, Spec, bag_of, embed, estimate, make_run, paraphrased
+from proxmo_jax import cli
+from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
+from proxmo_jax.embeddings import tfidf
+from proxmo_jax.words import WordCounts
+
+SPEC = Spec(groups=2, members=4, turns=6, iterations=2, eval_every=1, hidden=8)
+SMALL = Study(
+    "small", "Does it run?", [Cell("a", dr_grpo(), groups=2, turns=6), Cell("b", dr_grpo(), groups=2, turns=6)]
+)
+
+
+@pytest.fixture(scope="module")
+def houses():
+    return ablation.make_houses("easy", 30)
+
+
+def test_a_run_is_the_same_alone_and_beside_others(houses):
+    run = make_run(*houses, SPEC)
+    keys = jax.random.split(jax.random.key(0), 3)
+    temperatures = jnp.array([0.05, 0.1, 0.5])
+    many = jax.jit(jax.vmap(lambda t, k: run(Knobs(proxmo(temperature=t)), k)))(temperatures, keys)
+    alone = jax.jit(lambda t, k: run(Knobs(proxmo(temperature=t)), k))(temperatures[1], keys[1])
+    np.testing.assert_allclose(many["eval"][1], alone["eval"], atol=1e-6)
+    np.testing.assert_allclose(many["log_prob"][1], alone["log_prob"], atol=1e-6)
+    assert len(set(np.asarray(many["log_prob"][:, 0]).tolist())) == 3  # every seed plays its own games
+    assert many["eval"].shape == (3, 3)
+
+
+def test_an_agent_learns_from_nothing(houses):
+    """Sixty iterations are enough to see it, in two seeds out of two."""
+    spec = Spec(iterations=60, eval_every=30)
+    run = jax.jit(jax.vmap(make_run(*houses, spec), (None, 0)))
+    found = run(Knobs(gigpo(), learning_rate=0.02), jax.random.split(jax.random.key(0), 2))
+    assert (found["success"][:, -1] > found["success"][:, 0] + 0.05).all()
+
+
+def test_embeddings_are_tfidf_of_the_words(houses):
+    _, _, texts = houses
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(texts.pieces), (2, 3, 4, 9))
+    mask = rng.random((2, 3, 4)) < 0.7
+    found = embed(bag_of(jnp.asarray(rows), len(texts.pieces)), jnp.asarray(mask), jnp.asarray(texts.words))
+    counts = texts.words[rows].sum(-2)
+    ids = np.broadcast_to(np.arange(counts.shape[-1]), counts.shape)
+    expected, _ = tfidf(WordCounts(ids, counts, np.arange(counts.shape[-1], dtype=np.int32)), mask)
+    np.testing.assert_allclose(np.where(mask[..., None], found, 0), expected, atol=1e-5)
+
+
+def test_equal_texts_share_an_anchor_and_others_do_not(houses):
+    """Exact matching in the array runs is exact matching of texts."""
+    _, _, texts = houses
+    rng = np.random.default_rng(1)
+    some = rng.integers(0, len(texts.pieces), (5, 9))
+    number = rng.integers(0, 5, (1, 4, 6))
+    rows = some[number]
+    won = np.zeros((1, 4, 6), bool)
+    won[0, :2, -1] = True
+    like = jnp.zeros((1, 4, 6))
+    seen = Seen(jnp.asarray(rows), bag_of(jnp.asarray(rows), len(texts.pieces)), like, like, like, like, like, like)
+    rollout = Rollout(seen, like, like, jnp.ones((1, 4, 6), bool), jnp.asarray(won))
+    found = estimate(rollout, gigpo(), jnp.asarray(texts.words), 10.0)
+    returns = 10.0 * won.any(-1, keepdims=True) * 0.95 ** np.arange(5, -1, -1)
+    episode = 10.0 * won.any(-1, keepdims=True) - 5.0
+    for m in range(4):
+        for t in range(6):
+            same = number[0] == number[0, m, t]
+            step = returns[0, m, t] - returns[0][same].mean() if same.sum() > 1 else 0.0
+            np.testing.assert_allclose(found[0, m, t], episode[0, m, 0] + step, rtol=1e-4, atol=1e-4)
+
+
+def test_paraphrases_happen_as_often_as_asked(houses):
+    _, _, texts = houses
+    table = jnp.asarray(texts.paraphrases)
+    text = jnp.full(4000, texts.pieces.index("You arrive at "))
+    assert (paraphrased(text, table, jnp.float32(0.0), jax.random.key(0)) == text).all()
+    changed = paraphrased(text, table, jnp.float32(0.3), jax.random.key(0))
+    assert abs(float((changed != text).mean()) - 0.3) < 0.03
+    said = {texts.pieces[int(i)] for i in np.unique(changed)}
+    assert said == {"You arrive at ", "You reach ", "You come to ", "You now stand before "}
+    plain = jnp.full(50, texts.pieces.index("."))
+    assert (paraphrased(plain, table, jnp.float32(1.0), jax.random.key(1)) == plain).all()
+
+
+def test_a_study_of_several_chunks_is_the_study_in_one(tmp_path, monkeypatch):
+    """Also that finished chunks are read back and not run again."""
+    monkeypatch.setattr(ablation, "spec_of", lambda config, study, cell: SPEC)
+    monkeypatch.setattr(ablation, "remember_programs", lambda folder: None)
+    config = Config(seeds=3, houses=30, chunk=1)
+    one = ablation.train_all(config, SMALL, tmp_path / "one", ablation.Console(quiet=True))
+    np.testing.assert_array_equal(one.curves["log_prob"][0], one.curves["log_prob"][1])  # equal cells, equal seeds
+    assert not np.array_equal(one.curves["log_prob"][0, 0], one.curves["log_prob"][0, 1])
+    monkeypatch.setattr(ablation, "run_chunk", lambda *_: pytest.fail("a finished chunk is run again"))
+    again = ablation.train_all(config, SMALL, tmp_path / "one", ablation.Console(quiet=True))
+    np.testing.assert_array_equal(one.curves["log_prob"], again.curves["log_prob"])
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_goes_on(tmp_path):
+    """A process killed after its first chunk leaves it whole; the next one ends the study with it."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "proxmo_jax", "ablate", "train", "--study", "modulation", "--quick"]
+    command += ["--out", str(out), "--chunk", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    chunks, deadline = out / "modulation_quick" / "chunks", time.time() + 240
+    while not list(chunks.glob("????????????????.npz")) and time.time() < deadline:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = {path: path.stat().st_mtime_ns for path in chunks.glob("????????????????.npz")}
+    assert kept
+    assert not (out / "modulation_quick" / "report.md").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    folder = out / "modulation_quick"
+    for name in ("results.csv", "summary.csv", "curves.png", "report.md"):
+        assert (folder / name).stat().st_size > 0
+    assert "A quick run: too short to find anything." in (folder / "report.md").read_text()
+
+
+def results(*ends: float) -> ablation.Results:
+    """Four evaluations of five seeds, each cell at its own level but for a little that belongs to the seed."""
+    level = np.array(ends)[:, None, None] + 0.01 * np.arange(5)[None, :, None] + np.zeros(4)
+    return ablation.Results(
+        [f"cell {i}" for i in range(len(ends))], np.arange(4) * 10, level, np.zeros((len(ends), 5, 6))
+    )
+
+
+def test_pages_say_what_the_numbers_say(tmp_path):
+    study = Study("made", "What is told apart?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
+    ablation.write(tmp_path, Config(), study, results(0.5, 0.7, 0.5), 1.0)
+    text = (tmp_path / "report.md").read_text()
+    assert "cell 1 against cell 0: better over the whole run (+20.0%" in text
+    assert "cell 2 against cell 0: not told apart over the whole run (+0.0%" in text
+    ablation.write(tmp_path, Config(), study, results(0.5, 0.2, 0.9), 1.0)
+    text = (tmp_path / "report.md").read_text()
+    assert "cell 1 against cell 0: worse over the whole run (-30.0%" in text
+    found = ablation.measures(results(0.5, 0.9))
+    assert (found["to_80"] == [[30] * 5, [0] * 5]).all()
+
+
+def test_bootstrap_intervals_cover_the_mean_and_shrink():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        middle, low, high = ablation.bootstrap(rng.normal(size=16), 2000)
+        covered += low < 0 < high
+        assert low < middle < high
+    assert covered >= 50
+    wide, narrow = (np.ptp(ablation.bootstrap(rng.normal(size=n), 2000)[1:]) for n in (8, 200))
+    assert narrow < wide / 2
+
+
+@pytest.mark.parametrize("name", ablation.STUDIES)
+def test_every_study_can_be_loaded_and_has_what_it_compares_with(name):
+    study = ablation.load(name)
+    assert study.name == name
+    labels = [cell.label for cell in study.cells]
+    assert {cell.baseline for cell in study.cells} - {""} <= set(labels)
+    ablation.check(Config(), study)
+    for cell in study.cells:
+        assert set(cell.level.split("+")) <= {"easy", "medium", "hard"}
+        assert cell.groups * cell.members == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--study", "weather"], "--study must be one of components, temperature"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--houses", "3"], "--houses must be at least 30, got 3"),
+        (["--chunk", "0"], "--chunk must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, capsys, options, message):
+    assert cli.main(["ablate", "train", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["ablate", "nothing"]) == 2
+    assert "need estimator or train" in capsys.readouterr().err
+
+
+def test_cells_of_one_program_differ_in_floats_alone():
+    config, study = Config(), ablation.load("modulation")
+    assert len({ablation.program_of(config, study, cell) for cell in study.cells}) == 1
+    other = dataclasses.replace(study.cells[0], settings=gigpo())
+    assert ablation.program_of(config, study, other) != ablation.program_of(config, study, study.cells[0])

@@ -62,14 +62,14 @@ class Seen(NamedTuple):
     [A].
     """
 
-    text: jax.Array
-    bag: jax.Array
-    held: jax.Array
-    flags: jax.Array
-    used: jax.Array
-    last: jax.Array
-    in_place: jax.Array
-    possible: jax.Array
+    text: Any
+    bag: Any
+    held: Any
+    flags: Any
+    used: Any
+    last: Any
+    in_place: Any
+    possible: Any
 
 
 class Scores(nn.Module):
@@ -122,11 +122,11 @@ class Scores(nn.Module):
 class Rollout(NamedTuple):
     """[G, M, T, ...]: what was shown, what was done; mask of turns that happened; won [G, M, T], at the turn."""
 
-    seen: Seen
-    command: jax.Array
-    log_prob: jax.Array
-    mask: jax.Array
-    won: jax.Array
+    seen: Any
+    command: Any
+    log_prob: Any
+    mask: Any
+    won: Any
 
 
 def bag_of(text: jax.Array, pieces: int) -> jax.Array:

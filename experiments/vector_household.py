@@ -194,7 +194,7 @@ def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, Any]:
         kind == goal.object_type and flags.issuperset(goal.abilities)
         for kind, flags in zip(game.object_type, game.flags, strict=True)
     ]
-    task = [piece(text) for text in re.findall(r"\S+\s*", game.dialect.task.removeprefix("Your task is to: "))]
+    task = [piece(text) for text in re.findall(r"\s*\S+", game.dialect.task.removeprefix("Your task is to: "))]
     shown = []
     for i, name in enumerate(game.receptacles):
         first, last = i == 0, i == len(game.receptacles) - 1
@@ -464,6 +464,6 @@ def say(texts: Texts, row: np.ndarray) -> str:
     return "".join(texts.pieces[i] for i in np.asarray(row).tolist())
 
 
-def pick(houses: Houses, index: jax.Array | int) -> Houses:
+def pick(houses: Houses, index: Any) -> Houses:
     """The houses of these numbers [...], one or more."""
     return jax.tree.map(lambda x: jnp.asarray(x)[index], houses)

@@ -182,6 +182,10 @@ def _bench(name: str, *arguments: str) -> int:
     import importlib
 
     bench = importlib.import_module(f"experiments.bench_{name}")
+    if name == "ablation":
+        from experiments.ablation import use_every_core
+
+        use_every_core()
     options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
     bench.main(options)
     return 0

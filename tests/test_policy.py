@@ -107,8 +107,7 @@ def test_one_program_per_shape(width):
     assert sample._cache_size() == before
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8, 19])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("slots", "temperature"), [(1, 0.0), (3, 1.0), (8, 1.0), (19, 0.0)])
 def test_rows_given_out_again_answer_as_rows_of_their_own(slots, temperature):
     """Every prompt's answer is what it would be with all of them side by side, or alone."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from proxmo_jax.advantages import dr_grpo
 from proxmo_jax.report import Metrics, learning_curve, read_metrics, wilson
+from proxmo_jax.steps_file import read_steps, steps_advantages
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -48,6 +50,8 @@ def test_a_run_leaves_what_it_promises(run):
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
     assert (run / "episodes_before.txt").read_text().count("===") == 3
+    steps = read_steps(run / "rollout.npz")
+    assert len(steps["texts"]) == len(steps_advantages(steps, dr_grpo())["advantage"]) >= 8
 
 
 @pytest.mark.slow

@@ -26,6 +26,16 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 ALFWORLD = REFERENCE / "alfworld"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every program that is kept maps memory of its own, and a process may have 65,530 maps: a compilation past them is a
+    segmentation fault. What the next module needs again is in the cache on disk."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def official() -> Path:
     """Further outputs of the official code, which are not part of this repository."""

@@ -28,8 +28,8 @@ ALFWORLD = REFERENCE / "alfworld"
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Every program that is kept maps memory of its own, and a process may have 65,530 maps: a compilation past them is a
-    segmentation fault. What the next module needs again is in the cache on disk."""
+    """Programs that are kept map memory, ten thousand maps a module here, and Linux allows a process 65,530: a
+    compilation past them is a segmentation fault. What the next module needs again is in the cache on disk."""
     yield
     import jax
 

@@ -30,7 +30,7 @@ from proxmo_jax.batch import batch_advantages, pad_groups, text_repeats
 from proxmo_jax.embeddings import documents, unit_vectors
 from proxmo_jax.proximity import similarity
 from proxmo_jax.report import progress_bar
-from proxmo_jax.steps_file import NEEDED, read_steps
+from proxmo_jax.steps_file import needed, read_steps
 from proxmo_jax.types import Group, Settings
 
 # Axis: the settings' field and what its values may be.
@@ -77,11 +77,10 @@ def main(config: Config, console: Console | None = None) -> Path:
     if config.chunk < 1:
         raise ValueError(f"--chunk must be at least 1, got {config.chunk}")
     steps = read_steps(config.rollout)
-    missing = [name for name in (*NEEDED, "texts") if name not in steps]
-    if missing:
-        raise ValueError(f"{config.rollout}: {', '.join(missing)} is missing")
-    fields: dict[str, Any] = {name: steps[name] for name in NEEDED}
-    group, _ = Group.from_steps(**fields, texts=steps["texts"].tolist())
+    try:
+        group, _ = Group.from_steps(**needed(steps, texts=True))
+    except ValueError as error:
+        raise ValueError(f"{config.rollout}: {error}") from error
     chunk = fitting(group, config.chunk, config.memory)
     began = time.time()
     with progress_bar(console) as bar:

@@ -5,18 +5,18 @@
 
 Cells of one program (the same sizes and static choices of the estimator) are stacked and mapped, `chunk` runs at a
 time, split over the devices there are. Every finished chunk is kept, so that a study cut off goes on where it was.
-What is left behind: results.csv (every evaluation of every run), summary.csv, curves.png, report.md.
+`study.write` says what is left behind.
 """
 
-import csv
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -27,38 +27,15 @@ from rich.console import Console
 
 from envs_bridge.household.game import TASK_TYPES, build_game
 from envs_bridge.household.generate import LEVELS, make_game
+from experiments import vector_agent
 from experiments import vector_household as vh
+from experiments.study import CURVES, Cell, Results, Study, write
 from experiments.vector_agent import Knobs, Spec, make_run
+from proxmo_jax import advantages, proximity
 from proxmo_jax.report import progress_bar
 from proxmo_jax.types import Settings
 
 STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting of a study. level: easy, medium, hard, or several joined by `+`, in equal shares."""
-
-    label: str
-    settings: Settings
-    level: str = "easy"
-    groups: int = 8
-    members: int = 8
-    turns: int = 20
-    paraphrase: float = 0.0
-    baseline: str = ""
-    """Label of the cell that this one is compared with; default: the study's first."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """question: what the study asks, one sentence. cells: the first is what the others are compared with."""
-
-    name: str
-    question: str
-    cells: Sequence[Cell]
-    iterations: int = 160
-    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,18 +57,6 @@ class Config:
     entropy: float = 0.01
 
 
-@dataclass
-class Results:
-    """eval float32 [cells, seeds, points], success on held-out houses; by_kind [cells, seeds, 6], at the end; curves:
-    means over the iterations between evaluations [cells, seeds, points - 1]."""
-
-    labels: list[str]
-    iterations: np.ndarray
-    eval: np.ndarray
-    by_kind: np.ndarray
-    curves: dict[str, np.ndarray] = field(default_factory=dict)
-
-
 def main(config: Config, study: Study | None = None, console: Console | None = None) -> Path:
     """Run or go on with a study; returns its folder. Raises ValueError for settings that cannot work."""
     console = console or Console()
@@ -101,7 +66,7 @@ def main(config: Config, study: Study | None = None, console: Console | None = N
     folder.mkdir(parents=True, exist_ok=True)
     remember_programs(folder)
     results = train_all(config, study, folder, console)
-    write(folder, config, study, results, time.time() - began)
+    write(folder, study, results, houses=house_count(config), quick=config.quick, seconds=time.time() - began)
     console.print(f"{folder}/ holds results.csv, summary.csv, curves.png and report.md.", soft_wrap=True)
     return folder
 
@@ -119,6 +84,10 @@ def check(config: Config, study: Study) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(config, name)}")
     if config.houses < 30:
         raise ValueError(f"--houses must be at least 30, got {config.houses}: each task type needs some")
+    if not 0.0 < config.learning_rate < np.inf:
+        raise ValueError(f"--learning-rate must be above 0, got {config.learning_rate:g}")
+    if not 0.0 <= config.entropy < np.inf:
+        raise ValueError(f"--entropy must be at least 0, got {config.entropy:g}")
     labels = [cell.label for cell in study.cells]
     if len(set(labels)) < len(labels) or not labels:
         raise ValueError(f"study {study.name}: needs cells of different labels, got {', '.join(labels) or 'none'}")
@@ -154,6 +123,11 @@ def program_of(config: Config, study: Study, cell: Cell) -> tuple:
         getattr(cell.settings, f.name) for f in dataclasses.fields(Settings) if f.metadata.get("static")
     )  # fmt: skip
     return cell.level, spec_of(config, study, cell), static
+
+
+def house_count(config: Config) -> int:
+    """Houses to train in."""
+    return 60 if config.quick else config.houses
 
 
 def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]:
@@ -202,14 +176,14 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     evaluated = stacked("eval")
     return Results(
         [cell.label for cell in study.cells], every * np.arange(evaluated.shape[2]), evaluated, stacked("by_kind"),
-        {name: stacked(name) for name in ("success", "mixed", "turns", "log_prob")},
+        {name: stacked(name) for name in CURVES},
     )  # fmt: skip
 
 
 def compiled(config: Config, key: tuple):
     """(Knobs [N], keys [N]) -> curves [N, ...], the runs split over the devices."""
     level, spec, _ = key
-    run = jax.vmap(make_run(*make_houses(level, 60 if config.quick else config.houses), spec))
+    run = jax.vmap(make_run(*make_houses(level, house_count(config)), spec))
     mesh = Mesh(np.array(jax.devices()), ("runs",))
     split = PartitionSpec("runs")
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False))
@@ -228,10 +202,18 @@ def run_chunk(config: Config, study: Study, program, part: list[tuple[int, int]]
 
 
 def fingerprint(config: Config, study: Study, key: tuple, part: list[tuple[int, int]]) -> str:
-    """A name for a chunk's results by everything that they depend on."""
+    """A name for a chunk's results by what they depend on: the settings, and the source of the code that a study's
+    author would change. Other modules and JAX itself are left out: remove `chunks` when those have changed."""
     cells = [(dataclasses.asdict(study.cells[c]) | {"label": "", "baseline": ""}, s) for c, s in part]
-    what = [str(key), cells, config.houses, config.learning_rate, config.entropy, config.quick]
+    what = [str(key), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def source() -> str:
+    """A hash of the code of the agent, its household and the estimator."""
+    modules = (vector_agent, vh, advantages, proximity)
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -246,158 +228,6 @@ def read(path: Path, part: list[tuple[int, int]]) -> dict[tuple[int, int], dict[
     with np.load(path) as data:
         arrays = {name: data[name] for name in data.files}
     return {pair: {name: x[i] for name, x in arrays.items()} for i, pair in enumerate(part)}
-
-
-# What a study found.
-
-
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over seeds [S] and its 95% percentile bootstrap interval."""
-    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
-
-
-def measures(results: Results) -> dict[str, np.ndarray]:
-    """Per run [cells, seeds]: success at the end (the last three evaluations), its mean over the run, and the
-    iterations to 80% (the run's length where it is never reached)."""
-    reached = results.eval >= 0.8
-    first = np.where(reached.any(2), reached.argmax(2), results.eval.shape[2] - 1)
-    return {
-        "end": results.eval[:, :, -3:].mean(2),
-        "mean": results.eval.mean(2),
-        "to_80": results.iterations[first].astype(float),
-    }
-
-
-def write(folder: Path, config: Config, study: Study, results: Results, seconds: float) -> None:
-    """Tables, figure and page."""
-    with (folder / "results.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["cell", "seed", "iteration", "success"])
-        for c, label in enumerate(results.labels):
-            for s in range(results.eval.shape[1]):
-                for i, value in zip(results.iterations, results.eval[c, s], strict=True):
-                    table.writerow([label, s, int(i), f"{value:.4f}"])
-    found = measures(results)
-    rows = []
-    for c, (cell, label) in enumerate(zip(study.cells, results.labels, strict=True)):
-        base = results.labels.index(cell.baseline) if cell.baseline else 0
-        row: dict[str, str] = {"cell": label, "compared with": results.labels[base] if c != base else ""}
-        for name, values in found.items():
-            row |= zip((name, f"{name} low", f"{name} high"), map(number, bootstrap(values[c])), strict=True)
-            difference = bootstrap(values[c] - values[base])
-            names = (f"{name} difference", f"{name} difference low", f"{name} difference high")
-            row |= zip(names, map(number, difference) if c != base else ("", "", ""), strict=True)
-        rows.append(row)
-    with (folder / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure(folder / "curves.png", study, results)
-    (folder / "report.md").write_text(page(config, study, results, rows, seconds))
-
-
-def number(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def figure(path: Path, study: Study, results: Results) -> None:
-    """Success on held-out houses, mean over seeds with its bootstrap interval; a panel for each baseline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels: dict[str, list[int]] = {}
-    for c, cell in enumerate(study.cells):
-        panels.setdefault(cell.baseline or study.cells[0].label, []).append(c)
-    shown = [
-        [c for c in cells if results.labels[c] != base] for base, cells in panels.items()
-    ]  # fmt: skip
-    shown = [[results.labels.index(base), *cells] for base, cells in zip(panels, shown, strict=True)]
-    columns = min(len(shown), 3)
-    lines = -(-len(shown) // columns)
-    drawn, axes = plt.subplots(lines, columns, figsize=(5.2 * columns + 1, 3.8 * lines), sharey=True, squeeze=False)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis, cells in zip(axes.flat, shown, strict=False):
-        for i, c in enumerate(cells):
-            colour = "black" if i == 0 else plt.get_cmap("viridis" if len(cells) > 6 else "tab10")(
-                (i - 1) / max(len(cells) - 2, 1) if len(cells) > 6 else i - 1
-            )  # fmt: skip
-            low, high = np.array([bootstrap(x, 1000)[1:] for x in results.eval[c].T]).T
-            axis.plot(results.iterations, results.eval[c].mean(0), color=colour, label=results.labels[c], lw=1.6)
-            axis.fill_between(results.iterations, low, high, color=colour, alpha=0.12, lw=0)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right")
-    for line in axes:
-        line[0].set_ylabel("success, held-out houses")
-        line[0].set_ylim(0, 1)
-    drawn.suptitle(f"{study.name}: {results.eval.shape[1]} seeds, mean and 95% interval")
-    drawn.tight_layout()
-    drawn.savefig(path, dpi=110)
-    plt.close(drawn)
-
-
-def page(config: Config, study: Study, results: Results, rows: list[dict[str, str]], seconds: float) -> str:
-    """The study as Markdown; its sentences are made from the numbers."""
-    seeds = results.eval.shape[1]
-    lines = [
-        f"# {study.name}", "", study.question, "",
-        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {60 if config.quick else config.houses} houses to"
-        f" train in and {max(2 * (60 if config.quick else config.houses) // 5, 12)} others to be evaluated in;"
-        " commands are sampled there, as in training. The policy is a small network that scores the possible commands"
-        " (`experiments/vector_agent.py` says what that leaves out). Intervals: 95%, bootstrap over seeds;"
-        " differences are between runs of the same seed. `end`: mean of the last three evaluations; `mean`: over"
-        " the whole run;"
-        " `to 80%`: iterations until the first evaluation of 80%.", "",
-        "| setting | end | mean | to 80% | compared with | difference of the means |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for row in rows:
-        end, mean = (
-            f"{float(row[n]):.1%} ({float(row[n + ' low']):.1%} to {float(row[n + ' high']):.1%})"
-            for n in ("end", "mean")
-        )
-        other = row["compared with"]
-        difference = (
-            f"{float(row['mean difference']):+.1%} ({float(row['mean difference low']):+.1%} to"
-            f" {float(row['mean difference high']):+.1%})"
-            if other
-            else ""
-        )
-        lines.append(f"| {row['cell']} | {end} | {mean} | {float(row['to_80']):.0f} | {other} | {difference} |")
-    lines += ["", "![learning curves](curves.png)", "", "## What was found", ""]
-    lines += [f"- {sentence}" for sentence in findings(rows)]
-    kinds = ["| setting | " + " | ".join(TASK_TYPES) + " |", "|---" * 7 + "|"]
-    for label, rates in zip(results.labels, results.by_kind.mean(1), strict=True):
-        kinds.append(f"| {label} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |")
-    lines += ["", "## By task type, at the end", "", *kinds]
-    if study.remark:
-        lines += ["", study.remark]
-    if config.quick:
-        lines += ["", "**A quick run: too short to find anything.**"]
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
-    lines += ["", f"Took {seconds:.0f} s on {device} (this call; chunks done before are not in it)."]
-    return "\n".join(lines) + "\n"
-
-
-def findings(rows: list[dict[str, str]]) -> list[str]:
-    """One sentence for each comparison: what can be told apart, and what cannot."""
-    sentences = []
-    for row in rows:
-        other = row["compared with"]
-        if not other:
-            continue
-        parts = []
-        for name, words in (("mean", "over the whole run"), ("end", "at the end")):
-            middle, low, high = (float(row[f"{name} difference{x}"]) for x in ("", " low", " high"))
-            told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-            size = f"{middle:+.1%}, {low:+.1%} to {high:+.1%}"
-            parts.append(f"{told} {words} ({size})")
-        sentences.append(f"{row['cell']} against {other}: {', '.join(parts)}.")
-    return sentences
 
 
 def from_command_line(study: Study) -> None:

@@ -35,6 +35,7 @@ from envs_bridge.household.game import TASK_TYPES, Game, build_game
 from envs_bridge.household.generate import make_game
 from experiments import ablate_estimator, ablation, bench_estimator
 from experiments import vector_household as vh
+from experiments.timing import timed
 from experiments.vector_agent import (
     Knobs,
     Rollout,
@@ -48,12 +49,11 @@ from experiments.vector_agent import (
     make_update,
 )
 from proxmo_jax.advantages import proxmo
+from proxmo_jax.steps_file import needed
 from proxmo_jax.types import Group
 
 GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
-OFFICIAL_SECONDS = (
-    1.3  # of one call of the official code on 5,000 steps, where no checkout is given (shared measurements)
-)
+OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps, where no checkout is given (BENCHMARKS.md, Estimator)
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,20 @@ def main(config: Config, console: Console | None = None) -> str:
 def time_grid(config: Config, console: Console) -> list[str]:
     """Settings a second on a batch of about 5,000 steps, the second time over."""
     steps = bench_estimator.play(24, 0, console)
-    group, _ = Group.from_steps(**{name: steps[name] for name in (*ablate_estimator.NEEDED, "texts")})
+    group, _ = Group.from_steps(**needed(steps, texts=True))
     grid = ablate_estimator.settings_of(ablate_estimator.parse(GRID))
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        table = ablate_estimator.estimate(group, grid, 64)
-        took.append(time.perf_counter() - began)
-    count, seconds = len(table["aggregation"]), statistics.median(took[1:])
-    one, source = OFFICIAL_SECONDS, "1.3 s, not measured here"
+    took = timed(lambda: ablate_estimator.estimate(group, grid, 64), 3)
+    count, seconds = sum(len(points) for _, points in grid), took["seconds"]
+    one, source = OFFICIAL_SECONDS, f"{OFFICIAL_SECONDS} s (measured in another run)"
     if config.official is not None:
         options = bench_estimator.Config(official=config.official, official_python=config.official_python)
         one = bench_estimator.time_official(options, steps)["official"]
         source = f"{one:.2f} s, measured in this run"
     return [
         f"Estimator grid: {count} settings of {len(steps['texts'])} steps, with the measures of each: {seconds:.2f} s,"
-        f" {count / seconds:.0f} settings a second; the first time, compilation included, {took[0]:.1f} s. The official"
-        f" code takes {source} for one setting: {count / seconds * one:.0f} times as long a setting"
-        f" ({count / took[0] * one:.0f} with compilation)."
+        f" {count / seconds:.0f} settings a second; the first time, compilation included, {took['first']:.1f} s. The"
+        f" official code takes {source} for one setting: {count / seconds * one:.0f} times as long a setting"
+        f" ({count / took['first'] * one:.0f} with compilation)."
     ]
 
 
@@ -316,9 +312,5 @@ def time_runs(runs: int) -> None:
     program = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False))
     one = Knobs(proxmo(), 0.01, 0.01, 0.0)
     knobs = jax.tree.map(lambda x: jnp.full(runs, x, jnp.float32), one)
-    keys, took = jax.random.split(jax.random.key(0), runs), []
-    for _ in range(4):
-        began = time.perf_counter()
-        jax.block_until_ready(program(knobs, keys))
-        took.append(time.perf_counter() - began)
-    print(statistics.median(took[1:]))
+    keys = jax.random.split(jax.random.key(0), runs)
+    print(timed(lambda: program(knobs, keys), 3)["seconds"])

@@ -12,10 +12,8 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -29,6 +27,7 @@ from envs_bridge.collect import demonstrations
 from envs_bridge.household.expert import Habits
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
+from experiments.timing import timed
 from proxmo_jax.learner import Rows, TrainState, make_optimizer, pack_turns, policy_step
 from proxmo_jax.losses import LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
@@ -119,16 +118,6 @@ def make_request(config: Config, shape: PolicyConfig) -> dict:
         "advantages": [rng.gauss(0, 1) for _ in prompts],
         "decode": {"prompts": [tokens(128) for _ in range(config.decode_rows)], "steps": config.decode_steps},
     }
-
-
-def timed(function, repeat: int) -> dict:
-    """Seconds of the first call and median seconds of the later ones."""
-    took = []
-    for _ in range(repeat + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        took.append(time.perf_counter() - began)
-    return {"first": took[0], "seconds": statistics.median(took[1:])}
 
 
 def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:

@@ -129,7 +129,7 @@ class Config:
     lora_rank: int = 0
     """Rank of the adapters that are learned in the place of a --model's weights; 0: the weights are learned."""
     lora_alpha: float = 32.0
-    """What the adapters' product is scaled by, times the rank."""
+    """The adapters' product is scaled by this over the rank."""
     old_log_probs: str = "sampler"
     """Whose log-probs the ratio's denominator has: the sampler's, or the trainer's (one more forward)."""
     remat: str = "none"

@@ -6,9 +6,7 @@ median seconds of the later ones, for decoding and for a train step, and how man
 
 import json
 import os
-import statistics
 import sys
-import time
 from types import SimpleNamespace
 
 
@@ -16,10 +14,10 @@ def main() -> None:
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
-    import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
+    from timing import timed  # beside this file, where a script looks first
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.qwen2.model import ModelConfig, Qwen2
     from tunix.rl.algo_core import grpo_loss_fn
@@ -33,14 +31,6 @@ def main() -> None:
         dtype=jnp.dtype(request["dtype"]), param_dtype=jnp.dtype(request["dtype"]),
     )  # fmt: skip
     model = Qwen2(config, rngs=nnx.Rngs(0))
-
-    def timed(function, repeat: int) -> dict:
-        took = []
-        for _ in range(repeat + 1):
-            began = time.perf_counter()
-            jax.block_until_ready(function())
-            took.append(time.perf_counter() - began)
-        return {"first": took[0], "seconds": statistics.median(took[1:])}
 
     prompts, answers = request["prompts"], request["answers"]
     decode = request["decode"]

@@ -33,7 +33,7 @@ class Spec:
     groups: int = 8
     members: int = 8
     turns: int = 20
-    iterations: int = 120
+    iterations: int = 160
     eval_every: int = 10
     hidden: int = 32
     epochs: int = 1
@@ -165,9 +165,8 @@ def paraphrased(text: jax.Array, table: jax.Array, chance: jax.Array, key: jax.A
 
 
 def play(
-    params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: jax.Array, key: jax.Array,
-    *, greedy: bool = False,
-) -> Rollout:  # fmt: skip
+    params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: jax.Array, key: jax.Array
+) -> Rollout:
     """One episode; arrays [T, ...]."""
     length = max(house.start.shape[0], 9 + 3 * house.object.shape[0])
     commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
@@ -182,7 +181,7 @@ def play(
         seen = show(house, state, read, net.pieces, used, last)
         logits: Any = net.apply({"params": params}, house, seen)
         log_probs = jax.nn.log_softmax(logits)
-        command = jnp.argmax(log_probs) if greedy else jax.random.categorical(draw, log_probs)
+        command = jax.random.categorical(draw, log_probs)
         after, said, won = vh.step(house, state, command)
         row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
         chosen = jnp.arange(commands) == command
@@ -196,7 +195,10 @@ def play(
 
 
 def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
-    """TF-IDF unit vectors [..., V] of bags of pieces [..., P], over all texts under the mask (`embeddings.tfidf`)."""
+    """TF-IDF unit vectors [..., V] of bags of pieces [..., P], over all texts under the mask.
+
+    The rule of `embeddings.tfidf`, by a product with the pieces' words: scattering sparse counts is a loop on a CPU.
+    """
     counts = jnp.where(mask.reshape(-1, 1), bag.reshape(-1, bag.shape[-1]) @ words, 0.0)
     idf = jnp.log((1.0 + mask.sum()) / (1.0 + (counts > 0).sum(0))) + 1.0
     value = counts * idf

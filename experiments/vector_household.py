@@ -37,6 +37,7 @@ PHRASES = (
     *(f"This is a {state}{sliced}" for state in STATES for sliced in ("", "sliced ")),
 )  # fmt: skip
 PIECE = {phrase: i for i, phrase in enumerate(PHRASES)}
+HELP_TEXT = len(PHRASES)  # the piece after them, in the wording of the games
 # The same said otherwise, to break exact matching; the joined text is then the engine's no more.
 PARAPHRASES = {
     "You arrive at ": ("You reach ", "You come to ", "You now stand before "),
@@ -130,7 +131,7 @@ def build(games: Sequence[Game]) -> tuple[Houses, Texts]:
     for game in games:
         _check(game)
     help_text = games[0].dialect.help_text
-    pieces = {piece: i for i, piece in enumerate((*PHRASES, help_text))}
+    pieces = PIECE | {help_text: HELP_TEXT}
 
     def piece(text: str) -> int:
         return pieces.setdefault(text, len(pieces))
@@ -379,7 +380,7 @@ def text(house: Houses, before: State, after: State, verb: jax.Array, o: jax.Arr
         ],
         0,
     )  # fmt: skip
-    opening = jnp.where(verb == HELP, len(PHRASES), opening)
+    opening = jnp.where(verb == HELP, HELP_TEXT, opening)
     names_thing = is_any(TAKE, PUT, CLEAN, HEAT, COOL, USE, SLICE, EXAMINE_HELD) | ((verb == INVENTORY) & ~empty)
     names_place = is_any(GO, OPEN, CLOSE) | ((verb == LOOK) & ~middle)
     first = [jnp.where(names_thing, a, jnp.where(names_place, b, 0)) for a, b in zip(thing, place, strict=True)]

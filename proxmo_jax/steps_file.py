@@ -35,9 +35,6 @@ def advantages_of_file(source: Path, target: Path, settings: Settings, *, chunk:
     """
     steps = read_steps(source)
     try:
-        for name in (*NEEDED, *(["texts"] if settings.aggregation != "none" else [])):
-            if name not in steps:
-                raise ValueError(f"{name} is missing; need {', '.join(NEEDED)} and, to compare steps, texts")
         answer = steps_advantages(steps, settings, chunk=chunk)
         if "response_mask" in steps:
             answer = _per_token(answer, steps["response_mask"])
@@ -51,22 +48,33 @@ def steps_advantages(
     steps: Mapping[str, Any], settings: Settings, *, chunk: int | None = None
 ) -> dict[str, np.ndarray]:
     """The four answers [N] float32 of steps given as arrays, in their order."""
-    compared: dict[str, Any] = {}
-    if settings.aggregation != "none":
-        texts = steps["texts"].tolist() if isinstance(steps["texts"], np.ndarray) else steps["texts"]
-        odd = next((text for text in texts if not isinstance(text, str)), None)
-        if odd is not None:
-            raise ValueError(f"texts: need strings, got {odd!r}")
-        if settings.similarity_threshold is None:
-            compared["texts"] = texts
-        elif len(texts) != len(steps["group"]):
+    fields = needed(steps, texts=settings.aggregation != "none")
+    if "texts" in fields and settings.similarity_threshold is not None:
+        texts = fields.pop("texts")
+        if len(texts) != len(steps["group"]):
             raise ValueError(f"texts: got {len(texts)} rows, need {len(steps['group'])}, one per step")
-        else:
-            compared["anchor"] = similar_anchors(texts, steps["group"], settings.similarity_threshold)
-    batch, packing = Group.from_steps(**{name: steps[name] for name in NEEDED}, **compared)
+        fields["anchor"] = similar_anchors(texts, steps["group"], settings.similarity_threshold)
+    batch, packing = Group.from_steps(**fields)
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
     answer = _compiled(batch, settings, chunk=chunk)
     return {name: packing.unpack(getattr(answer, ours)) for name, ours in ANSWERS.items()}
+
+
+def needed(steps: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
+    """What `Group.from_steps` takes of steps, with their texts or without. Raises ValueError for what is missing and
+    for texts that are none."""
+    names = (*NEEDED, "texts") if texts else NEEDED
+    for name in names:
+        if name not in steps:
+            raise ValueError(f"{name} is missing; need {', '.join(NEEDED)} and, to compare steps, texts")
+    fields = {name: steps[name] for name in names}
+    if texts:
+        if isinstance(fields["texts"], np.ndarray):
+            fields["texts"] = fields["texts"].tolist()
+        odd = next((text for text in fields["texts"] if not isinstance(text, str)), None)
+        if odd is not None:
+            raise ValueError(f"texts: need strings, got {odd!r}")
+    return fields
 
 
 _compiled = jax.jit(batch_advantages, static_argnames="chunk")

@@ -14,7 +14,8 @@ import pytest
 from test_train import ROOT
 
 from experiments import ablation
-from experiments.ablation import Cell, Config, Study
+from experiments.ablation import Config
+from experiments.study import Cell, Results, Study, bootstrap, measures, write
 from experiments.vector_agent import Knobs, Rollout, Seen, Spec, bag_of, embed, estimate, make_run, paraphrased
 from proxmo_jax import cli
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
@@ -45,11 +46,12 @@ def test_a_run_is_the_same_alone_and_beside_others(houses):
 
 
 def test_an_agent_learns_from_nothing(houses):
-    """Sixty iterations are enough to see it, in two seeds out of two."""
-    spec = Spec(iterations=60, eval_every=30)
+    """Sixty iterations took eight seeds from 9% to 54% on average; single ones differ, from machine to machine too."""
+    spec = Spec(iterations=60, eval_every=10)
     run = jax.jit(jax.vmap(make_run(*houses, spec), (None, 0)))
-    found = run(Knobs(gigpo(), learning_rate=0.02), jax.random.split(jax.random.key(0), 2))
-    assert (found["success"][:, -1] > found["success"][:, 0] + 0.05).all()
+    found = run(Knobs(gigpo(), learning_rate=0.02), jax.random.split(jax.random.key(0), 8))
+    success = found["success"].mean(0)
+    assert success[-1] > success[0] + 0.2
 
 
 def test_embeddings_are_tfidf_of_the_words(houses):
@@ -137,24 +139,30 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     assert "A quick run: too short to find anything." in (folder / "report.md").read_text()
 
 
-def results(*ends: float) -> ablation.Results:
+def results(*ends: float) -> Results:
     """Four evaluations of five seeds, each cell at its own level but for a little that belongs to the seed."""
     level = np.array(ends)[:, None, None] + 0.01 * np.arange(5)[None, :, None] + np.zeros(4)
-    return ablation.Results(
-        [f"cell {i}" for i in range(len(ends))], np.arange(4) * 10, level, np.zeros((len(ends), 5, 6))
+    curves = {"turns": 20.0 - level[:, :, 1:]}
+    return Results(
+        [f"cell {i}" for i in range(len(ends))], np.arange(4) * 10, level, np.zeros((len(ends), 5, 6)), curves
     )
 
 
 def test_pages_say_what_the_numbers_say(tmp_path):
     study = Study("made", "What is told apart?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
-    ablation.write(tmp_path, Config(), study, results(0.5, 0.7, 0.5), 1.0)
+    write(tmp_path, study, results(0.5, 0.7, 0.5), houses=240, quick=False, seconds=1.0)
+    table = (tmp_path / "results.csv").read_text().splitlines()
+    assert table[:3] == [
+        "cell,seed,iteration,eval_success,train_turns", "cell 0,0,0,0.5000,", "cell 0,0,10,0.5000,19.5000",
+    ]  # fmt: skip
+    assert len(table) == 1 + 3 * 5 * 4
     text = (tmp_path / "report.md").read_text()
     assert "cell 1 against cell 0: better over the whole run (+20.0%" in text
     assert "cell 2 against cell 0: not told apart over the whole run (+0.0%" in text
-    ablation.write(tmp_path, Config(), study, results(0.5, 0.2, 0.9), 1.0)
+    write(tmp_path, study, results(0.5, 0.2, 0.9), houses=240, quick=False, seconds=1.0)
     text = (tmp_path / "report.md").read_text()
     assert "cell 1 against cell 0: worse over the whole run (-30.0%" in text
-    found = ablation.measures(results(0.5, 0.9))
+    found = measures(results(0.5, 0.9))
     assert (found["to_80"] == [[30] * 5, [0] * 5]).all()
 
 
@@ -162,11 +170,11 @@ def test_bootstrap_intervals_cover_the_mean_and_shrink():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(60):
-        middle, low, high = ablation.bootstrap(rng.normal(size=16), 2000)
+        middle, low, high = bootstrap(rng.normal(size=16), 2000)
         covered += low < 0 < high
         assert low < middle < high
     assert covered >= 50
-    wide, narrow = (np.ptp(ablation.bootstrap(rng.normal(size=n), 2000)[1:]) for n in (8, 200))
+    wide, narrow = (np.ptp(bootstrap(rng.normal(size=n), 2000)[1:]) for n in (8, 200))
     assert narrow < wide / 2
 
 
@@ -189,6 +197,8 @@ def test_every_study_can_be_loaded_and_has_what_it_compares_with(name):
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--houses", "3"], "--houses must be at least 30, got 3"),
         (["--chunk", "0"], "--chunk must be at least 1, got 0"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0, got 0"),
+        (["--entropy", "-1"], "--entropy must be at least 0, got -1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, capsys, options, message):

@@ -1,0 +1,17 @@
+"""Timing a call; also run by `tunix_timing` in an environment that has nothing of ours."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def timed(function: Callable, repeat: int) -> dict[str, float]:
+    """Seconds of the first call, with its compilation, and median seconds of `repeat` later ones."""
+    took = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        took.append(time.perf_counter() - began)
+    return {"first": took[0], "seconds": statistics.median(took[1:])}

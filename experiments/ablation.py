@@ -3,9 +3,9 @@
     proxmo ablate train --study components --seeds 16
     python -m experiments.ablation_components --quick
 
-Cells of one program (the same sizes and static choices of the estimator) are stacked and mapped, `chunk` runs at a
-time, split over the devices there are. Every finished chunk is kept, so that a study cut off goes on where it was.
-`study.write` says what is left behind.
+Cells of the same sizes are one program; those with the same choices of the estimator are stacked and mapped, `chunk`
+runs at a time, split over the devices there are. Every finished chunk is kept, so that a study cut off goes on where it
+was. `study.write` says what is left behind.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,7 @@ class Config:
     chunk: int = 16
     """Runs that are trained at once on each device."""
     houses: int = 240
-    """Houses to train in; two fifths as many, never trained in, to be evaluated in."""
+    """Houses to train in; about half as many, never trained in, to be evaluated in."""
     learning_rate: float = 0.01
     entropy: float = 0.01
 
@@ -66,7 +67,8 @@ def main(config: Config, study: Study | None = None, console: Console | None = N
     folder.mkdir(parents=True, exist_ok=True)
     remember_programs(folder)
     results = train_all(config, study, folder, console)
-    write(folder, study, results, houses=house_count(config), quick=config.quick, seconds=time.time() - began)
+    houses = house_count(config), held_out_count(house_count(config))
+    write(folder, study, results, houses=houses, quick=config.quick, seconds=time.time() - began)
     console.print(f"{folder}/ holds results.csv, summary.csv, curves.png and report.md.", soft_wrap=True)
     return folder
 
@@ -117,17 +119,24 @@ def spec_of(config: Config, study: Study, cell: Cell) -> Spec:
     )  # fmt: skip
 
 
-def program_of(config: Config, study: Study, cell: Cell) -> tuple:
-    """Cells of equal programs are trained together."""
-    static = tuple(
-        getattr(cell.settings, f.name) for f in dataclasses.fields(Settings) if f.metadata.get("static")
-    )  # fmt: skip
-    return cell.level, spec_of(config, study, cell), static
+def choices_of(settings: Settings) -> Settings:
+    """The static choices alone: equal for settings that differ in numbers only."""
+    return jax.tree.map(lambda _: 1.0, settings)
+
+
+def numbers_of(settings: Settings) -> Settings:
+    """The numbers alone, under the default choices: what runs of one program are stacked from."""
+    return jax.tree.unflatten(jax.tree.structure(Settings()), jax.tree.leaves(settings))
 
 
 def house_count(config: Config) -> int:
     """Houses to train in."""
     return 60 if config.quick else config.houses
+
+
+def held_out_count(count: int) -> int:
+    """Houses to be evaluated in beside so many to train in: whole rollouts of 64 attempts, where there are enough."""
+    return max(64 * (count // 100), 12)
 
 
 def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]:
@@ -136,7 +145,7 @@ def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]
     unknown = set(levels) - set(LEVELS)
     if unknown:
         raise ValueError(f"level: need {', '.join(LEVELS)} or some joined by '+'; got {level!r}")
-    sizes = {"train": count, "valid_unseen": max(2 * count // 5, 12)}
+    sizes = {"train": count, "valid_unseen": held_out_count(count)}
     games = [
         build_game(make_game(split, i, 0, levels[i // 6 % len(levels)], TASK_TYPES[i % 6])[1])
         for split, size in sizes.items()
@@ -149,25 +158,28 @@ def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]
 def train_all(config: Config, study: Study, folder: Path, console: Console) -> Results:
     """Every cell from every seed; finished chunks are read back."""
     seeds = 2 if config.quick else config.seeds
-    programs: dict[tuple, list[int]] = {}
+    programs: dict[tuple[str, Spec], dict[Settings, list[int]]] = {}
     for number, cell in enumerate(study.cells):
-        programs.setdefault(program_of(config, study, cell), []).append(number)
+        kinds = programs.setdefault((cell.level, spec_of(config, study, cell)), {})
+        kinds.setdefault(choices_of(cell.settings), []).append(number)
     found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     with progress_bar(console) as bar:
         task = bar.add_task(study.name, total=len(study.cells) * seeds, note="")
-        for key, cells in programs.items():
-            pairs = [(cell, seed) for cell in cells for seed in range(seeds)]
-            size = min(config.chunk * jax.device_count(), -(-len(pairs) // jax.device_count()) * jax.device_count())
+        for (level, spec), kinds in programs.items():
+            most = max(map(len, kinds.values())) * seeds
+            size = min(config.chunk * jax.device_count(), -(-most // jax.device_count()) * jax.device_count())
             program = None
-            for start in range(0, len(pairs), size):
-                part = pairs[start : start + size]
-                path = folder / "chunks" / f"{fingerprint(config, study, key, part)}.npz"
-                if not path.exists():
-                    bar.update(task, note=f"{key[0]}, {study.cells[cells[0]].settings.aggregation}")
-                    program = program or compiled(config, key)
-                    save(path, run_chunk(config, study, program, part, size))
-                found |= read(path, part)
-                bar.update(task, advance=len(part))
+            for kind, cells in enumerate(kinds.values()):
+                pairs = [(cell, seed) for cell in cells for seed in range(seeds)]
+                for start in range(0, len(pairs), size):
+                    part = pairs[start : start + size]
+                    path = folder / "chunks" / f"{fingerprint(config, study, spec, part)}.npz"
+                    if not path.exists():
+                        bar.update(task, note=f"{level}, {study.cells[cells[0]].settings.aggregation}")
+                        program = program or compiled(config, level, spec, list(kinds))
+                        save(path, run_chunk(config, study, program, kind, part, size))
+                    found |= read(path, part)
+                    bar.update(task, advance=len(part))
     every = spec_of(config, study, study.cells[0]).eval_every
 
     def stacked(name: str) -> np.ndarray:
@@ -180,32 +192,37 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     )  # fmt: skip
 
 
-def compiled(config: Config, key: tuple):
-    """(Knobs [N], keys [N]) -> curves [N, ...], the runs split over the devices."""
-    level, spec, _ = key
-    run = jax.vmap(make_run(*make_houses(level, house_count(config)), spec))
-    mesh = Mesh(np.array(jax.devices()), ("runs",))
-    split = PartitionSpec("runs")
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False))
+def compiled(config: Config, level: str, spec: Spec, kinds: Sequence[Settings]):
+    """(Knobs [N], keys [N], kind) -> curves [N, ...], the runs split over the devices; see `make_run`."""
+    return over_devices(make_run(*make_houses(level, house_count(config)), spec, kinds))
 
 
-def run_chunk(config: Config, study: Study, program, part: list[tuple[int, int]], size: int) -> dict[str, np.ndarray]:
-    """The curves of these (cell, seed) pairs; the last is repeated to fill the chunk up."""
+def over_devices(run):
+    """`make_run`'s function mapped over runs, and jitted."""
+    mesh, split, whole = Mesh(np.array(jax.devices()), ("runs",)), PartitionSpec("runs"), PartitionSpec()
+    mapped = jax.vmap(run, (0, 0, None))
+    return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(split, split, whole), out_specs=split, check_vma=False))
+
+
+def run_chunk(
+    config: Config, study: Study, program, kind: int, part: list[tuple[int, int]], size: int
+) -> dict[str, np.ndarray]:
+    """The curves of these (cell, seed) pairs, all of one kind; the last is repeated to fill the chunk up."""
     filled = part + part[-1:] * (size - len(part))
     knobs = [
-        Knobs(cell.settings, config.learning_rate, config.entropy, cell.paraphrase)
+        Knobs(numbers_of(cell.settings), config.learning_rate, config.entropy, cell.paraphrase)
         for cell in (study.cells[c] for c, _ in filled)
     ]
     stacked = jax.tree.map(lambda *x: jnp.asarray(x, jnp.float32), *knobs)
     keys = jnp.stack([jax.random.key(seed) for _, seed in filled])
-    return {name: np.asarray(x)[: len(part)] for name, x in program(stacked, keys).items()}
+    return {name: np.asarray(x)[: len(part)] for name, x in program(stacked, keys, jnp.int32(kind)).items()}
 
 
-def fingerprint(config: Config, study: Study, key: tuple, part: list[tuple[int, int]]) -> str:
+def fingerprint(config: Config, study: Study, spec: Spec, part: list[tuple[int, int]]) -> str:
     """A name for a chunk's results by what they depend on: the settings, and the source of the code that a study's
     author would change. Other modules and JAX itself are left out: remove `chunks` when those have changed."""
     cells = [(dataclasses.asdict(study.cells[c]) | {"label": "", "baseline": ""}, s) for c, s in part]
-    what = [str(key), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
+    what = [str(spec), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -42,7 +42,6 @@ from experiments.vector_agent import (
     Scores,
     Seen,
     Spec,
-    bag_of,
     fresh,
     make_optimizer,
     make_run,
@@ -133,14 +132,15 @@ def time_study(config: Config, console: Console) -> list[str]:
     console.print(f"study: {took[0]:.0f} and {took[1]:.0f} s; now one run in the text engine")
     each, rollout = time_text(config.text_iterations)
     runs, evaluations = len(cells) * config.seeds, config.iterations / 10 + 1
-    played = 96 / 64  # an evaluation's attempts, in rollouts
+    unseen = ablation.held_out_count(ablation.Config().houses)
+    played = unseen / 64  # an evaluation's attempts, in rollouts
     text = runs * (config.iterations * each + evaluations * played * rollout)
     ends = ", ".join(
         f"{label} {x:.0%}" for label, x in zip(results.labels, results.eval[:, :, -1].mean(1), strict=True)
     )
     return [
         f"Study: {len(cells)} variants x {config.seeds} seeds, {config.iterations} iterations of 8 x 8 attempts of at"
-        f" most 20 turns at easy houses, evaluated at 96 others every ten: {took[0]:.0f} s, with compilation;"
+        f" most 20 turns at easy houses, evaluated at {unseen} others every ten: {took[0]:.0f} s, with compilation;"
         f" {took[1]:.0f} s, {took[1] / runs:.2f} s a run, where the programs are compiled already. Success on held-out"
         f" houses at the end: {ends}. One after the other through the text engine: {each * 1e3:.0f} ms an iteration,"
         f" {rollout * 1e3:.0f} of them the rollout (medians of {config.text_iterations} early ones), {text / 60:.0f}"
@@ -160,7 +160,7 @@ def time_text(iterations: int) -> tuple[float, float]:
     net, optimizer = Scores(len(texts.pieces), spec.hidden), make_optimizer()
     params = fresh(net, vh.pick(houses, 0), jax.random.key(0))
     opt_state = optimizer.init(params)
-    update = jax.jit(make_update(net, texts, spec, optimizer))
+    update = jax.jit(make_update(net, texts, spec, optimizer, [knobs.estimator]))
     score = jax.jit(
         lambda params, at, seen: jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)))(at, seen)
     )
@@ -170,9 +170,9 @@ def time_text(iterations: int) -> tuple[float, float]:
         began = time.perf_counter()
         chosen = rng.choice(len(games), spec.groups, replace=False)
         at = vh.pick(houses, chosen)
-        rollout = play_text([players[i] for i in chosen], spec, partial(score, params, at), rng, len(texts.pieces))
+        rollout = play_text([players[i] for i in chosen], spec, partial(score, params, at), rng)
         rollouts.append(time.perf_counter() - began)
-        params, opt_state = jax.block_until_ready(update(params, opt_state, at, rollout, knobs))
+        params, opt_state = jax.block_until_ready(update(params, opt_state, at, rollout, knobs, 0))
         took.append(time.perf_counter() - began)
     return statistics.median(took[1:]), statistics.median(rollouts[1:])
 
@@ -238,12 +238,10 @@ class TextPlayer:
         ])  # fmt: skip
         text_row = np.zeros(self.length, np.int32)
         text_row[: len(said)] = said
-        return Seen(
-            text_row, np.zeros(0), held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible
-        ), words
+        return Seen(text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible), words
 
 
-def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.Generator, pieces: int) -> Rollout:
+def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.Generator) -> Rollout:
     """A rollout [G, M, T] in the text engine, all attempts side by side."""
     groups, members = len(players), spec.members
     commands = len(vh.COMMANDS) + players[0].places + 3 * players[0].things
@@ -259,7 +257,6 @@ def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.G
         ]
         seen: Any = jax.tree.map(lambda *x: np.stack(x), *[s for row in shown for s, _ in row])
         seen = jax.tree.map(lambda x: x.reshape(groups, members, *x.shape[1:]), seen)
-        seen = seen._replace(bag=np.asarray(bag_of(seen.text, pieces)))
         log_probs = np.asarray(jax.nn.log_softmax(score(seen)))
         number = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(-1)
         mask, won = np.zeros((groups, members), bool), np.zeros((groups, members), bool)
@@ -295,7 +292,11 @@ def time_scaling(console: Console) -> list[str]:
         seconds = float(done.stdout.split()[-1])
         console.print(f"{devices} devices, {runs} runs: {seconds:.2f} s")
         lines.append(f"| {devices} | {runs} | {seconds:.2f} | {10 * runs / seconds:.0f} |")
-    return ["Scaling of ProxMO's run (compilation and evaluations not counted):", "", *lines]
+    return [
+        "Scaling of ProxMO's run (ten iterations and two evaluations of as many attempts; compilation not counted):",
+        "",
+        *lines,
+    ]
 
 
 def time_runs(runs: int) -> None:
@@ -306,11 +307,8 @@ def time_runs(runs: int) -> None:
     spec = Spec(iterations=10, eval_every=10)
     train, _, texts = ablation.make_houses("easy", 60)
     held_out = vh.pick(train, jnp.arange(1))
-    mapped = jax.vmap(make_run(train, held_out, texts, spec))
-    mesh = jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.PartitionSpec("runs")
-    program = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(split, split), out_specs=split, check_vma=False))
+    program = ablation.over_devices(make_run(train, held_out, texts, spec, [proxmo()]))
     one = Knobs(proxmo(), 0.01, 0.01, 0.0)
     knobs = jax.tree.map(lambda x: jnp.full(runs, x, jnp.float32), one)
     keys = jax.random.split(jax.random.key(0), runs)
-    print(timed(lambda: program(knobs, keys), 3)["seconds"])
+    print(timed(lambda: program(knobs, keys, 0), 3)["seconds"])

@@ -73,11 +73,14 @@ def measures(results: Results) -> dict[str, np.ndarray]:
     }
 
 
-def write(folder: Path, study: Study, results: Results, *, houses: int, quick: bool, seconds: float) -> None:
+def write(
+    folder: Path, study: Study, results: Results, *, houses: tuple[int, int], quick: bool, seconds: float
+) -> None:
     """Tables, figure and page.
 
-    results.csv: every evaluation of every run, and what its training rollouts since the last one were like;
-    summary.csv: each cell's measures and their differences from the cell it is compared with.
+    houses: how many were trained in and evaluated in. results.csv: every evaluation of every run, and what its training
+    rollouts since the last one were like; summary.csv: each cell's measures and their differences from the cell it is
+    compared with.
     """
     with (folder / "results.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -148,13 +151,15 @@ def figure(path: Path, study: Study, results: Results) -> None:
     plt.close(drawn)
 
 
-def page(study: Study, results: Results, rows: list[dict[str, str]], houses: int, quick: bool, seconds: float) -> str:
+def page(
+    study: Study, results: Results, rows: list[dict[str, str]], houses: tuple[int, int], quick: bool, seconds: float
+) -> str:
     """The study as Markdown; its sentences are made from the numbers."""
     seeds = results.eval.shape[1]
     lines = [
         f"# {study.name}", "", study.question, "",
-        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses} houses to"
-        " train in, two fifths as many others to be evaluated in;"
+        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses to"
+        f" train in and {houses[1]} others to be evaluated in;"
         " commands are sampled there, as in training. The policy is a small network that scores the possible commands"
         " (`experiments/vector_agent.py` says what that leaves out). Intervals: 95%, bootstrap over seeds;"
         " differences are between runs of the same seed. `end`: mean of the last three evaluations; `mean`: over"

@@ -1,6 +1,5 @@
 """Whole runs as arrays, the same alone and side by side; studies cut off go on; pages say what the numbers say."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -34,11 +33,11 @@ def houses():
 
 
 def test_a_run_is_the_same_alone_and_beside_others(houses):
-    run = make_run(*houses, SPEC)
+    run = make_run(*houses, SPEC, [dr_grpo(), proxmo()])
     keys = jax.random.split(jax.random.key(0), 3)
     temperatures = jnp.array([0.05, 0.1, 0.5])
-    many = jax.jit(jax.vmap(lambda t, k: run(Knobs(proxmo(temperature=t)), k)))(temperatures, keys)
-    alone = jax.jit(lambda t, k: run(Knobs(proxmo(temperature=t)), k))(temperatures[1], keys[1])
+    many = jax.jit(jax.vmap(lambda t, k: run(Knobs(proxmo(temperature=t)), k, 1)))(temperatures, keys)
+    alone = jax.jit(lambda t, k: run(Knobs(proxmo(temperature=t)), k, 1))(temperatures[1], keys[1])
     np.testing.assert_allclose(many["eval"][1], alone["eval"], atol=1e-6)
     np.testing.assert_allclose(many["log_prob"][1], alone["log_prob"], atol=1e-6)
     assert len(set(np.asarray(many["log_prob"][:, 0]).tolist())) == 3  # every seed plays its own games
@@ -48,7 +47,7 @@ def test_a_run_is_the_same_alone_and_beside_others(houses):
 def test_an_agent_learns_from_nothing(houses):
     """Sixty iterations took eight seeds from 9% to 54% on average; single ones differ, from machine to machine too."""
     spec = Spec(iterations=60, eval_every=10)
-    run = jax.jit(jax.vmap(make_run(*houses, spec), (None, 0)))
+    run = jax.jit(jax.vmap(make_run(*houses, spec, [gigpo()]), (None, 0)))
     found = run(Knobs(gigpo(), learning_rate=0.02), jax.random.split(jax.random.key(0), 8))
     success = found["success"].mean(0)
     assert success[-1] > success[0] + 0.2
@@ -76,9 +75,9 @@ def test_equal_texts_share_an_anchor_and_others_do_not(houses):
     won = np.zeros((1, 4, 6), bool)
     won[0, :2, -1] = True
     like = jnp.zeros((1, 4, 6))
-    seen = Seen(jnp.asarray(rows), bag_of(jnp.asarray(rows), len(texts.pieces)), like, like, like, like, like, like)
+    seen = Seen(jnp.asarray(rows), like, like, like, like, like, like)
     rollout = Rollout(seen, like, like, jnp.ones((1, 4, 6), bool), jnp.asarray(won))
-    found = estimate(rollout, gigpo(), jnp.asarray(texts.words), 10.0)
+    found = estimate(rollout, bag_of(seen.text, len(texts.pieces)), gigpo(), jnp.asarray(texts.words), 10.0)
     returns = 10.0 * won.any(-1, keepdims=True) * 0.95 ** np.arange(5, -1, -1)
     episode = 10.0 * won.any(-1, keepdims=True) - 5.0
     for m in range(4):
@@ -123,7 +122,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks, deadline = out / "modulation_quick" / "chunks", time.time() + 240
-    while not list(chunks.glob("????????????????.npz")) and time.time() < deadline:
+    while not list(chunks.glob("????????????????.npz")) and time.time() < deadline and first.poll() is None:
         time.sleep(0.2)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -150,7 +149,7 @@ def results(*ends: float) -> Results:
 
 def test_pages_say_what_the_numbers_say(tmp_path):
     study = Study("made", "What is told apart?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
-    write(tmp_path, study, results(0.5, 0.7, 0.5), houses=240, quick=False, seconds=1.0)
+    write(tmp_path, study, results(0.5, 0.7, 0.5), houses=(240, 128), quick=False, seconds=1.0)
     table = (tmp_path / "results.csv").read_text().splitlines()
     assert table[:3] == [
         "cell,seed,iteration,eval_success,train_turns", "cell 0,0,0,0.5000,", "cell 0,0,10,0.5000,19.5000",
@@ -159,7 +158,7 @@ def test_pages_say_what_the_numbers_say(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "cell 1 against cell 0: better over the whole run (+20.0%" in text
     assert "cell 2 against cell 0: not told apart over the whole run (+0.0%" in text
-    write(tmp_path, study, results(0.5, 0.2, 0.9), houses=240, quick=False, seconds=1.0)
+    write(tmp_path, study, results(0.5, 0.2, 0.9), houses=(240, 128), quick=False, seconds=1.0)
     text = (tmp_path / "report.md").read_text()
     assert "cell 1 against cell 0: worse over the whole run (-30.0%" in text
     found = measures(results(0.5, 0.9))
@@ -209,8 +208,20 @@ def test_what_cannot_be_trained_is_refused(tmp_path, capsys, options, message):
     assert "need estimator or train" in capsys.readouterr().err
 
 
-def test_cells_of_one_program_differ_in_floats_alone():
-    config, study = Config(), ablation.load("modulation")
-    assert len({ablation.program_of(config, study, cell) for cell in study.cells}) == 1
-    other = dataclasses.replace(study.cells[0], settings=gigpo())
-    assert ablation.program_of(config, study, other) != ablation.program_of(config, study, study.cells[0])
+def test_cells_that_differ_in_numbers_are_of_one_kind():
+    study = ablation.load("modulation")
+    assert len({ablation.choices_of(cell.settings) for cell in study.cells}) == 1
+    assert ablation.choices_of(gigpo()) != ablation.choices_of(proxmo())
+    numbers = ablation.numbers_of(gigpo(temperature=0.3))
+    assert (numbers.temperature, numbers.aggregation) == (0.3, "soft")
+
+
+def test_a_run_has_the_estimator_of_its_kind(houses):
+    """One program for all estimators gives each its own: the same as a program that knows no other."""
+    key, floats = jax.random.key(3), ablation.numbers_of(gigpo())
+    spec = Spec(iterations=6, eval_every=3, hidden=8)
+    together = jax.jit(make_run(*houses, spec, [dr_grpo(), gigpo()]))
+    alone = jax.jit(make_run(*houses, spec, [gigpo()]))(Knobs(floats), key, 0)
+    first, second = (together(Knobs(floats), key, kind) for kind in (0, 1))
+    np.testing.assert_allclose(second["log_prob"], alone["log_prob"], atol=1e-6)
+    assert not np.allclose(first["log_prob"], second["log_prob"], atol=1e-6)

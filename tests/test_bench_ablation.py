@@ -18,7 +18,7 @@ def test_the_text_player_shows_what_the_array_household_shows():
     played = games("easy", 12)
     houses, texts = vh.build(played)
     rng = np.random.default_rng(0)
-    shown = jax.jit(lambda house, state, text, used, last: show(house, state, text, len(texts.pieces), used, last))
+    shown = jax.jit(lambda house, state, text, used, last: show(house, state, text, used, last))
     for h, game in enumerate(played):
         player, world, house = TextPlayer(game, texts, houses, h), Household(game), vh.pick(houses, h)
         state, text, said = vh.reset(house), world.reset().text, np.asarray(house.start)

@@ -24,6 +24,7 @@ USAGE = """usage: proxmo COMMAND [options]
   bench policy      time decoding and the train step, beside google-tunix if it is there
   bench ablation    time a grid and a study, beside one after the other
   verify-env household   play our engine and ALFWorld's own side by side
+  verify-env shop   replay recorded episodes of the genuine WebShop in our engine
 
 proxmo COMMAND --help lists the options."""
 
@@ -58,8 +59,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _check_model(rest)
     if command == "verify-env" and rest[:1] == ["household"]:
         return _verify_household(rest[1:])
+    if command == "verify-env" and rest[:1] == ["shop"]:
+        return _verify_shop(rest[1:])
     if command == "verify-env":
-        raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household")
+        raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household or shop")
     if command == "ablate" and rest[:1] in (["estimator"], ["train"]):
         return _ablate(*rest)
     if command == "ablate":
@@ -168,6 +171,29 @@ def _verify_household(arguments: list[str]) -> int:
         print(reason)
     print(found)
     return 0 if found.difference is None else 1
+
+
+@dataclass(frozen=True)
+class VerifyShopOptions:
+    """Replay recorded episodes of the genuine WebShop in our engine: pages, what can be clicked, rewards and parts."""
+
+    traces: Path
+    """JSON file of episodes: a list, or an object that holds the catalogue they were recorded on."""
+    catalogue: Path | None = None
+    """Folder with WebShop's data files; needed for a list of episodes."""
+
+
+def _verify_shop(arguments: list[str]) -> int:
+    from envs_bridge.shop.verify import verify
+
+    options = tyro.cli(VerifyShopOptions, args=arguments, prog="proxmo verify-env shop")
+    found = verify(options.catalogue, options.traces)
+    for difference in found.differences[:20]:
+        print(difference)
+    if len(found.differences) > 20:
+        print(f"... and {len(found.differences) - 20} more")
+    print(found)
+    return 0 if not found.differences else 1
 
 
 def _check_model(arguments: list[str]) -> int:

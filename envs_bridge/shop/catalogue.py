@@ -1,0 +1,410 @@
+"""WebShop's own data files, read once and laid out so that many processes share them.
+
+A folder holds `items_shuffle*.json` (products), `items_ins_v2*.json` (attributes and synthetic instructions),
+`items_human_ins.json` (human instructions) and, if it is there, `reviews.json`. `prepare` reads them, a product at a
+time, and leaves a folder of lines and arrays; `Catalogue` maps those into memory, so that what a host's processes read
+lies there once. Rules of the fields, prices and goals: WebShop's `engine.py` and `goal.py`.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs_bridge.shop.search import Lucene, build_index
+
+VERSION = 1
+SEED = 233  # of WebShop's shuffling of the goals; ours of the prices and limits, too, which WebShop leaves to chance
+SPLITS = ("train", "valid", "test")
+# WebShop's own ranges of its goals' order, test first; a tenth each where there are fewer than twice as many goals.
+TEST, VALID = 500, 1000
+GOALS = ("human", "synthetic")
+NO_PRICE, NO_LIMIT = 100.0, 1_000_000
+
+
+class CatalogueError(ValueError):
+    """A data file that cannot be used: names the file, the product where there is one, and what is wrong."""
+
+
+def read_array(path: Path, size: int = 1 << 22) -> Iterator[dict]:
+    """The objects of a JSON array, one at a time. Raises CatalogueError for what is not one, or is cut off."""
+    decoder, buffer, at, number = json.JSONDecoder(), "", 0, 0
+    with path.open(encoding="utf-8") as file:
+        buffer = file.read(size).lstrip()
+        if not buffer.startswith("["):
+            raise CatalogueError(f"{path}: need a JSON array of products, found {buffer[:20]!r}")
+        at = 1
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n,":
+                at += 1
+            if buffer[at : at + 1] == "]":
+                return
+            try:
+                found, end = decoder.raw_decode(buffer, at)
+            except ValueError as error:
+                more = file.read(max(size, len(buffer)))
+                if not more:
+                    raise CatalogueError(f"{path}: cut off or not JSON after {number} products ({error})") from error
+                buffer, at = buffer[at:] + more, 0
+                continue
+            if not isinstance(found, dict):
+                raise CatalogueError(f"{path}: product {number} is {type(found).__name__}, need an object")
+            yield found
+            at, number = end, number + 1
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object by ASIN. Raises CatalogueError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CatalogueError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CatalogueError(f"{path}: cut off or not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise CatalogueError(f"{path}: need a JSON object by ASIN, found {type(found).__name__}")
+    return found
+
+
+def product_file(data: Path) -> Path:
+    """The products' file of a folder, or the file itself: the full one rather than the first thousand."""
+    if data.is_file():
+        return data
+    found = sorted(data.glob("items_shuffle*.json"), key=lambda path: len(path.name))
+    if not found:
+        raise CatalogueError(f"{data}: holds no items_shuffle*.json (WebShop's setup.sh downloads it)")
+    return found[0]
+
+
+def clean(raw: dict, known: dict, reviews: dict, where: str) -> dict[str, Any]:
+    """A product as the shop shows it. `known`: its entry in the attributes' file. Raises CatalogueError."""
+    asin = raw["asin"]
+
+    def text(name: str) -> str:
+        value = raw.get(name)
+        if not isinstance(value, str):
+            raise CatalogueError(f"{where}: product {asin}: {name} must be a string, got {value!r:.40}")
+        return value
+
+    bullets = raw.get("small_description")
+    tag, prices = _prices(raw.get("pricing"), f"{where}: product {asin}")
+    rating, said = reviews.get(asin, ("N.A.", []))
+    return {
+        "asin": asin,
+        "title": text("name"),
+        "description": str(raw.get("full_description")),
+        "bullets": [str(line) for line in (bullets if isinstance(bullets, list) else [bullets])],
+        "price_tag": tag,
+        "prices": prices,
+        "options": _options(raw.get("customization_options"), f"{where}: product {asin}"),
+        "attributes": known.get("attributes", ["DUMMY_ATTR"]),
+        "category": text("category"),
+        "query": text("query").lower().strip(),
+        "product_category": text("product_category"),
+        "rating": rating,
+        "reviews": said,
+    }
+
+
+def _prices(pricing: Any, where: str) -> tuple[str, list[float]]:
+    """(what the page says, one price or the ends of a range); 100 dollars where there is none."""
+    if not pricing:
+        return f"${NO_PRICE}", [NO_PRICE]
+    try:
+        found = [float(re.sub(r"[^\d.]", "", part)) for part in pricing.split("$")[1:]]
+        return (f"${found[0]}", found) if len(found) == 1 else (f"${found[0]} to ${found[1]}", found[:2])
+    except (ValueError, IndexError, AttributeError) as error:
+        raise CatalogueError(f"{where}: pricing must be like '$5.00' or '$5.00$8.00', got {pricing!r:.40}") from error
+
+
+def _options(found: Any, where: str) -> dict[str, list[str]]:
+    """Option names, lower-cased, and their values."""
+    if not found:
+        return {}
+    try:
+        return {
+            name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]
+            for name, values in found.items()
+            if values is not None
+        }
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CatalogueError(
+            f"{where}: customization_options must map names to lists of {{'value': text}}, got {found!r:.80}"
+        ) from error
+
+
+def read_reviews(path: Path) -> dict[str, tuple[str, list]]:
+    """(rating, [title, score, body]) by ASIN; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    return {
+        entry["asin"]: (
+            str(entry["average_rating"]),
+            [[r.get("title"), r.get("score", r.get("stars")), r.get("review", "")] for r in entry["reviews"]],
+        )
+        for entry in read_array(path)
+    }
+
+
+def read_products(data: Path) -> Iterator[tuple[dict[str, Any], dict]]:
+    """(product, its entry in the attributes' file), in the order of the file, each ASIN once. Raises CatalogueError."""
+    path = product_file(data)
+    known = read_object(path.with_name(path.name.replace("items_shuffle", "items_ins_v2")))
+    reviews, seen = read_reviews(path.with_name("reviews.json")), set()
+    for number, raw in enumerate(read_array(path)):
+        asin = raw.get("asin")
+        if not isinstance(asin, str):
+            raise CatalogueError(f"{path}: product {number} has no asin")
+        if asin == "nan" or len(asin) > 10 or asin in seen:
+            continue
+        seen.add(asin)
+        entry = known.get(asin, {})
+        yield clean(raw, entry, reviews, str(path)), entry
+
+
+def indexed_text(product: dict[str, Any]) -> str:
+    """What is searched of a product (WebShop's `convert_product_file_format.py`)."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
+    first = product["bullets"][0] if product["bullets"] else ""
+    return " ".join([product["title"], product["description"], first, options]).lower()
+
+
+def limit(price: float, rng: random.Random) -> tuple[float, str]:
+    """(the most it may cost, how the instruction says so): the larger of two of the next four tens above the price."""
+    above = [10.0 * i for i in range(1, 100) if 10.0 * i > price][:4]
+    if len(above) < 2:
+        return NO_LIMIT, ""
+    upper = max(rng.sample(above, 2))
+    return upper, f", and price lower than {upper:.2f} dollars"
+
+
+def human_goals(product: dict, price: float, instructions: list[dict], rng: random.Random, where: str) -> list[dict]:
+    """Goals that people wrote for a product."""
+    goals = []
+    for entry in instructions:
+        try:
+            said, attributes, options = (
+                entry[name] for name in ("instruction", "instruction_attributes", "instruction_options")
+            )
+            said = said.strip(".")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CatalogueError(
+                f"{where}: product {product['asin']}: need instruction, instruction_attributes and"
+                f" instruction_options, got {entry!r:.80}"
+            ) from error
+        if attributes:
+            upper, text = limit(price, rng)
+            goals.append(goal_of(product, said + text, attributes, upper, options) | {"weight": 1})
+    return goals
+
+
+def synthetic_goals(product: dict, price: float, entry: dict, rng: random.Random, where: str) -> list[dict]:
+    """A goal for every combination of the product's options, if it has an instruction. Options are (name, value)."""
+    said, attributes = entry.get("instruction"), entry.get("instruction_attributes")
+    if said is None:
+        return []
+    if not attributes:
+        raise CatalogueError(f"{where}: product {product['asin']}: its instruction has no instruction_attributes")
+    upper, price_text = limit(price, rng)
+    names = sorted(product["options"])
+    goals = []
+    for values in itertools.product(*(product["options"][name] for name in names)):
+        pairs = list(zip(names, values, strict=True))
+        wanted = " with " + ", and ".join(f"{name}: {value}" for name, value in pairs) if pairs else ""
+        goals.append(goal_of(product, f"{said}{wanted}{price_text}", attributes, upper, pairs))
+    return goals
+
+
+def goal_of(product: dict, instruction: str, attributes: list[str], upper: float, options: list) -> dict[str, Any]:
+    same = {name: product[name] for name in ("asin", "category", "query", "product_category")}
+    return same | {
+        "name": product["title"], "instruction_text": instruction, "attributes": attributes, "price_upper": upper,
+        "goal_options": options,
+    }  # fmt: skip
+
+
+def weigh(goals: list[dict]) -> None:
+    """Synthetic goals by how rare their attributes are among the goals."""
+    count = Counter(attribute for goal in goals for attribute in goal["attributes"])
+    for goal in goals:
+        goal["weight"] = sum(1.0 / count[a] for a in goal["attributes"]) / len(goal["attributes"])
+
+
+def splits(count: int) -> dict[str, range]:
+    """Disjoint ranges of the one order of the goals, the same in every process.
+
+    (The official code shuffles in every worker by a seed of its own, so that its validation goals are training goals.)
+    """
+    small = count < 2 * (TEST + VALID)
+    test, valid = (max(count // 10, 1), max(count // 10, 1)) if small else (TEST, VALID)
+    return {"train": range(test + valid, count), "valid": range(test, test + valid), "test": range(test)}
+
+
+def cache_folder() -> Path:
+    """Where prepared catalogues lie: $PROXMO_CACHE, or ~/.cache/proxmo."""
+    return Path(os.environ.get("PROXMO_CACHE") or Path.home() / ".cache" / "proxmo")
+
+
+def prepare(
+    data: Path, goals: str = "human", on_product: Callable[[int], None] | None = None, cache: Path | None = None
+) -> Path:
+    """The folder of a prepared catalogue, made if it is not there; whole or not at all. Raises CatalogueError.
+
+    on_product: told how many were read.
+    """
+    if goals not in GOALS:
+        raise ValueError(f"goals must be one of {', '.join(GOALS)}; got {goals!r}")
+    path = product_file(data)
+    sources = [path, path.with_name(path.name.replace("items_shuffle", "items_ins_v2"))]
+    sources += [file for name in ("items_human_ins.json", "reviews.json") if (file := path.with_name(name)).is_file()]
+    for source in sources:
+        if not source.is_file():
+            raise CatalogueError(f"{source}: is missing; need it beside {path.name}")
+    stamp = [VERSION, goals, *((str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in sources)]
+    target = (cache or cache_folder()) / f"shop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".shop-"))
+    try:
+        _write(folder, path, goals, on_product)
+        try:
+            folder.rename(target)
+        except OSError:  # another process was quicker
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None] | None) -> None:
+    rng, human = random.Random(SEED), path.with_name("items_human_ins.json")
+    if kind == "human" and not human.is_file():
+        raise CatalogueError(f"{human}: is missing; need it for human goals (--goals synthetic does without)")
+    instructions = read_object(human) if kind == "human" else {}
+    asins: list[str] = []
+    prices: list[float] = []
+    labels: dict[str, list[str]] = {"query": [], "category": []}
+    wanted: list[tuple[dict, Any]] = []
+
+    def texts() -> Iterator[str]:
+        with Lines(folder / "products") as lines:
+            for product, entry in read_products(path):
+                span = product.pop("prices")
+                prices.append(span[0] if len(span) == 1 else rng.uniform(*span))
+                lines.add(product)
+                asins.append(product["asin"])
+                for name, values in labels.items():
+                    values.append(product[name])
+                found = instructions.get(product["asin"]) if kind == "human" else entry
+                if found:
+                    wanted.append((product, found))
+                if on_product:
+                    on_product(len(asins))
+                yield indexed_text(product)
+
+    build_index(folder, texts())
+    price = dict(zip(asins, prices, strict=True))
+    make = human_goals if kind == "human" else synthetic_goals
+    where = str(human if kind == "human" else path)
+    goals = [goal for product, found in wanted for goal in make(product, price[product["asin"]], found, rng, where)]  # type: ignore[operator]
+    if kind == "synthetic":
+        weigh(goals)
+    random.Random(SEED).shuffle(goals)
+    with Lines(folder / "goals") as lines:
+        for goal in goals:
+            lines.add(goal)
+    order = np.argsort(np.array(asins, "S10"), kind="stable")
+    np.save(folder / "asins.npy", np.array(asins, "S10")[order])
+    np.save(folder / "rows.npy", order.astype(np.int32))
+    np.save(folder / "ranks.npy", np.argsort(order).astype(np.int32))
+    np.save(folder / "prices.npy", np.array(prices))
+    for name, values in labels.items():
+        words, codes = np.unique(np.array(values, object).astype(str), return_inverse=True)
+        np.save(folder / f"{name}.npy", codes.astype(np.int32))
+        (folder / f"{name}.json").write_text(json.dumps(words.tolist()))
+
+
+class Lines:
+    """JSON lines and where each begins, to be read one at a time by any number of processes."""
+
+    def __init__(self, path: Path):
+        self._path, self._starts = path, [0]
+        self._file = path.with_suffix(".jsonl").open("wb")
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        np.save(self._path.with_suffix(".npy"), np.array(self._starts, np.int64))
+
+    def add(self, value: dict) -> None:
+        written = self._file.write(json.dumps(value).encode() + b"\n")
+        self._starts.append(self._starts[-1] + written)
+
+
+class Catalogue:
+    """A prepared folder, mapped into memory: products by ASIN or row, prices, goals in their one order, search."""
+
+    def __init__(self, folder: Path, search: Callable[[str], Iterable[int]] | None = None):
+        """search: rows of products for a query, best first; default: as Lucene would."""
+        self.folder = folder
+
+        def array(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+        self._asins, self._rows, self.prices = array("asins"), array("rows"), array("prices")
+        self._lines = {name: (_mapped(folder / f"{name}.jsonl"), array(name)) for name in ("products", "goals")}
+        self._codes = {name: array(name) for name in ("query", "category")}
+        self._search = search or Lucene(folder)
+        self.count, self.goal_count = len(self._rows), len(self._lines["goals"][1]) - 1
+        self.splits = splits(self.goal_count)
+        self.product = functools.lru_cache(4096)(self._product)
+        self.search = functools.lru_cache(4096)(self._results)
+
+    def row(self, asin: str) -> int:
+        """Raises KeyError for a product there is not."""
+        key = asin.encode("ascii", "replace")
+        at = int(np.searchsorted(self._asins, key))
+        if at == self.count or self._asins[at] != key:
+            raise KeyError(asin)
+        return int(self._rows[at])
+
+    def goal(self, number: int) -> dict:
+        return self._line("goals", number)
+
+    def at(self, row: int) -> dict:
+        return self._line("products", row)
+
+    def _product(self, asin: str) -> dict:
+        return self.at(self.row(asin))
+
+    def _line(self, name: str, number: int) -> dict:
+        data, starts = self._lines[name]
+        return json.loads(data[int(starts[number]) : int(starts[number + 1])].tobytes())
+
+    def _results(self, query: str) -> tuple[int, ...]:
+        return tuple(self._search(query))
+
+    def labelled(self, name: str, value: str) -> list[int]:
+        """Rows of all products of a query or category."""
+        words = json.loads((self.folder / f"{name}.json").read_text())
+        return np.flatnonzero(self._codes[name] == words.index(value)).tolist() if value in words else []
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A file's bytes; an empty one cannot be mapped."""
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)

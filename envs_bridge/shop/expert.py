@@ -1,0 +1,88 @@
+"""A demonstrator for the shop: it searches for what the instruction is about, takes the first result that looks right,
+chooses the options and buys. It knows the goal's fields; of the products it knows what the pages say."""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+
+from envs_bridge.shop.engine import Shopping
+from envs_bridge.shop.notes import ShopNotes
+from envs_bridge.turn import SEARCH_COMMAND, Observation
+
+_PRICE = re.compile(r" (\d+)$")
+
+
+def next_command(world: Shopping, notes: ShopNotes) -> str:
+    """What to do now."""
+    goal, page = world.goal, notes.page
+    if SEARCH_COMMAND in page.admissible:
+        return f"search[{wanted_words(world)}]"
+    if "click[buy now]" in page.admissible:
+        for name, values in notes.options().items():
+            if name not in notes.chosen:
+                fitting = [value for value in values if value in _options(goal)]
+                if fitting:
+                    return f"click[{fitting[0]}]"
+        return "click[buy now]"
+    rows = notes.rows()
+    if not rows:
+        return "click[back to search]" if "click[< prev]" not in page.admissible else "click[< prev]"
+    return f"click[{best_row(world, rows).partition(' ')[0].lower()}]"
+
+
+def wanted_words(world: Shopping) -> str:
+    """Attributes and kind of thing, as the instruction says them: what stands before its options."""
+    return re.sub(r"^.*?\b(?:a|an|me) ", "", world.task.partition(" in ")[0].lower())
+
+
+def _options(goal: dict) -> list[str]:
+    return [option if isinstance(option, str) else option[1] for option in goal["goal_options"]]
+
+
+def best_row(world: Shopping, rows: Sequence[str]) -> str:
+    """The first with the most of the attributes in its title that is within the limit."""
+
+    def rank(row: str) -> tuple[bool, int]:
+        price = _PRICE.search(row)
+        within = price is None or int(price.group(1)) < world.goal["price_upper"]
+        return within, sum(attribute in row.lower() for attribute in world.goal["attributes"])
+
+    return max(rows, key=rank)
+
+
+def demonstrate(
+    world: Shopping, rng: random.Random, mistake_rate: float, *, max_turns: int
+) -> list[tuple[Observation, str]]:
+    """One episode: (what was seen, what was done) per turn. mistake_rate: how often a turn is a careless one."""
+    seen = world.reset()
+    notes, turns = ShopNotes.start(world.task, seen), []
+    for _ in range(max_turns):
+        command = next_command(world, notes)
+        if rng.random() < mistake_rate:
+            command = careless(command, world, notes, rng)
+        turns.append((seen, command))
+        seen = world.step(command)
+        notes.remember(command, seen)
+        if seen.done:
+            break
+    return turns
+
+
+def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random) -> str:
+    """Searches with a word or two too few, takes any result, buys before all is chosen, or looks at a page for nothing."""
+    if command.startswith("search["):
+        words = command[7:-1].split()
+        return f"search[{' '.join(words[-2:])}]"
+    if rows := notes.rows():
+        return f"click[{rng.choice(rows).partition(' ')[0].lower()}]"
+    if command == "click[buy now]":
+        return command
+    return rng.choice(["click[buy now]", "click[description]"])
+
+
+def episodes(
+    worlds: Iterator[Shopping] | Sequence[Shopping], *, seed: int, mistake_rate: float, max_turns: int
+) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
+    """(task, turns) of a demonstrated episode in each."""
+    for i, world in enumerate(worlds):
+        yield world.task, demonstrate(world, random.Random(f"{seed}/{i}"), mistake_rate, max_turns=max_turns)

@@ -1,0 +1,87 @@
+"""What a small policy reads at a turn in the shop: the task, and of the page what decides the next click."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from envs_bridge.turn import SEARCH_COMMAND, Observation
+
+SEPARATOR = " [SEP] "
+_PRICE = re.compile(r"\$(\d+)(?:\.\d+)?")
+
+
+@dataclass
+class ShopNotes:
+    """Notes on one session: the page as WebShop shows it, what was chosen, what was done last."""
+
+    task: str
+    page: Observation
+    chosen: dict[str, str] = field(default_factory=dict)
+    last: str = ""
+
+    @classmethod
+    def start(cls, task: str, seen: Observation) -> "ShopNotes":
+        return cls(task, seen)
+
+    def remember(self, command: str, seen: Observation) -> None:
+        """Note what was done and what came of it; a choice is one of an option's values of the page it was made on."""
+        label = command.removeprefix("click[").removesuffix("]")
+        self.last = command if seen.text != self.page.text or self._group(label) else f"{command} nothing"
+        if group := self._group(label):
+            self.chosen[group] = label
+        elif seen.text.startswith("Back to Search [SEP] Page "):
+            self.chosen = {}
+        self.page = seen
+
+    def copy(self) -> "ShopNotes":
+        return replace(self, chosen=dict(self.chosen))
+
+    def _group(self, label: str) -> str:
+        return next((name for name, values in self.options().items() if label in values), "")
+
+    def options(self) -> dict[str, list[str]]:
+        """Option groups of a product's page."""
+        if "click[buy now]" not in self.page.admissible:
+            return {}
+        values = {c[6:-1] for c in self.page.admissible[self.page.admissible.index("click[buy now]") + 1 :]}
+        groups: dict[str, list[str]] = {}
+        name = ""
+        for part in self.page.text.split(SEPARATOR)[2:]:
+            if part.startswith("Price: "):
+                break
+            if part in values and name:
+                groups.setdefault(name, []).append(part)
+            else:
+                name = part
+        return groups
+
+    def rows(self) -> list[str]:
+        """The products of a page of results: ASIN, title, price in dollars."""
+        parts = self.page.text.split(SEPARATOR)
+        starts = [i for i, part in enumerate(parts) if f"click[{part.lower()}]" in self.page.admissible]
+        starts = [i for i in starts if i + 2 < len(parts) and parts[i + 2].startswith("$")]
+        return [f"{parts[i]} {parts[i + 1]} {' '.join(_PRICE.findall(parts[i + 2])[:1])}" for i in starts]
+
+    def prompt(self, *, rows: int | None = None, words: int | None = None) -> str:
+        """Task, kind of page, what is on it. `rows`: results that are shown; `words` of any other page."""
+        lines = [f"task : {self.task}"]
+        if SEARCH_COMMAND in self.page.admissible:
+            lines.append("page search")
+        elif "click[buy now]" in self.page.admissible:
+            lines.append("page item")
+            open_groups = {n: v for n, v in self.options().items() if n not in self.chosen}
+            lines += [f"open {name} : {' , '.join(values)}" for name, values in open_groups.items()]
+            lines.append("chosen " + " , ".join(self.chosen.values()))
+        elif shown := self.rows():
+            lines += ["page results", *shown[:rows]]
+        else:
+            text = self.page.text.replace(SEPARATOR, " , ")
+            lines.append("page other " + " ".join(text.split()[:words]))
+        return "\n".join([*lines, f"last {self.last}"]) + "\n"
+
+    def shortened(self) -> Iterator[str]:
+        """Ever shorter prompts: fewer results, fewer words."""
+        for rows in range(9, 0, -1):
+            yield self.prompt(rows=rows)
+        for words in (40, 20, 10, 5):
+            yield self.prompt(rows=1, words=words)

@@ -1,8 +1,7 @@
 """The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
 
 import dataclasses
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from envs_bridge.actions import project
-from envs_bridge.household.dialect import ForeignGame
-from envs_bridge.household.engine import Household
-from envs_bridge.household.expert import Habits, demonstrate, replay
+from envs_bridge.actions import ALFWORLD_TAIL, project
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import Memory, Notes
 from envs_bridge.turn import Observation
@@ -42,8 +38,8 @@ class Limits:
 class Rollout:
     """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
 
-    prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; transcripts: per episode
-    (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw;
+    prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; score float32 [E], the
+    worlds' own rewards added up; transcripts: per episode (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw;
     finished bool [E], False for an episode that could not be played; lost: how often one was lost with its worker.
     """
 
@@ -51,6 +47,7 @@ class Rollout:
     prompt_lengths: np.ndarray
     response_lengths: np.ndarray
     won: np.ndarray
+    score: np.ndarray
     transcripts: list[list[tuple[str, str]]]
     tasks: list[str]
     valid: float = 0.0
@@ -67,7 +64,8 @@ class Player:
     decoding, table, slots: how answers are drawn and end, how many side by side (`proxmo_jax.sampling`). start: begins
     the memory of an episode from its task and first observation, which is how prompts are written. render: a prompt as
     the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
-    policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out.
+    policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out. spell: a
+    command as the world spells it, from the admissible ones. tail: how much of an answer without tags is taken for one.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -82,6 +80,8 @@ class Player:
     render: Callable[[str], str] = str
     answer_start: str = ""
     skip_special_tokens: bool = False
+    spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
+    tail: int = ALFWORLD_TAIL
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
@@ -140,23 +140,27 @@ def collect(
     temperature: float,
     buffer: Buffer | None = None,
     reward_scale: float = 10.0,
+    reward_score: bool = False,
     penalise_inadmissible: bool = False,
     on_turn: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Play one episode of every game to its end or the turn limit, all side by side.
 
     games: one file per episode (a group's members name the same file, group after group). With a buffer, every
-    turn is written into it; it comes back in the rollout, the one given is consumed. `on_turn(turn, active)` is
-    told of the progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still
-    lost then is in nobody's statistics. Raises WorkerError if that is all of them.
+    turn is written into it; it comes back in the rollout, the one given is consumed. reward_score: the worlds' own
+    rewards are written, not success; both times `reward_scale`. `on_turn(turn, active)` is told of the
+    progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still lost then is
+    in nobody's statistics. Raises WorkerError if that is all of them.
     """
     limits, count = player.limits, len(games)
     shape = (count, limits.turns)
     rollout = Rollout(
-        None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool), [[] for _ in games],
-        [""] * count, finished=np.zeros(count, bool),
+        None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool),
+        np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
-    play = _Play(player, params, pool, list(games), rollout, temperature, reward_scale, penalise_inadmissible)
+    play = _Play(
+        player, params, pool, list(games), rollout, temperature, reward_scale, reward_score, penalise_inadmissible
+    )
     if buffer is not None:
         play.buffer = clear(buffer)
         play.seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
@@ -195,6 +199,7 @@ class _Play:
     rollout: Rollout
     temperature: float
     reward_scale: float
+    reward_score: bool
     penalise_inadmissible: bool
     buffer: Buffer | None = None
     seen_in_group: list[dict[str, int]] = field(default_factory=list)  # the number of each text a group saw
@@ -238,7 +243,11 @@ class _Play:
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
             skip_special_tokens=player.skip_special_tokens,
         )
-        projected = [project(player.answer_start + answer) for answer in answers]
+        projected = [project(player.answer_start + answer, player.tail) for answer in answers]
+        projected = [
+            (player.spell(command, self.latest[e].admissible), valid)
+            for e, (command, valid) in zip(active, projected, strict=True)
+        ]
         self.pool.send_step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
 
         # While the worlds play this turn, the last one goes to the device.
@@ -255,10 +264,11 @@ class _Play:
             if now is None:
                 continue
             command, well_formed = projected[i]
-            possible = command in self.latest[e].admissible
+            possible = self.latest[e].admits(command)
             self.valid[e] += well_formed
             self.admissible_turns[e] += possible
-            reward[i] = self.reward_scale * now.won
+            reward[i] = self.reward_scale * (now.reward if self.reward_score else now.won)
+            rollout.score[e] += now.reward
             valid[i] = well_formed and (possible or not self.penalise_inadmissible)
             rollout.transcripts[e].append((self.latest[e].text, command))
             rollout.won[e], rollout.finished[e] = now.won, now.done
@@ -291,7 +301,7 @@ class _Play:
         rollout = self.rollout
         rollout.lost += len(episodes)
         rollout.prompt_lengths[episodes] = rollout.response_lengths[episodes] = 0
-        rollout.won[episodes] = False
+        rollout.won[episodes], rollout.score[episodes] = False, 0.0
         self.valid[episodes] = self.admissible_turns[episodes] = 0
         for e in episodes:
             rollout.transcripts[e] = []
@@ -314,30 +324,15 @@ class Example:
 
 
 def demonstrations(
-    games: Sequence[str],
-    *,
-    seed: int,
-    habits: Habits,
-    max_turns: int,
+    episodes: Iterable[tuple[str, list[tuple[Observation, str]]]],
     start: Callable[[str, Observation], Memory] = Notes.start,
 ) -> list[Example]:
-    """The turns of one demonstrated episode per game, as a policy with such a memory would read them.
-
-    Where the demonstrator is at a loss the stored walkthrough stands in; games our engine does not play are left out.
-    """
+    """The turns of demonstrated episodes (task; what was seen and done), as a policy with such a memory reads them."""
     examples = []
-    for i, game in enumerate(games):
-        try:
-            world = Household.load(game)
-        except ForeignGame:
-            continue
-        try:
-            turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
-        except ValueError:  # a house the expert does not understand
-            turns = replay(world, world.game.walkthrough)
+    for task, turns in episodes:
         if not turns:
             continue
-        memory = start(world.task, turns[0][0])
+        memory = start(task, turns[0][0])
         for t, (_, command) in enumerate(turns):
             examples.append(Example(memory.copy(), command))
             if t + 1 < len(turns):
@@ -369,4 +364,4 @@ def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout
     buffer = dataclasses.replace(empty, prompts=jnp.asarray(prompt_array), responses=jnp.asarray(response_array))
     prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
     response_lengths = np.array([[len(r)] for r in responses], np.int32)
-    return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), [], [])
+    return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), np.ones(count, np.float32), [], [])

@@ -1,7 +1,10 @@
 """What an environment is to the bridge: five values a turn, as in Gymnasium, without auto-reset.
 
-An environment has `reset() -> Observation` and `step(command) -> Observation`. Nothing here imports JAX.
+An environment has `reset() -> Observation` and `step(command) -> Observation`. Nothing here imports JAX, and nothing is
+newer than Python 3.8, which genuine environments may run under.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

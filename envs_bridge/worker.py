@@ -5,7 +5,11 @@ stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"st
 is a list with one [seen, reward, done, won, task] per entry, or a sentence for an entry that could not be done. `seen`
 is [text, admissible commands (a line each), counts of the text's words] the first time this worker says that, and its
 number after.
+
+Runs under Python 3.8 to 3.12, whatever the engine's packages need; an engine is imported when it is asked for.
 """
+
+from __future__ import annotations
 
 import functools
 import json
@@ -15,9 +19,6 @@ import signal
 import sys
 from collections import Counter
 
-from envs_bridge.household.dialect import ForeignGame
-from envs_bridge.household.engine import Household
-from envs_bridge.household.genuine import GenuineHousehold
 from envs_bridge.turn import SAID_AT_MOST, Environment, Observation
 
 VERSION = 3
@@ -25,7 +26,11 @@ WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.words` counts, which this proc
 
 
 def load_fast(path: str) -> Environment:
-    """Our engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
+    """Our household engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
+    from envs_bridge.household.dialect import ForeignGame
+    from envs_bridge.household.engine import Household
+    from envs_bridge.household.genuine import GenuineHousehold
+
     try:
         return Household.load(path)
     except ForeignGame as foreign:
@@ -35,10 +40,40 @@ def load_fast(path: str) -> Environment:
             raise ValueError(f"{foreign}, and {error}") from error
 
 
+def load_textworld(path: str) -> Environment:
+    """ALFWorld's own engine, its repeated work remembered."""
+    from envs_bridge.household.genuine import GenuineHousehold
+
+    return GenuineHousehold.load(path)
+
+
+def load_textworld_stock(path: str) -> Environment:
+    """ALFWorld's own engine as it is."""
+    from envs_bridge.household.genuine import GenuineHousehold
+
+    return GenuineHousehold.load_stock(path)
+
+
+def load_shop(game: str) -> Environment:
+    """Our shop engine, on a prepared catalogue."""
+    from envs_bridge.shop.engine import Shopping
+
+    return Shopping.load(game)
+
+
+def load_webshop(game: str) -> Environment:
+    """WebShop itself."""
+    from envs_bridge.shop.genuine import GenuineShop
+
+    return GenuineShop.load(game)
+
+
 ENGINES = {
     "fast": load_fast,
-    "textworld": GenuineHousehold.load,
-    "textworld-stock": GenuineHousehold.load_stock,
+    "textworld": load_textworld,
+    "textworld-stock": load_textworld_stock,
+    "shop": load_shop,
+    "webshop": load_webshop,
 }
 
 

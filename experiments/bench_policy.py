@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from envs_bridge.collect import demonstrations
-from envs_bridge.household.expert import Habits
+from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
 from experiments.timing import timed
@@ -102,7 +102,7 @@ def make_request(config: Config, shape: PolicyConfig) -> dict:
             for level in LEVELS
             for game in generate_games(Path(folder), split="train", count=12, seed=config.seed, level=level)
         ]
-        demos = demonstrations(files, seed=config.seed, habits=Habits(1.0), max_turns=30, start=History.start)
+        demos = demonstrations(episodes(files, seed=config.seed, habits=Habits(1.0), max_turns=30), History.start)
     prompts = [round(1.4 * len(demo.memory.prompt().split())) for demo in rng.sample(demos, config.turns)]
     answers = [min(160, max(8, round(rng.lognormvariate(3.7, 0.6)))) for _ in prompts]
 

@@ -2,6 +2,7 @@
 
     proxmo eval runs/household                         # the newest checkpoint on the run's held-out games
     proxmo eval runs/household --env alfworld --data DIR --greedy
+    proxmo eval runs/shop                              # mean score and success, as WebShop counts them
 
 The sampling temperature is the published one, 0.4. Counts and 95% intervals (Wilson) stand beside every rate; all of it
 goes into a JSON file, too.
@@ -20,15 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from envs_bridge.collect import Player, collect
+from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
-from experiments import players, setup
+from experiments import players, setup, worlds
+from experiments.study import bootstrap
 from proxmo_jax import adapters
 from proxmo_jax.checkpoint import Checkpoints, load_params
 from proxmo_jax.report import progress_bar, wilson
 from proxmo_jax.sharding import make_mesh
 
-COLUMNS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")  # the paper's names of the six task types, in order
-HELD_OUT = ("valid_seen", "valid_unseen")
+COLUMNS = dict(zip(TASK_TYPES, ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"), strict=True))  # the paper's names
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Config:
     """fast, textworld or textworld-stock; default: the run's."""
     python: str | None = None
     """Interpreter for the workers; default: the run's."""
-    splits: tuple[str, ...] = HELD_OUT
+    splits: tuple[str, ...] = ()
+    """Default: valid_seen and valid_unseen, or of a shop valid; it also has test, and all have train."""
     games: int = 0
     """Games of each split at most, evenly spread over it; 0: all."""
     temperature: float = 0.4
@@ -72,7 +75,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
-    with setup.make_pool(stored) as pool:
+    with worlds.make_pool(stored) as pool:
         results = {split: play(config, player, params, pool, games[split], split, console) for split in games}
     answer = {
         "run": str(config.run),
@@ -101,26 +104,27 @@ def run_settings(config: Config) -> setup.Config:
         raise ValueError(f"--batch must be at least 1 and --games at least 0, got {config.batch} and {config.games}")
     if config.temperature <= 0:
         raise ValueError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
-    unknown = sorted(set(config.splits) - set(setup.SPLITS))
-    if unknown or not config.splits:
-        raise ValueError(f"--splits must be of {', '.join(setup.SPLITS)}; got {', '.join(unknown) or 'none'}")
     stored = setup.stored_config(setup.Config(out=config.run))
     asked = {name: getattr(config, name) for name in ("env", "data", "engine", "python", "workers")}
     stored = dataclasses.replace(stored, **{name: value for name, value in asked.items() if value is not None})
+    known = worlds.SPLITS_OF[stored.env]
+    if unknown := sorted(set(config.splits) - set(known)):
+        raise ValueError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
     setup.check(stored)
     return stored
 
 
 def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[str]]:
     """Game files by split. Raises ValueError if there are none."""
-    if stored.env == "alfworld":
-        games = setup.alfworld_games(stored.data, config.splits, console)
-    else:
+    splits = config.splits or worlds.HELD_OUT[stored.env]
+    if stored.env == "household":
         folder = config.run / "games"
-        games = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in config.splits}
-    chosen = {split: setup.evenly(files, config.games or len(files)) for split, files in games.items() if files}
+        games = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in splits}
+    else:
+        games = worlds.stored_games(stored, splits, console)
+    chosen = {split: worlds.evenly(files, config.games or len(files)) for split, files in games.items() if files}
     if not chosen:
-        raise ValueError(f"{config.run}: no game in {', '.join(config.splits)}")
+        raise ValueError(f"{config.run}: no game in {', '.join(splits)}")
     return chosen
 
 
@@ -148,9 +152,9 @@ def trained_params(config: Config, stored: setup.Config, player: Player):
 
 def play(
     config: Config, player: Player, params, pool: Pool, games: list[str], split: str, console: Console
-) -> tuple[np.ndarray, np.ndarray]:
-    """(won, finished) bool of every game of a split, a batch at a time."""
-    won, finished = np.zeros(len(games), bool), np.zeros(len(games), bool)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(won bool, finished bool, score float32) of every game of a split, a batch at a time."""
+    won, finished, score = np.zeros(len(games), bool), np.zeros(len(games), bool), np.zeros(len(games), np.float32)
     key = jax.random.key(config.seed)
     with progress_bar(console) as bar:
         task = bar.add_task(split, total=len(games), note="")
@@ -164,16 +168,19 @@ def play(
                 jax.random.fold_in(key, start),
                 temperature=0.0 if config.greedy else config.temperature,
             )
-            won[part], finished[part] = rollout.won, rollout.finished
+            won[part], finished[part], score[part] = rollout.won, rollout.finished, rollout.score
             bar.update(task, completed=min(start + config.batch, len(games)), note=f"{won.sum()} solved")
-    return won, finished
+    return won, finished, score
 
 
-def rates(games: list[str], won: np.ndarray, finished: np.ndarray) -> dict[str, dict]:
-    """Wins, games, rate and interval by the paper's columns and All; games that could not be played are left out."""
-    kinds = np.array([setup.kind_of(game) for game in games])
-    answer = {}
-    for name, chosen in [*((c, kinds == i) for i, c in enumerate(COLUMNS)), ("All", kinds >= 0)]:
+def rates(games: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
+    """Wins, games, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score;
+    games that could not be played are left out."""
+    kinds = np.array([worlds.kind_of(game) for game in games])
+    household = set(kinds) <= set(COLUMNS)
+    names = COLUMNS if household else {kind: kind for kind in sorted(set(kinds))}
+    answer: dict[str, dict] = {}
+    for name, chosen in [*((name, kinds == kind) for kind, name in names.items()), ("All", np.ones(len(games), bool))]:
         wins, count = int(won[chosen & finished].sum()), int((chosen & finished).sum())
         low, high = wilson(wins, count)
         answer[name] = {
@@ -184,6 +191,9 @@ def rates(games: list[str], won: np.ndarray, finished: np.ndarray) -> dict[str, 
             "high": high,
         }
     answer["All"]["lost"] = int((~finished).sum())
+    if not household and finished.any():
+        mean, low, high = bootstrap(score[finished])
+        answer["Score"] = {"mean": mean, "low": low, "high": high, "games": int(finished.sum())}
     return answer
 
 
@@ -192,14 +202,17 @@ def table(answer: dict) -> Table:
     how = "greedy" if answer["temperature"] == 0 else f"temperature {answer['temperature']:g}"
     grid = Table(title=f"{answer['run']}, iteration {answer['iteration']}, {how}; percent, won/played, 95% interval")
     grid.add_column("split")
-    for name in (*COLUMNS, "All"):
-        grid.add_column(name, justify="right")
+    names = list(dict.fromkeys(name for cells in answer["splits"].values() for name in cells))
+    for name in names:
+        grid.add_column("Succ." if name == "All" and "Score" in names else name, justify="right")
     for split, cells in answer["splits"].items():
         texts = [
-            f"{100 * c['rate']:.1f}\n{c['wins']}/{c['games']}\n{100 * c['low']:.0f}-{100 * c['high']:.0f}"
+            f"{100 * c['mean']:.1f}\n\n{100 * c['low']:.0f}-{100 * c['high']:.0f}"
+            if "mean" in c
+            else f"{100 * c['rate']:.1f}\n{c['wins']}/{c['games']}\n{100 * c['low']:.0f}-{100 * c['high']:.0f}"
             if c["games"]
             else "-"
-            for c in (cells[name] for name in (*COLUMNS, "All"))
+            for c in (cells.get(name, {"games": 0}) for name in names)
         ]
         grid.add_row(split, *texts, end_section=True)
     return grid

@@ -13,10 +13,12 @@ import optax
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from envs_bridge.actions import ALFWORLD_TAIL, WEBSHOP_TAIL, spelled
 from envs_bridge.collect import Example, Limits, Player
 from envs_bridge.household import lexicon
-from envs_bridge.prompts import ANSWER_START, History, Notes
-from experiments.setup import Config
+from envs_bridge.prompts import ANSWER_START
+from experiments.setup import SHOPS, Config
+from experiments.worlds import memory_of
 from proxmo_jax import adapters
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.learner import TrainState, make_optimizer
@@ -60,11 +62,13 @@ def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) 
         start=memory_of(config),
         render=lambda prompt: prompt + ANSWER_START,
         answer_start=ANSWER_START,
+        spell=spelled,
+        tail=tail_of(config),
     )
 
 
 def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
-    """The run's tokenizer; built from the demonstrations' prompts and the household's words the first time."""
+    """The run's tokenizer; built the first time from the demonstrations' prompts, and names or numbers they lack."""
     folder = config.out / "tokenizer"
     if folder.exists():
         return load_tokenizer(folder)
@@ -73,8 +77,12 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
         tokenizer.save_pretrained(folder)
         return tokenizer
     texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
-    words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
-    return build_word_tokenizer([*texts, " ".join(sorted(words)), " ".join(map(str, range(1, 31)))], folder)
+    if config.env in SHOPS:
+        more = " ".join(f"{number:02d}" for number in range(100))
+    else:
+        words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
+        more = " ".join([*sorted(words), *map(str, range(1, 31))])
+    return build_word_tokenizer([*texts, more], folder)
 
 
 def language_player(config: Config, mesh: Mesh) -> Player:
@@ -124,6 +132,7 @@ def language_player(config: Config, mesh: Mesh) -> Player:
         start=memory_of(config),
         render=partial(chat, tokenizer),
         skip_special_tokens=True,
+        tail=tail_of(config),
     )
 
 
@@ -151,11 +160,9 @@ def limits_of(config: Config) -> Limits:
     return Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
 
 
-def memory_of(config: Config):
-    """What begins the memory of an episode, from which its prompts are written."""
-    if config.prompt == "notes":
-        return Notes.start
-    return partial(History.start, kept=config.history, list_actions=config.list_actions)
+def tail_of(config: Config) -> int:
+    """How much of an answer without action tags is taken for its command."""
+    return WEBSHOP_TAIL if config.env in SHOPS else ALFWORLD_TAIL
 
 
 def fresh_params(player: Player, key: jax.Array) -> Any:

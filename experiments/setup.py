@@ -1,27 +1,23 @@
-"""What a run is made of: its settings, folder, games and workers. (Its policy: `players`.)"""
+"""What a run is made of: its settings and its folder. (Its games and workers: `worlds`; its policy: `players`.)"""
 
 import dataclasses
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from rich.console import Console
 
-from envs_bridge.household.dataset import SPLITS, data_folder, survey
-from envs_bridge.household.game import TASK_TYPES
-from envs_bridge.household.generate import LEVELS, generate_games
-from envs_bridge.pool import Pool
-from envs_bridge.worker import ENGINES
+from envs_bridge.household.dataset import data_folder
+from envs_bridge.household.generate import LEVELS
+from envs_bridge.shop.catalogue import GOALS
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.losses import AGGREGATIONS, KL
 from proxmo_jax.policy import REMAT
-from proxmo_jax.report import progress_bar
+
+SHOPS = ("shop", "webshop")
+ENGINES = ("fast", "textworld", "textworld-stock")
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,15 @@ class Config:
     seed: int = 0
 
     env: str = "household"
-    """Games: household (generated into --out) or alfworld (ALFWorld's own, from --data)."""
+    """Games: household (generated into --out), alfworld (ALFWorld's own, from --data), shop (WebShop's rules in our
+    engine, on --data or invented products) or webshop (WebShop itself, from --webshop)."""
     data: Path | None = None
-    """ALFWorld's data folder; default: $ALFWORLD_DATA."""
+    """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's: a folder with WebShop's items_shuffle*.json,
+    items_ins_v2*.json and items_human_ins.json, or one of its products' files (default: invented products)."""
+    goals: str = "human"
+    """A shop's goals: human (written by people) or synthetic (every combination of a product's options)."""
+    webshop: Path | None = None
+    """Checkout of WebShop, played by the interpreter named with --python, which needs WebShop's packages."""
     engine: str = "fast"
     """What plays them: fast (ours), textworld (ALFWorld's own, its repeated work remembered) or textworld-stock (as it
     is). Games that ours does not implement are left to ALFWorld's own in any case."""
@@ -68,6 +70,8 @@ class Config:
     members: int = 8
     max_turns: int = 20
     temperature: float = 1.0
+    reward: str = "success"
+    """What is rewarded, times --reward-scale: success (published; in a shop a score of 1), or a shop's score in [0, 1]."""
     reward_scale: float = 10.0
     invalid_penalty: float = 1.5
     """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""
@@ -159,8 +163,10 @@ class Config:
 
 CHOICES = {
     "method": tuple(PRESETS),
-    "env": ("household", "alfworld"),
-    "engine": tuple(ENGINES),
+    "env": ("household", "alfworld", *SHOPS),
+    "goals": GOALS,
+    "reward": ("success", "score"),
+    "engine": ENGINES,
     "level": tuple(LEVELS),
     "prompt": ("notes", "history"),
     "dtype": ("float32", "bfloat16"),
@@ -190,6 +196,9 @@ def check(config: Config) -> None:
         need(value in choices, f"--{name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
     if config.env == "alfworld":
         data_folder(config.data)
+    if config.env == "webshop":
+        need(config.webshop is not None, "--env webshop needs --webshop DIR, a checkout of WebShop")
+        need(bool(config.model), "--env webshop needs a --model: there are no demonstrations in WebShop itself")
     need(config.dual_clip > 1, f"--dual-clip must be > 1, got {config.dual_clip}")
     need(config.history >= 0, f"--history must be at least 0, got {config.history}")
     need(config.worker_timeout >= 0, f"--worker-timeout must be at least 0, got {config.worker_timeout}")
@@ -246,7 +255,7 @@ def stored_config(config: Config) -> Config:
     if not path.is_file():
         raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
     stored = json.loads(path.read_text())
-    paths = {"out", "config", "warm_start_from", "data"}
+    paths = {"out", "config", "warm_start_from", "data", "webshop"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
@@ -269,54 +278,3 @@ def open_folder(config: Config) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**values, "resume": False}, indent=1))
     temporary.replace(path)
-
-
-def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
-    """Training games, and held-out ones: half new games in known houses, half in houses never trained in."""
-    seen = config.eval_games // 2
-    wanted = {"train": config.train_games, "valid_seen": seen, "valid_unseen": config.eval_games - seen}
-    if config.env == "alfworld":
-        games = alfworld_games(config.data, SPLITS, console)
-        chosen = {split: evenly(games[split], count) for split, count in wanted.items()}
-    else:
-        folder, level = config.out / "games", config.level
-        chosen = {
-            split: [str(p) for p in generate_games(folder, split=split, count=n, seed=config.seed, level=level)]
-            for split, n in wanted.items()
-            if n
-        }
-    held_out = [game for split in SPLITS[1:] for game in chosen.get(split, [])]
-    if not chosen["train"] or not held_out:
-        raise ValueError("--data: need games in train, and in valid_seen or valid_unseen")
-    return chosen["train"], held_out
-
-
-def alfworld_games(data: Path | None, splits: Sequence[str], console: Console) -> dict[str, list[str]]:
-    """ALFWorld's games by split, with what there is to say about them."""
-    with progress_bar(console) as bar:
-        task = bar.add_task("reading games", total=None, note="")
-        found = survey(data, splits, on_game=lambda count: bar.update(task, completed=count))
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
-    return found.games
-
-
-def evenly(games: list[str], count: int) -> list[str]:
-    """At most `count` of them, evenly spread over the (sorted) list, so that no task type is left out."""
-    return [games[i] for i in np.linspace(0, len(games) - 1, min(count, len(games))).round().astype(int)]
-
-
-def make_pool(config: Config) -> Pool:
-    """The workers; ALFWorld's own engine needs longer, above all where many games start at once."""
-    timeout = config.worker_timeout or (60.0 if config.engine == "fast" else 900.0)
-    return Pool(
-        config.workers,
-        python=config.python or sys.executable,
-        engine=config.engine,
-        block=config.members,
-        timeout=timeout,
-    )
-
-
-def kind_of(game: str) -> int:
-    """Which of the task types a game file is, by its folder's name."""
-    return TASK_TYPES.index(Path(game).parts[-3].partition("-")[0])

@@ -1,7 +1,8 @@
-"""Train a language-model agent on household games with ProxMO, from nothing to a learning curve.
+"""Train a language-model agent on household games or in a shop with ProxMO, from nothing to a learning curve.
 
     proxmo train                          # the defaults: a few minutes on two CPU cores
     proxmo train --method gigpo --out runs/gigpo --seed 1
+    proxmo train --env shop               # invented products under WebShop's rules
     proxmo train --out runs/household --resume
 
 Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollout, estimate, update) -> report.
@@ -20,20 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
-from envs_bridge.household.expert import Habits
-from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
-from experiments.players import fresh_params, make_player, memory_of, new_state, pretrained_params, run_optimizer
-from experiments.setup import (
-    Config,
-    check,
-    kind_of,
-    make_games,
-    make_pool,
-    micro_batches,
-    open_folder,
-    stored_config,
-)
+from experiments.players import fresh_params, make_player, new_state, pretrained_params, run_optimizer
+from experiments.setup import SHOPS, Config, check, micro_batches, open_folder, stored_config
+from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of
 from proxmo_jax import adapters
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
@@ -71,12 +62,12 @@ def main(config: Config, console: Console | None = None) -> Path:
 
     # Games, tokenizer, policy.
     train_games, eval_games = make_games(config, console)
-    source = f"{config.level} household" if config.env == "household" else "ALFWorld"
+    source = f"{config.level} household" if config.env == "household" else config.env
     console.print(
         f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    demos = [] if config.model else [demonstrated(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
+    demos = [] if config.model else [cloned(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
     player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
@@ -176,12 +167,9 @@ def answer_room(config: Config) -> int:
     return max(round(config.row_length * config.answer_share), config.max_response_tokens)
 
 
-def demonstrated(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
+def cloned(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
     """Demonstrations of the games that our engine plays. Raises ValueError if it plays none."""
-    habits = Habits(config.search_rate, mistake_rate)
-    examples = demonstrations(
-        games, seed=config.seed, habits=habits, max_turns=2 * config.max_turns, start=memory_of(config)
-    )
+    examples = demonstrations(demonstrated(config, games, mistake_rate), memory_of(config))
     if not examples:
         raise ValueError("warm start: there is no demonstration; our engine plays none of the training games")
     return examples
@@ -254,17 +242,19 @@ class Evaluation:
         wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
             "eval/success_rate": wins / count,
+            **({"eval/score": float(rollout.score[rollout.finished].mean())} if self.config.env in SHOPS else {}),
             "eval/games": count,
             "eval/turns": float((rollout.prompt_lengths > 0).sum(1).mean()),
             "time/eval": time.time() - began,
         }
         kinds = np.array([kind_of(game) for game in self.games])
-        for i, kind in enumerate(TASK_TYPES):
-            if ((kinds == i) & rollout.finished).any():
-                row[f"eval/success_rate/{kind}"] = float(rollout.won[(kinds == i) & rollout.finished].mean())
+        for kind in np.unique(kinds):
+            if ((kinds == kind) & rollout.finished).any():
+                row[f"eval/success_rate/{kind}"] = float(rollout.won[(kinds == kind) & rollout.finished].mean())
         low, high = wilson(wins, count)
+        score = f", mean score {row['eval/score']:.1%}" if "eval/score" in row else ""
         console.print(
-            f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%})"
+            f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%}){score}"
         )
         if episodes:
             played = np.flatnonzero(rollout.finished)
@@ -286,8 +276,8 @@ class Loop:
     ):  # fmt: skip
         """`last` is the metrics row of the iteration before the next one."""
         self.config, self.player, self.pool, self.games = config, player, pool, games
-        self.kinds = np.array([kind_of(game) for game in games])
-        self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in TASK_TYPES])
+        self.kind_names, self.kinds = np.unique([kind_of(game) for game in games], return_inverse=True)
+        self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in self.kind_names])
         self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
         self.frozen, _ = adapters.split(reference)
         self.micro_batches = micro_batches(config)
@@ -327,7 +317,8 @@ class Loop:
         params = adapters.join(self.frozen, state.params)
         rollout = collect(
             self.player, params, self.pool, games, key, temperature=config.temperature, buffer=self.buffer,
-            reward_scale=config.reward_scale, penalise_inadmissible=config.penalise_inadmissible,
+            reward_scale=config.reward_scale, reward_score=config.reward == "score",
+            penalise_inadmissible=config.penalise_inadmissible,
         )  # fmt: skip
         jax.block_until_ready(rollout.buffer)
         played = time.time()
@@ -371,16 +362,18 @@ class Loop:
         total = updated - began
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         turns = (rollout.prompt_lengths > 0).sum(1)
+        rewarded = rollout.score if config.reward == "score" else rollout.won
         return state, {
             "train/success_rate": float(rollout.won[rollout.finished].mean()),
-            "train/reward": float(config.reward_scale * rollout.won[rollout.finished].mean()),
+            "train/reward": float(config.reward_scale * rewarded[rollout.finished].mean()),
+            **({"train/score": float(rollout.score[rollout.finished].mean())} if config.env in SHOPS else {}),
             "train/lost_episodes": rollout.lost,
             "train/valid_action_rate": rollout.valid,
             "train/admissible_rate": rollout.admissible,
             "train/turns": float(turns.mean()),
             "train/mixed_groups": float(np.mean([0 < w.mean() < 1 for w in rollout.won.reshape(-1, config.members)])),
             "train/advantage_size": float(jnp.abs(advantage).sum() / turns.sum()),
-            **{f"train/success_rate/{kind}": float(p) for kind, p in zip(TASK_TYPES, self.solved, strict=True)},
+            **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
             "loss/sampler_gap": float(parts[0].gap) if gap is None else gap,

@@ -261,17 +261,26 @@ def _with_run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _defaults(arguments: list[str], cls):
-    """The settings of the recipe or file named by --config, if any. Raises ValueError naming the file and the fault."""
+def _value_of(arguments: list[str], option: str) -> str | None:
+    """What an option is given, `--option VALUE` or `--option=VALUE`; None without it."""
     for i, word in enumerate(arguments):
-        if word == "--config" or word.startswith("--config="):
-            name = word.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            break
-    else:
-        return cls()
+        if word == option or word.startswith(f"{option}="):
+            return word.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
+    return None
+
+
+def _defaults(arguments: list[str], cls):
+    """The settings of the recipe or file named by --config, or else of the recipe of --env's name, if there is one.
+    Raises ValueError naming the file and the fault."""
     import experiments
 
-    recipe = Path(experiments.__file__).parent / "configs" / f"{name}.toml"
+    recipes = Path(experiments.__file__).parent / "configs"
+    name, env = (_value_of(arguments, option) for option in ("--config", "--env"))
+    if name is None:
+        if env is None or not env.isalpha() or not (recipes / f"{env}.toml").is_file():
+            return cls()
+        name = env
+    recipe = recipes / f"{name}.toml"
     try:
         values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text())
     except OSError as error:

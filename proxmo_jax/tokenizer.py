@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
 # A thing and its number are two words: all desks share one, and the numbers are read and copied alike for all things.
-WORD = r"\w+|[^\w\s]"
+# Longer numbers, as in a product's ASIN, are pairs of digits, so that one never seen can be copied, too.
+WORD = r"[^\W\d]+|\d{1,2}|[^\w\s]"
 SPECIAL = (PAD, UNKNOWN, "<think>", "</think>", "<action>", STOP)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from envs_bridge.collect import TRIES, Limits, Player, collect, demonstrations
-from envs_bridge.household.expert import Habits
+from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import ANSWER_START
 from proxmo_jax.buffers import Buffer
@@ -23,7 +23,7 @@ TURNS = 3
 
 @pytest.fixture(scope="module")
 def player(games, tmp_path_factory):
-    demos = demonstrations(games, seed=0, habits=Habits(), max_turns=20)
+    demos = demonstrations(episodes(games, seed=0, habits=Habits(), max_turns=20))
     texts = [f"{demo.memory.prompt()} {demo.command}" for demo in demos]
     tokenizer = build_word_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"))
     size = -(-len(tokenizer) // 32) * 32

@@ -9,7 +9,7 @@ import pytest
 from envs_bridge.household.dataset import data_folder, survey
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.household.generate import generate_games
-from experiments.setup import evenly, kind_of
+from experiments.worlds import evenly, kind_of
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ recover from its own mistakes.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from envs_bridge.household.dialect import ForeignGame
 from envs_bridge.household.engine import Household
 from envs_bridge.turn import Observation
 
@@ -149,6 +150,25 @@ def replay(world: Household, commands: Sequence[str]) -> list[tuple[Observation,
         turns.append((seen, command))
         seen = world.step(command)
     return turns
+
+
+def episodes(
+    games: Sequence[str], *, seed: int, habits: Habits, max_turns: int
+) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
+    """(task, turns) of a demonstrated episode in each game file.
+
+    Where the demonstrator is at a loss the stored walkthrough stands in; games our engine does not play are left out.
+    """
+    for i, game in enumerate(games):
+        try:
+            world = Household.load(game)
+        except ForeignGame:
+            continue
+        try:
+            turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
+        except ValueError:  # a house the expert does not understand
+            turns = replay(world, world.game.walkthrough)
+        yield world.task, turns
 
 
 def _search(world: Household, looked_in: set[int], rng: random.Random, rate: float) -> str:

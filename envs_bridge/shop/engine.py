@@ -3,9 +3,11 @@
 `Shop` is WebShop's own interface, its quirks included; `Shopping` is the bridge's (`envs_bridge.turn`) on top of it.
 """
 
+import functools
 import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 from envs_bridge.shop import pages
@@ -176,6 +178,15 @@ class Shopping:
         self._shop = Shop(catalogue, goal, session=session)
         self.goal, self.task = goal, goal["instruction_text"].strip()
 
+    @classmethod
+    def load(cls, game: str) -> "Shopping":
+        """game: `FOLDER#NUMBER#KIND`, the folder a prepared catalogue, which a process opens once."""
+        folder, number, _ = game.rsplit("#", 2)
+        catalogue = opened(folder)
+        if not 0 <= int(number) < catalogue.goal_count:
+            raise ValueError(f"{folder}: has {catalogue.goal_count} goals, got number {number}")
+        return cls(catalogue, catalogue.goal(int(number)), number)
+
     def reset(self) -> Observation:
         self._shop.reset()
         return self._seen(0.0)
@@ -186,6 +197,11 @@ class Shopping:
     def _seen(self, reward: float) -> Observation:
         page = self._shop.page
         return Observation(page.text, admissible(page), reward, self._shop.done, self._shop.done and reward == 1.0)
+
+
+@functools.lru_cache(maxsize=8)
+def opened(folder: str) -> Catalogue:
+    return Catalogue(Path(folder))
 
 
 def admissible(page: Page) -> tuple[str, ...]:

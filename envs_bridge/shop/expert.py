@@ -3,7 +3,7 @@ chooses the options and buys. It knows the goal's fields; of the products it kno
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.notes import ShopNotes
@@ -69,7 +69,7 @@ def demonstrate(
 
 
 def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random) -> str:
-    """Searches with a word or two too few, takes any result, buys before all is chosen, or looks at a page for nothing."""
+    """Searches for the last two words alone, takes any result, buys before all is chosen, looks at a page for nothing."""
     if command.startswith("search["):
         words = command[7:-1].split()
         return f"search[{' '.join(words[-2:])}]"
@@ -81,7 +81,7 @@ def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random
 
 
 def episodes(
-    worlds: Iterator[Shopping] | Sequence[Shopping], *, seed: int, mistake_rate: float, max_turns: int
+    worlds: Iterable[Shopping], *, seed: int, mistake_rate: float, max_turns: int
 ) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
     """(task, turns) of a demonstrated episode in each."""
     for i, world in enumerate(worlds):

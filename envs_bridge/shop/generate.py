@@ -28,7 +28,14 @@ class Kind:
 
 ATTRIBUTES = {
     "beauty": ("cruelty free", "fragrance free", "sulfate free", "paraben free", "long lasting", "travel size"),
-    "electronics": ("fast charging", "noise cancelling", "water resistant", "easy install", "light weight", "dual band"),
+    "electronics": (
+        "fast charging",
+        "noise cancelling",
+        "water resistant",
+        "easy install",
+        "light weight",
+        "dual band",
+    ),
     "fashion": ("machine washable", "slim fit", "wide leg", "quick drying", "hand sewn", "arch support"),
     "garden": ("heavy duty", "space saving", "easy assemble", "fade resistant", "solid wood", "eco friendly"),
     "grocery": ("gluten free", "low sugar", "dairy free", "keto friendly", "plant based", "high protein"),
@@ -124,7 +131,9 @@ def _product(rng: random.Random, asin: str, kind: Kind) -> tuple[dict, dict]:
     priced = rng.random()
     pricing = "" if priced < 0.03 else f"${price}" if priced < 0.9 else f"${price}${round(price * 1.4, 2)}"
     options = {
-        name: [{"value": value, "image": None} for value in sorted(rng.sample(OPTIONS[name], 3), key=OPTIONS[name].index)]
+        name: [
+            {"value": value, "image": None} for value in sorted(rng.sample(OPTIONS[name], 3), key=OPTIONS[name].index)
+        ]
         for name in kind.options
     }
     product = {

@@ -1,0 +1,138 @@
+"""What a run plays: its games, the workers that play them, demonstrations, and which kind a game is.
+
+A game is named by a string that its worker understands: a household game by its file, a shop's goal by
+`FOLDER#NUMBER#KIND` (the prepared catalogue or WebShop's checkout, the goal's place in their order, and what kind of
+goal it is).
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from envs_bridge.household import expert as household_expert
+from envs_bridge.household.dataset import SPLITS, survey
+from envs_bridge.household.generate import generate_games
+from envs_bridge.pool import Pool
+from envs_bridge.prompts import History, Memory, Notes
+from envs_bridge.shop import catalogue as shop
+from envs_bridge.shop import expert as shop_expert
+from envs_bridge.shop import genuine
+from envs_bridge.shop.engine import Shopping
+from envs_bridge.shop.generate import generate_catalogue
+from envs_bridge.shop.notes import ShopNotes
+from envs_bridge.turn import Observation
+from experiments.setup import SHOPS, Config
+from proxmo_jax.report import progress_bar
+
+SPLITS_OF = {"household": SPLITS, "alfworld": SPLITS, "shop": shop.SPLITS, "webshop": shop.SPLITS}
+HELD_OUT = {"household": SPLITS[1:], "alfworld": SPLITS[1:], "shop": ("valid",), "webshop": ("valid",)}
+
+
+def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
+    """Training games, and held-out ones: of houses half new games in known houses, half in houses never trained in; of
+    a shop the goals of its validation range."""
+    names = HELD_OUT[config.env]
+    share = config.eval_games // len(names)
+    wanted = {"train": config.train_games, names[0]: share, names[-1]: config.eval_games - share * (len(names) - 1)}
+    if config.env == "household":
+        folder, level = config.out / "games", config.level
+        chosen = {
+            split: [str(p) for p in generate_games(folder, split=split, count=n, seed=config.seed, level=level)]
+            for split, n in wanted.items()
+            if n
+        }
+    else:
+        games = stored_games(config, list(wanted), console)
+        chosen = {split: evenly(games[split], count) for split, count in wanted.items()}
+    held_out = [game for split in names for game in chosen.get(split, [])]
+    if not chosen["train"] or not held_out:
+        raise ValueError(f"--data: need games in train, and in {' or '.join(names)}")
+    return chosen["train"], held_out
+
+
+def stored_games(config: Config, splits: Sequence[str], console: Console) -> dict[str, list[str]]:
+    """All games of these splits that there are, not generated ones of a household."""
+    if config.env == "alfworld":
+        return alfworld_games(config.data, splits, console)
+    if config.env == "webshop":
+        count = genuine.count_goals(config.python or sys.executable, config.webshop, config.goals)
+        ranges = shop.splits(count)
+        console.print(f"WebShop in {config.webshop}: {count} goals", markup=False, highlight=False, soft_wrap=True)
+        return {split: [f"{config.webshop}#{i}#{config.goals}" for i in ranges[split]] for split in splits}
+    if config.env == "shop":
+        folder = shop_folder(config, console)
+        catalogue = shop.Catalogue(folder)
+        return {
+            split: [f"{folder}#{i}#{catalogue.goal(i)['category']}" for i in catalogue.splits[split]]
+            for split in splits
+        }
+    raise ValueError(f"a run of {config.env} has its games in its own folder")
+
+
+def shop_folder(config: Config, console: Console) -> Path:
+    """The prepared catalogue of --data, or one of invented products, made in the run's folder."""
+    if config.data is None:
+        data, cache = generate_catalogue(config.out / "games", seed=config.seed), config.out / "games"
+    else:
+        data, cache = config.data, None
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading products", total=None, note="")
+        return shop.prepare(data, config.goals, lambda count: bar.update(task, completed=count), cache)
+
+
+def alfworld_games(data: Path | None, splits: Sequence[str], console: Console) -> dict[str, list[str]]:
+    """ALFWorld's games by split, with what there is to say about them."""
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading games", total=None, note="")
+        found = survey(data, splits, on_game=lambda count: bar.update(task, completed=count))
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    return found.games
+
+
+def evenly(games: list[str], count: int) -> list[str]:
+    """At most `count` of them, evenly spread over the (sorted) list, so that no task type is left out."""
+    return [games[i] for i in np.linspace(0, len(games) - 1, min(count, len(games))).round().astype(int)]
+
+
+def make_pool(config: Config) -> Pool:
+    """The workers; genuine engines need longer, above all where many games start at once."""
+    engine = config.env if config.env in SHOPS else config.engine
+    return Pool(
+        config.workers,
+        python=config.python or sys.executable,
+        engine=engine,
+        block=config.members,
+        timeout=config.worker_timeout or (60.0 if engine in ("fast", "shop") else 900.0),
+    )
+
+
+def kind_of(game: str) -> str:
+    """A household game's task type, by its folder's name; a goal's kind."""
+    if "#" in game:
+        return game.rsplit("#", 1)[1]
+    return Path(game).parts[-3].partition("-")[0]
+
+
+def demonstrated(
+    config: Config, games: Sequence[str], mistake_rate: float
+) -> Iterable[tuple[str, list[tuple[Observation, str]]]]:
+    """(task, turns) of a demonstrated episode for each game that our engines play."""
+    turns = 2 * config.max_turns
+    if config.env == "shop":
+        return shop_expert.episodes(
+            map(Shopping.load, games), seed=config.seed, mistake_rate=mistake_rate, max_turns=turns
+        )
+    if config.env == "webshop":
+        return []
+    habits = household_expert.Habits(config.search_rate, mistake_rate)
+    return household_expert.episodes(games, seed=config.seed, habits=habits, max_turns=turns)
+
+
+def memory_of(config: Config) -> Callable[[str, Observation], Memory]:
+    """What begins the memory of an episode, from which its prompts are written."""
+    if config.prompt == "notes":
+        return ShopNotes.start if config.env in SHOPS else Notes.start
+    return lambda task, seen: History.start(task, seen, kept=config.history, list_actions=config.list_actions)

@@ -39,8 +39,9 @@ class Rollout:
     """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
 
     prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; score float32 [E], the
-    worlds' own rewards added up; transcripts: per episode (observation, answer) pairs; rates over all turns; texts: the most distinct observations that a group saw;
-    finished bool [E], False for an episode that could not be played; lost: how often one was lost with its worker.
+    worlds' own rewards added up; transcripts: per episode (observation, answer) pairs; rates
+    over all turns; texts: the most distinct observations that a group saw; finished bool [E], False for an episode that
+    could not be played; lost: how often one was lost with its worker.
     """
 
     buffer: Buffer | None

@@ -71,7 +71,7 @@ class Config:
     max_turns: int = 20
     temperature: float = 1.0
     reward: str = "success"
-    """What is rewarded, times --reward-scale: success (published; in a shop a score of 1), or a shop's score in [0, 1]."""
+    """What is rewarded, times --reward-scale: success (published; in a shop a score of 1), or score (a shop's)."""
     reward_scale: float = 10.0
     invalid_penalty: float = 1.5
     """Taken from the scores of a turn with an invalid action; published: 0.1 beside a reward of 10."""

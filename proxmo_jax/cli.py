@@ -20,6 +20,7 @@ USAGE = """usage: proxmo COMMAND [options]
   ablate train      train small agents under every setting of a study, from many seeds
   bench estimator   time the estimator, beside the official code if it is there
   bench env         time the household engines and the worker pool
+  bench shop        time the shop engine and its search
   check-model MODEL compare our decoder with transformers on a checkpoint
   bench policy      time decoding and the train step, beside google-tunix if it is there
   bench ablation    time a grid and a study, beside one after the other
@@ -67,10 +68,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _ablate(*rest)
     if command == "ablate":
         raise ValueError(f"unknown ablation {' '.join(rest[:1])!r}; need estimator or train")
-    if command == "bench" and rest[:1] in (["estimator"], ["env"], ["policy"], ["ablation"]):
+    if command == "bench" and rest[:1] in (["estimator"], ["env"], ["shop"], ["policy"], ["ablation"]):
         return _bench(*rest)
     if command == "bench":
-        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env, policy or ablation")
+        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env, shop, policy or ablation")
     raise ValueError(
         f"unknown command {command!r}; need train, eval, export, advantages, ablate, bench, check-model or verify-env"
     )

@@ -69,7 +69,7 @@ def demonstrate(
 
 
 def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random) -> str:
-    """Searches for the last two words alone, takes any result, buys before all is chosen, looks at a page for nothing."""
+    """Searches for the last two words alone, takes any result, buys before all is chosen, or reads on for nothing."""
     if command.startswith("search["):
         words = command[7:-1].split()
         return f"search[{' '.join(words[-2:])}]"

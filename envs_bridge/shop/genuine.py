@@ -26,7 +26,7 @@ PACKAGES = {"bs4": "beautifulsoup4", "en_core_web_lg": "en_core_web_lg", "spacy"
 NUMBERS = iter(range(sys.maxsize))  # of the sessions of this process
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def server(folder: str, goals: str) -> tuple[Any, Any]:
     """(WebShop's environment class, one server), loaded once. Raises ValueError naming what is missing."""
     if not (Path(folder) / "web_agent_site").is_dir():

@@ -1,0 +1,69 @@
+"""Time the shop engine in this process; `bench_shop` starts such processes. Knows no JAX.
+
+Read from stdin: {"folder": prepared catalogue, "episodes": [[goal number, [action, ...]], ...], "queries": [...],
+"environments": N, "seconds": S}. Written to stdout, as one JSON line: steps a second over the episodes, played again
+and again for S seconds; milliseconds of each query; MiB of this process's own memory before and after N environments
+were opened and had searched, and MiB that are mapped from the catalogue's files, which processes share.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from envs_bridge.shop.catalogue import Catalogue
+from envs_bridge.shop.engine import Shopping
+
+
+def main() -> None:
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    catalogue = Catalogue(Path(request["folder"]))
+    answer: dict = {"queries": [milliseconds(catalogue, query) for query in request["queries"]]}
+    before = memory()["own"]
+    worlds = [Shopping(catalogue, catalogue.goal(i % catalogue.goal_count)) for i in range(request["environments"])]
+    for world in worlds:
+        world.reset()
+        world.step(f"search[{world.task}]")
+    answer["memory"] = {"before": before, **memory()}
+    answer["steps_per_second"] = steps_per_second(catalogue, request["episodes"], request["seconds"])
+    print(json.dumps(answer), file=pipe, flush=True)
+
+
+def milliseconds(catalogue: Catalogue, query: str) -> float:
+    """A search that is not remembered, the second time over: its postings are in the host's memory by then."""
+    catalogue._results(query)
+    began = time.perf_counter()
+    catalogue._results(query)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float) -> float:
+    """New sessions of the same episodes; results of a search are remembered between them, as in a run."""
+    count, began = 0, time.perf_counter()
+    while episodes and time.perf_counter() - began < seconds:
+        for number, actions in episodes:
+            world = Shopping(catalogue, catalogue.goal(number))
+            world.reset()
+            for action in actions:
+                world.step(action)
+            count += len(actions)
+    return count / max(time.perf_counter() - began, 1e-9)
+
+
+def memory() -> dict[str, float]:
+    """MiB of this process's own, and of files that are mapped."""
+    found = {"own": 0.0, "mapped": 0.0}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Anonymous":
+            found["own"] = int(value.split()[0]) / 1024
+        elif name == "Rss":
+            found["mapped"] = int(value.split()[0]) / 1024
+    return {"own": found["own"], "mapped": found["mapped"] - found["own"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -176,9 +176,9 @@ class History:
         return "\n\n".join(parts) + "\n"
 
     def shortened(self) -> Iterator[str]:
-        """Ever shorter prompts: fewer past turns, then no list of actions, then fewer words of the observation."""
-        for turns in range(len(self.turns) - 1, -1, -1):
-            yield self.prompt(turns=turns)
+        """Ever shorter prompts: no past turns (as published for WebShop), then no list of actions, then fewer words of
+        the observation."""
+        yield self.prompt(turns=0)
         words = len(self.now.split())
         yield self.prompt(turns=0, list_actions=False)
         while words > 0:

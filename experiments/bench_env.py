@@ -1,4 +1,4 @@
-"""Time the household engines on the same games, and what the worker pool adds to them.
+"""Time the household engines on the same games, what the worker pool adds to them, and the shop (`bench_shop`).
 
     proxmo bench env                                    # ours alone, on generated games
     proxmo bench env --games DIR --python PY            # beside ALFWorld's own, which PY has, on genuine games
@@ -31,6 +31,7 @@ from envs_bridge.household.engine import Household
 from envs_bridge.household.generate import generate_games
 from envs_bridge.household.verify import command_for
 from envs_bridge.pool import Pool
+from experiments import bench_shop
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -57,6 +58,8 @@ class Config:
     turns: int = 200
     workers: int = 2
     seed: int = 0
+    shop_products: int = 1_000_000
+    """Products of the shop's catalogue that is searched in; 0: the shop is not timed."""
     append: Path | None = Path("BENCHMARKS.md")
     """File to append the table to."""
 
@@ -64,6 +67,8 @@ class Config:
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or Console()
+    if config.shop_products < 0:
+        raise ValueError(f"--shop-products must be at least 0, got {config.shop_products}")
     for name in ("at_most", "steps", "environments", "turns", "workers"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
@@ -82,6 +87,9 @@ def main(config: Config, console: Console | None = None) -> str:
             timings[engine] = time_engine(engine, episodes, config)
         pool = time_pool([game for game, _ in episodes], config)
     text = report(config, len(games), timings, pool)
+    if config.shop_products:
+        options = bench_shop.Config(products=config.shop_products, append=None)
+        text += "\n\n" + bench_shop.measure(options, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
         with config.append.open("a") as file:

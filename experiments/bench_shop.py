@@ -54,6 +54,16 @@ class Config:
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or Console()
+    text = measure(config, console)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if config.append is not None:
+        with config.append.open("a") as file:
+            file.write(f"\n{text}\n")
+    return text
+
+
+def measure(config: Config, console: Console) -> str:
+    """The measurements as Markdown."""
     for name in ("products", "queries", "environments"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(config, name)}")
@@ -77,7 +87,7 @@ def main(config: Config, console: Console | None = None) -> str:
         })  # fmt: skip
         size = sum(path.stat().st_size for path in large.iterdir() if not path.is_symlink()) / 2**20
     took, memory = sorted(found["queries"]), found["memory"]
-    text = "\n".join([
+    return "\n".join([
         f"## Shop, {date.today().isoformat()}: `proxmo bench shop"
         f"{' --catalogue DIR' if config.catalogue else ''}{' --traces FILE' if config.traces else ''}`", "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, one process.", "",
@@ -90,11 +100,6 @@ def main(config: Config, console: Console | None = None) -> str:
         f" ({memory['own'] - memory['before']:.1f} of them the environments' and their searches'),"
         f" {memory['mapped']:,.0f} MiB mapped from files, which further processes share.",
     ])  # fmt: skip
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if config.append is not None:
-        with config.append.open("a") as file:
-            file.write(f"\n{text}\n")
-    return text
 
 
 def recorded(prepared: Path, traces: Path) -> list[tuple[int, list[str]]]:

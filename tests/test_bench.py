@@ -16,11 +16,15 @@ from proxmo_jax.policy import PolicyConfig, init_params
 def test_bench_env_times_engine_and_pool(tmp_path):
     target = tmp_path / "b.md"
     options = ["--at-most", "3", "--steps", "6", "--environments", "16", "--turns", "4", "--append", str(target)]
+    options += ["--shop-products", "300"]
     assert main(["bench", "env", *options]) == 0
     text = target.read_text()
     assert "| ours | " in text
     assert re.search(r"16 environments on 2 workers, [\d.]+ ms a turn", text)
     assert "NO" not in text
+    assert re.search(r"64 episodes of \d+ steps: [\d,]+ steps a second", text)
+    assert re.search(r"Search in 300 products, 50 queries of 3 to 20 words: median [\d.]+ ms", text)
+    assert re.search(r"128 environments in one process share it: \d+ MiB", text)
 
 
 def test_benchmarks_refuse_nonsense(tmp_path, capsys):
@@ -28,10 +32,12 @@ def test_benchmarks_refuse_nonsense(tmp_path, capsys):
     assert "holds no game.tw-pddl file" in capsys.readouterr().err
     assert main(["bench", "env", "--workers", "0"]) == 2
     assert "--workers must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["bench", "shop", "--queries", "0"]) == 2
+    assert "--queries must be at least 1, got 0" in capsys.readouterr().err
     assert main(["bench", "policy", "--hidden-size", "100"]) == 2
     assert "--hidden-size must be a multiple of 64, got 100" in capsys.readouterr().err
     assert main(["bench", "weather"]) == 2
-    assert "need estimator, env, policy or ablation" in capsys.readouterr().err
+    assert "need estimator, env, shop, policy or ablation" in capsys.readouterr().err
 
 
 @pytest.mark.slow

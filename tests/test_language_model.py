@@ -110,14 +110,15 @@ def test_models_that_do_not_fit_are_refused(model, tmp_path, harm, options, mess
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["alfworld_qwen2.5_1.5b", "alfworld_qwen2.5_7b"])
-def test_recipes_are_loaded_by_name(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+@pytest.mark.parametrize(("env", "turns", "prompt"), [("alfworld", 50, 2048), ("webshop", 15, 4096)])
+def test_recipes_are_loaded_by_name(env, turns, prompt, size, tmp_path, monkeypatch):
     """The published constants; everything else of them is the check's to refuse."""
     (tmp_path / "train").mkdir()
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    config = cli._defaults(["--config", name], Config)
-    assert (config.groups, config.members, config.max_turns, config.iterations) == (16, 8, 50, 150)
+    config = cli._defaults(["--config", f"{env}_qwen2.5_{size}"], Config)
+    assert (config.groups, config.members, config.max_turns, config.iterations) == (16, 8, turns, 150)
     assert (config.learning_rate, config.final_rate, config.kl_weight, config.clip) == (1e-6, 1.0, 0.01, 0.2)
-    assert (config.max_prompt_tokens, config.max_response_tokens, config.history) == (2048, 512, 2)
-    assert config.model == f"Qwen/Qwen2.5-{name.rpartition('_')[2].upper()}-Instruct"
+    assert (config.max_prompt_tokens, config.max_response_tokens, config.history) == (prompt, 512, 2)
+    assert config.model == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     check(config)  # on the tests' eight devices

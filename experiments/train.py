@@ -24,7 +24,7 @@ from envs_bridge.collect import Example, Player, Rollout, collect, demonstration
 from envs_bridge.pool import Pool
 from experiments.players import fresh_params, make_player, new_state, pretrained_params, run_optimizer
 from experiments.setup import SHOPS, Config, check, micro_batches, open_folder, stored_config
-from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of
+from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of, shop_folder
 from proxmo_jax import adapters
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
@@ -56,7 +56,10 @@ def main(config: Config, console: Console | None = None) -> Path:
         config = stored_config(config)
     check(config)
     mesh = make_mesh(0, config.fsdp, config.tensor)
-    language_model = make_player(config, mesh) if config.model else None  # refused before a folder is made
+    # What cannot be read is refused before a folder is made.
+    language_model = make_player(config, mesh) if config.model else None
+    if config.env == "shop" and config.data is not None:
+        shop_folder(config, console)
     open_folder(config)
     stop = StopOnSignal(console)
 

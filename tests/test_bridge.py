@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from envs_bridge.actions import WEBSHOP_TAIL, project
+from envs_bridge.actions import WEBSHOP_TAIL, project, spelled
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import load_game
 from envs_bridge.pool import Pool, WorkerError, _parse
 from envs_bridge.prompts import History, Notes
-from envs_bridge.turn import Observation
+from envs_bridge.turn import SEARCH_COMMAND, Observation
 from envs_bridge.worker import Worker, load_fast
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,16 @@ def test_projection_equals_the_official_one(official):
     for case in json.loads((official / "95_projection.json").read_text()):
         assert project(case["text"]) == (case["alfworld_action"], bool(case["alfworld_valid"]))
         assert project(case["text"], WEBSHOP_TAIL) == (case["webshop_action"], bool(case["webshop_valid"]))
+
+
+def test_commands_are_spelled_as_the_world_spells_them():
+    known = ("click[8 fl oz (pack of 1)]", "click[b0123]", "click[< prev]", SEARCH_COMMAND)
+    for said, command in (
+        ("click [ 8 fl oz ( pack of 1 ) ]", known[0]), ("click [ b 01 23 ]", known[1]), ("click [ < prev ]", known[2]),
+        ("search [ red  lamp ]", "search[red lamp]"), ("click [ b 99 ]", "click [ b 99 ]"), ("look", "look"),
+    ):  # fmt: skip
+        assert spelled(said, known) == command
+    assert spelled("go to cabinet 1", ("go to cabinet 1",)) == "go to cabinet 1"
 
 
 def test_memory_takes_notes(games):

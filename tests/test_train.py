@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from proxmo_jax import cli
 from proxmo_jax.advantages import dr_grpo
 from proxmo_jax.report import Metrics, learning_curve, read_metrics, wilson
 from proxmo_jax.steps_file import read_steps, steps_advantages
@@ -209,3 +210,42 @@ def test_learning_curve_is_a_picture(tmp_path):
     ]
     learning_curve(tmp_path / "curve.png", [("proxmo", rows)], "title")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_shop_is_trained_in_and_evaluated(tmp_path):
+    """Its own recipe, scores beside success, and only dense rewards where they are asked for."""
+    out = tmp_path / "shop"
+    done = proxmo("train", "--env", "shop", "--out", str(out), "--iterations", "2", "--reward", "score", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "mean score" in done.stdout
+    stored = json.loads((out / "config.json").read_text())
+    assert (stored["max_response_tokens"], stored["train_games"]) == (20, 24)  # the recipe's, the command line's
+    rows = read_metrics(out / "metrics.jsonl")
+    assert 0 <= rows[0]["eval/score"] <= 1
+    assert rows[1]["train/reward"] == pytest.approx(10 * rows[1]["train/score"])
+    done = proxmo("eval", str(out), "--splits", "valid", "test", "--games", "4", "--greedy")
+    assert done.returncode == 0, done.stderr
+    assert "Score" in done.stdout
+    assert "Succ." in done.stdout
+    cells = json.loads((out / "eval.json").read_text())["splits"]["test"]
+    assert cells["All"]["games"] == cells["Score"]["games"] == 4
+    assert proxmo("eval", str(out), "--splits", "valid_seen").stderr == (
+        "proxmo: --splits must be of train, valid, test; got valid_seen\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--env", "webshop"], "--env webshop needs --webshop DIR, a checkout of WebShop"),
+        (["--env", "webshop", "--webshop", "x"], "--env webshop needs a --model"),
+        (["--env", "shop", "--data", "tests/golden"], "tests/golden: holds no items_shuffle*.json"),
+        (["--env", "shop", "--goals", "few"], "--goals must be one of human, synthetic; got 'few'"),
+        (["--env", "shop", "--reward", "joy"], "--reward must be one of success, score; got 'joy'"),
+    ],
+)
+def test_a_shop_that_cannot_be_is_refused(tmp_path, capsys, options, message):
+    assert cli.main(["train", "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ goes into a JSON file, too.
 
 import dataclasses
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,8 @@ def run_settings(config: Config) -> setup.Config:
 def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[str]]:
     """Game files by split. Raises ValueError if there are none."""
     splits = config.splits or worlds.HELD_OUT[stored.env]
-    if stored.env == "household":
-        folder = config.run / "games"
-        games = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in splits}
-    else:
-        games = worlds.stored_games(stored, splits, console)
-    chosen = {split: worlds.evenly(files, config.games or len(files)) for split, files in games.items() if files}
+    games = worlds.stored_games(stored, dict.fromkeys(splits, config.games or sys.maxsize), console)
+    chosen = {split: files for split, files in games.items() if files}
     if not chosen:
         raise ValueError(f"{config.run}: no game in {', '.join(splits)}")
     return chosen

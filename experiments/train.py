@@ -65,7 +65,8 @@ def main(config: Config, console: Console | None = None) -> Path:
 
     # Games, tokenizer, policy.
     train_games, eval_games = make_games(config, console)
-    source = f"{config.level} household" if config.env == "household" else config.env
+    named = {"household": f"{config.level} household", "alfworld": "ALFWorld", "shop": "shop", "webshop": "WebShop"}
+    source = named[config.env]
     console.print(
         f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"

@@ -6,7 +6,7 @@ goal it is).
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from envs_bridge.shop import catalogue as shop
 from envs_bridge.shop import expert as shop_expert
 from envs_bridge.shop import genuine
 from envs_bridge.shop.engine import Shopping
-from envs_bridge.shop.generate import generate_catalogue
+from envs_bridge.shop.generate import FILES, generate_catalogue
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Observation
 from experiments.setup import SHOPS, Config
@@ -45,37 +45,44 @@ def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
             if n
         }
     else:
-        games = stored_games(config, list(wanted), console)
-        chosen = {split: evenly(games[split], count) for split, count in wanted.items()}
+        chosen = stored_games(config, wanted, console)
     held_out = [game for split in names for game in chosen.get(split, [])]
     if not chosen["train"] or not held_out:
         raise ValueError(f"--data: need games in train, and in {' or '.join(names)}")
     return chosen["train"], held_out
 
 
-def stored_games(config: Config, splits: Sequence[str], console: Console) -> dict[str, list[str]]:
-    """All games of these splits that there are, not generated ones of a household."""
-    if config.env == "alfworld":
-        return alfworld_games(config.data, splits, console)
+def stored_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[str]]:
+    """At most so many games of each split, evenly spread over it; of a run's own household those it has generated."""
     if config.env == "webshop":
         count = genuine.count_goals(config.python or sys.executable, config.webshop, config.goals)
-        ranges = shop.splits(count)
         console.print(f"WebShop in {config.webshop}: {count} goals", markup=False, highlight=False, soft_wrap=True)
-        return {split: [f"{config.webshop}#{i}#{config.goals}" for i in ranges[split]] for split in splits}
+        return {
+            split: [f"{config.webshop}#{i}#{config.goals}" for i in evenly(shop.splits(count)[split], at_most)]
+            for split, at_most in wanted.items()
+        }
     if config.env == "shop":
         folder = shop_folder(config, console)
         catalogue = shop.Catalogue(folder)
-        return {
-            split: [f"{folder}#{i}#{catalogue.goal(i)['category']}" for i in catalogue.splits[split]]
-            for split in splits
-        }
-    raise ValueError(f"a run of {config.env} has its games in its own folder")
+
+        def name(i: int) -> str:
+            return f"{folder}#{i}#{catalogue.goal(i)['category'].replace('#', ' ')}"
+
+        return {split: [name(i) for i in evenly(catalogue.splits[split], at_most)] for split, at_most in wanted.items()}
+    if config.env == "alfworld":
+        found: dict[str, list[str]] = alfworld_games(config.data, list(wanted), console)
+    else:
+        folder = config.out / "games"
+        found = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in wanted}
+    return {split: evenly(found[split], at_most) for split, at_most in wanted.items()}
 
 
 def shop_folder(config: Config, console: Console) -> Path:
     """The prepared catalogue of --data, or one of invented products, made in the run's folder."""
     if config.data is None:
-        data, cache = generate_catalogue(config.out / "games", seed=config.seed), config.out / "games"
+        data = cache = config.out / "games"
+        if not all((data / name).is_file() for name in FILES):
+            generate_catalogue(data, seed=config.seed)
     else:
         data, cache = config.data, None
     with progress_bar(console) as bar:
@@ -92,7 +99,7 @@ def alfworld_games(data: Path | None, splits: Sequence[str], console: Console) -
     return found.games
 
 
-def evenly(games: list[str], count: int) -> list[str]:
+def evenly(games: Sequence, count: int) -> list:
     """At most `count` of them, evenly spread over the (sorted) list, so that no task type is left out."""
     return [games[i] for i in np.linspace(0, len(games) - 1, min(count, len(games))).round().astype(int)]
 
@@ -125,8 +132,6 @@ def demonstrated(
         return shop_expert.episodes(
             map(Shopping.load, games), seed=config.seed, mistake_rate=mistake_rate, max_turns=turns
         )
-    if config.env == "webshop":
-        return []
     habits = household_expert.Habits(config.search_rate, mistake_rate)
     return household_expert.episodes(games, seed=config.seed, habits=habits, max_turns=turns)
 

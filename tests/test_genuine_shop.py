@@ -99,7 +99,7 @@ def test_webshop_is_played_in_its_own_interpreter(webshop, python):
 
 def test_goals_of_webshop_are_split_as_ours_are(webshop):
     config = Config(env="webshop", webshop=webshop, python=sys.executable, goals="synthetic", model="x")
-    games = stored_games(config, ("train", "valid", "test"), Console(quiet=True))
+    games = stored_games(config, dict.fromkeys(("train", "valid", "test"), 100), Console(quiet=True))
     assert [len(games[split]) for split in ("train", "valid", "test")] == [5, 1, 1]
     assert kind_of(games["train"][0]) == "synthetic"
 

@@ -31,6 +31,7 @@ SPLITS = ("train", "valid", "test")
 TEST, VALID = 500, 1000
 GOALS = ("human", "synthetic")
 NO_PRICE, NO_LIMIT = 100.0, 1_000_000
+ASKED = ("asin", "title", "category", "query", "product_category", "options")  # what goals are made of
 
 
 class CatalogueError(ValueError):
@@ -309,8 +310,8 @@ def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None
                 for name, values in labels.items():
                     values.append(product[name])
                 found = instructions.get(product["asin"]) if kind == "human" else entry
-                if found:
-                    wanted.append((product, found))
+                if found:  # all that a goal needs of it, as a full catalogue has a million
+                    wanted.append(({name: product[name] for name in ASKED}, found))
                 if on_product:
                     on_product(len(asins))
                 yield indexed_text(product)

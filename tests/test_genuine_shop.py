@@ -111,6 +111,18 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp
     with Pool(1, engine="webshop") as pool:
         assert pool.reset([(0, f"{webshop}#0#human")]) == [None]
         assert "pip install pyserini_is_not_there" in pool.fault
+    for raised, message in (
+        (
+            "OSError(\"[E050] Can't find model 'en_core_web_lg'\\nsee\")",
+            r"install the model with: .* -m spacy download en",
+        ),
+        ("Exception('Unable to find libjvm.so')", "its search needs Java: install a JDK"),
+        ("FileNotFoundError(2, 'No such file', 'data/items.json')", "items.json'[)]; its setup.sh downloads the data"),
+    ):
+        (webshop / "web_agent_site" / "envs" / "__init__.py").write_text(f"raise {raised}")
+        with pytest.raises(ValueError, match=message) as said:
+            count_goals(sys.executable, webshop, "human")
+        assert "\n" not in str(said.value)
     with pytest.raises(ValueError, match="is no checkout of WebShop"):
         count_goals(sys.executable, tmp_path, "human")
     with pytest.raises(ValueError, match="cannot be started"):

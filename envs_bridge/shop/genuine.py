@@ -22,30 +22,47 @@ from envs_bridge.turn import SEARCH_COMMAND, Observation
 SEED = 233  # of prices and their limits, which WebShop leaves to chance: the same in every worker
 SEPARATOR = " [SEP] "
 # Where a module and the package that has it are called differently.
-PACKAGES = {"bs4": "beautifulsoup4", "en_core_web_lg": "en_core_web_lg", "spacy": "spacy", "flask": "Flask"}
+PACKAGES = {"bs4": "beautifulsoup4"}
 NUMBERS = iter(range(sys.maxsize))  # of the sessions of this process
 
 
 @functools.lru_cache(maxsize=4)
 def server(folder: str, goals: str) -> tuple[Any, Any]:
-    """(WebShop's environment class, one server), loaded once. Raises ValueError naming what is missing."""
+    """(WebShop's environment class, one server), loaded once. Raises ValueError: what is missing, and what
+    brings it."""
     if not (Path(folder) / "web_agent_site").is_dir():
         raise ValueError(f"--webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
     sys.path.insert(0, folder)
     random.seed(SEED)
     try:
         from web_agent_site.envs import WebAgentTextEnv  # type: ignore[import-not-found]
+
+        first = WebAgentTextEnv(observation_mode="text", human_goals=goals == "human", num_products=None)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         raise ValueError(
             f"WebShop needs the package {missing or error} in {sys.executable}; install it with:"
             f" {sys.executable} -m pip install {PACKAGES.get(missing, missing)}"
         ) from error
-    try:
-        first = WebAgentTextEnv(observation_mode="text", human_goals=goals == "human", num_products=None)
-    except OSError as error:
-        raise ValueError(f"WebShop in {folder} could not be started ({error}); its setup.sh downloads data") from error
+    except Exception as error:  # whatever its packages raise where a model, a data file, an index or Java is missing
+        raise ValueError(
+            f"WebShop in {folder} could not be started ({_brief(error)}); {_remedy(str(error))}"
+        ) from error
     return WebAgentTextEnv, first.server
+
+
+def _brief(error: Exception) -> str:
+    """The first line of what it says, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _remedy(said: str) -> str:
+    """What brings that which WebShop's packages found missing."""
+    if "en_core_web" in said:
+        return f"install the model with: {sys.executable} -m spacy download en_core_web_lg"
+    if any(word in said.lower() for word in ("java", "jvm")):
+        return "its search needs Java: install a JDK, version 11 or newer, and set JAVA_HOME"
+    return "its setup.sh downloads the data and builds the search index"
 
 
 class GenuineShop:

@@ -139,8 +139,9 @@ def held_out_count(count: int) -> int:
     return max(64 * (count // 100), 12)
 
 
-def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]:
-    """(train, held out, texts): houses of the level or of several in turn, the six task types in turn."""
+def make_houses(level: str, count: int, *, paraphrases: bool = True) -> tuple[vh.Houses, vh.Houses, vh.Texts]:
+    """(train, held out, texts): houses of the level or of several in turn, the six task types in turn; texts with the
+    pieces of their paraphrases or without."""
     levels = level.split("+")
     unknown = set(levels) - set(LEVELS)
     if unknown:
@@ -151,7 +152,7 @@ def make_houses(level: str, count: int) -> tuple[vh.Houses, vh.Houses, vh.Texts]
         for split, size in sizes.items()
         for i in range(size)
     ]
-    houses, texts = vh.build(games)
+    houses, texts = vh.build(games, paraphrases=paraphrases)
     return jax.tree.map(lambda x: x[:count], houses), jax.tree.map(lambda x: x[count:], houses), texts
 
 
@@ -166,8 +167,7 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     with progress_bar(console) as bar:
         task = bar.add_task(study.name, total=len(study.cells) * seeds, note="")
         for (level, spec), kinds in programs.items():
-            most = max(map(len, kinds.values())) * seeds
-            size = min(config.chunk * jax.device_count(), -(-most // jax.device_count()) * jax.device_count())
+            size = chunk_size([len(cells) * seeds for cells in kinds.values()], config.chunk)
             program = None
             for kind, cells in enumerate(kinds.values()):
                 pairs = [(cell, seed) for cell in cells for seed in range(seeds)]
@@ -192,9 +192,21 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     )  # fmt: skip
 
 
+def chunk_size(counts: Sequence[int], at_most: int) -> int:
+    """Runs of a chunk, a multiple of the devices: of the sizes with the fewest runs repeated to fill the last chunk of
+    each kind up, the largest. counts: runs of each kind; at_most: on each device."""
+    devices = jax.device_count()
+
+    def played(size: int) -> int:
+        return sum(-(-count // size) * size for count in counts)
+
+    return min((devices * each for each in range(1, at_most + 1)), key=lambda size: (played(size), -size))
+
+
 def compiled(config: Config, level: str, spec: Spec, kinds: Sequence[Settings]):
     """(Knobs [N], keys [N], kind) -> curves [N, ...], the runs split over the devices; see `make_run`."""
-    return over_devices(make_run(*make_houses(level, house_count(config)), spec, kinds))
+    houses = make_houses(level, house_count(config), paraphrases=spec.paraphrases)
+    return over_devices(make_run(*houses, spec, kinds))
 
 
 def over_devices(run):

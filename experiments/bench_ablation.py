@@ -130,21 +130,22 @@ def time_study(config: Config, console: Console) -> list[str]:
             results = ablation.train_all(ablation.Config(seeds=config.seeds), study, Path(folder) / again, console)
             took.append(time.perf_counter() - began)
     console.print(f"study: {took[0]:.0f} and {took[1]:.0f} s; now one run in the text engine")
-    each, rollout = time_text(config.text_iterations)
-    runs, evaluations = len(cells) * config.seeds, config.iterations / 10 + 1
+    update, turn = time_text(config.text_iterations)
+    runs, iterations, evaluations = len(cells) * config.seeds, config.iterations, config.iterations // 10 + 1
     unseen = ablation.held_out_count(ablation.Config().houses)
-    played = unseen / 64  # an evaluation's attempts, in rollouts
-    text = runs * (config.iterations * each + evaluations * played * rollout)
+    turns = float(results.curves["turns"].mean())  # of an attempt, over all runs; as many in the evaluations
+    text = runs * (iterations * update + (64 * iterations + unseen * evaluations) * turns * turn)
     ends = ", ".join(
         f"{label} {x:.0%}" for label, x in zip(results.labels, results.eval[:, :, -1].mean(1), strict=True)
     )
     return [
-        f"Study: {len(cells)} variants x {config.seeds} seeds, {config.iterations} iterations of 8 x 8 attempts of at"
+        f"Study: {len(cells)} variants x {config.seeds} seeds, {iterations} iterations of 8 x 8 attempts of at"
         f" most 20 turns at easy houses, evaluated at {unseen} others every ten: {took[0]:.0f} s, with compilation;"
         f" {took[1]:.0f} s, {took[1] / runs:.2f} s a run, where the programs are compiled already. Success on held-out"
-        f" houses at the end: {ends}. One after the other through the text engine: {each * 1e3:.0f} ms an iteration,"
-        f" {rollout * 1e3:.0f} of them the rollout (medians of {config.text_iterations} early ones), {text / 60:.0f}"
-        f" min in all: {text / took[0]:.0f} times as long, {text / took[1]:.0f} times where nothing is compiled."
+        f" houses at the end: {ends}. One after the other through the text engine: {1e6 * turn:.0f} us for each of the"
+        f" {turns:.1f} turns that an attempt takes on average, {1e3 * update:.1f} ms for estimator and update (medians"
+        f" of {config.text_iterations} iterations), {text / 60:.0f} min in all: {text / took[0]:.0f} times as long,"
+        f" {text / took[1]:.0f} times where nothing is compiled."
     ]
 
 
@@ -152,10 +153,9 @@ def time_study(config: Config, console: Console) -> list[str]:
 
 
 def time_text(iterations: int) -> tuple[float, float]:
-    """Median seconds of an iteration (rollout in the text engine, estimator and update as in the array runs), and of
-    its rollout."""
+    """Median seconds of estimator and update, as in the array runs, and of a turn of one attempt in the text engine."""
     games = [build_game(make_game("train", i, 0, "easy", TASK_TYPES[i % 6])[1]) for i in range(60)]
-    houses, texts = vh.build(games)
+    houses, texts = vh.build(games, paraphrases=False)
     spec, knobs = Spec(), Knobs(proxmo(), learning_rate=0.01)
     net, optimizer = Scores(len(texts.pieces), spec.hidden), make_optimizer()
     params = fresh(net, vh.pick(houses, 0), jax.random.key(0))
@@ -165,16 +165,17 @@ def time_text(iterations: int) -> tuple[float, float]:
         lambda params, at, seen: jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)))(at, seen)
     )
     players = [TextPlayer(game, texts, houses, i) for i, game in enumerate(games)]
-    rng, took, rollouts = np.random.default_rng(0), [], []
+    rng, updates, turns = np.random.default_rng(0), [], []
     for _ in range(iterations + 1):
         began = time.perf_counter()
         chosen = rng.choice(len(games), spec.groups, replace=False)
         at = vh.pick(houses, chosen)
         rollout = play_text([players[i] for i in chosen], spec, partial(score, params, at), rng)
-        rollouts.append(time.perf_counter() - began)
+        turns.append((time.perf_counter() - began) / int(rollout.mask.sum()))
+        began = time.perf_counter()
         params, opt_state = jax.block_until_ready(update(params, opt_state, at, rollout, knobs, 0))
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:]), statistics.median(rollouts[1:])
+        updates.append(time.perf_counter() - began)
+    return statistics.median(updates[1:]), statistics.median(turns[1:])
 
 
 class TextPlayer:
@@ -249,10 +250,14 @@ def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.G
     texts = [[world.reset().text for world in row] for row in worlds]
     used = np.zeros((groups, members, commands), np.float32)
     last = np.full((groups, members), -1)
-    rows = []
+    rows: list[Rollout] = []
+    shown: list[list[Any]] = [[None] * members for _ in players]
     for _ in range(spec.turns):
         shown = [
-            [player.see(worlds[g][m], texts[g][m], used[g, m], last[g, m]) for m in range(members)]
+            [
+                player.see(worlds[g][m], texts[g][m], used[g, m], last[g, m]) if not worlds[g][m].done else shown[g][m]
+                for m in range(members)
+            ]
             for g, player in enumerate(players)
         ]
         seen: Any = jax.tree.map(lambda *x: np.stack(x), *[s for row in shown for s, _ in row])
@@ -305,7 +310,7 @@ def time_runs(runs: int) -> None:
 
     keep_freed_memory()
     spec = Spec(iterations=10, eval_every=10)
-    train, _, texts = ablation.make_houses("easy", 60)
+    train, _, texts = ablation.make_houses("easy", 60, paraphrases=False)
     held_out = vh.pick(train, jnp.arange(1))
     program = ablation.over_devices(make_run(train, held_out, texts, spec, [proxmo()]))
     one = Knobs(proxmo(), 0.01, 0.01, 0.0)

@@ -175,6 +175,13 @@ def paraphrased(text: jax.Array, table: jax.Array, chance: jax.Array, key: jax.A
     return jnp.where(jax.random.uniform(which, text.shape) < chance, table[text, choice], text)
 
 
+def choose(log_probs: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The command that a number in [0, 1) falls to: one random number, where Gumbel noise is one for each command."""
+    chance = jnp.exp(log_probs)
+    upper = jnp.tril(jnp.ones((len(chance), len(chance)))) @ chance
+    return jnp.argmax((upper > uniform * upper[-1]) & (chance > 0))
+
+
 def play(
     params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: jax.Array, key: jax.Array
 ) -> Rollout:
@@ -192,7 +199,7 @@ def play(
         seen = show(house, state, read, used, last)
         logits: Any = net.apply({"params": params}, house, seen)
         log_probs = jax.nn.log_softmax(logits)
-        command = jax.random.categorical(draw, log_probs)
+        command = choose(log_probs, jax.random.uniform(draw))
         after, said, won = vh.step(house, state, command)
         row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
         chosen = jnp.arange(commands) == command
@@ -203,6 +210,13 @@ def play(
     zero = jnp.zeros(commands, jnp.float32)
     start = (vh.reset(house), fit(house.start), zero, zero > 0, jnp.bool_(False))
     return jax.lax.scan(turn, start, jax.random.split(key, spec.turns))[1]
+
+
+def merged(words: np.ndarray) -> np.ndarray:
+    """Words float32 [P, V] with those that every piece says equally often made one, times the root of how many they
+    are: such words have one document frequency, so that no similarity changes."""
+    distinct, alike = np.unique(words, axis=1, return_counts=True)
+    return distinct * np.sqrt(alike, dtype=np.float32)
 
 
 def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
@@ -243,7 +257,7 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
 def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.GradientTransformation, kinds: Sequence):
     """(params, optimiser's state, houses [G], rollout, knobs, kind) -> the first two: estimator, loss, optimiser's
     steps. kind int32 []: whose of `kinds` the static choices of the estimator are."""
-    words = jnp.asarray(texts.words)
+    words = jnp.asarray(merged(texts.words))
 
     def loss(params, at: Houses, rollout: Rollout, bag, advantage, entropy):
         score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0, 0)), (0, 0, 0))

@@ -9,7 +9,7 @@ about what is here or in hand), then `go` to each receptacle, and `take`, `use` 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,8 +123,8 @@ class Texts(NamedTuple):
     paraphrases: np.ndarray
 
 
-def build(games: Sequence[Game]) -> tuple[Houses, Texts]:
-    """The games as arrays, and what their texts are made of.
+def build(games: Sequence[Game], *, paraphrases: bool = True) -> tuple[Houses, Texts]:
+    """The games as arrays, and what their texts are made of; without `paraphrases` no piece has another wording.
 
     Raises ValueError naming a game that is not as our generator makes them.
     """
@@ -142,11 +142,12 @@ def build(games: Sequence[Game]) -> tuple[Houses, Texts]:
     longest = max(len(row["start"]) for row in rows)
     for row in rows:
         row["start"] = np.pad(np.array(row["start"], np.int32), (0, longest - len(row["start"])))
-    for others in PARAPHRASES.values():
+    wordings = PARAPHRASES if paraphrases else {}
+    for others in wordings.values():
         for other in others:
             piece(other)
     houses = Houses(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
-    return houses, _texts(tuple(pieces), pieces)
+    return houses, _texts(tuple(pieces), pieces, wordings)
 
 
 def _check(game: Game) -> None:
@@ -245,7 +246,7 @@ def _kind(goal) -> int:
     return 5 if goal.count == 2 else 0
 
 
-def _texts(pieces: tuple[str, ...], index: dict[str, int]) -> Texts:
+def _texts(pieces: tuple[str, ...], index: dict[str, int], wordings: Mapping[str, Sequence[str]]) -> Texts:
     found = [re.findall(r"\b\w\w+\b", text.lower()) for text in pieces]
     vocabulary = tuple(sorted({word for words in found for word in words}))
     column = {word: i for i, word in enumerate(vocabulary)}
@@ -254,7 +255,7 @@ def _texts(pieces: tuple[str, ...], index: dict[str, int]) -> Texts:
         for word in said:
             row[column[word]] += 1
     paraphrases = np.repeat(np.arange(len(pieces), dtype=np.int32)[:, None], 4, 1)
-    for piece, others in PARAPHRASES.items():
+    for piece, others in wordings.items():
         paraphrases[index[piece], 1:] = [index[other] for other in others]
     return Texts(pieces, vocabulary, words, paraphrases)
 

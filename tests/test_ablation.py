@@ -15,7 +15,19 @@ from test_train import ROOT
 from experiments import ablation
 from experiments.ablation import Config
 from experiments.study import Cell, Results, Study, bootstrap, measures, write
-from experiments.vector_agent import Knobs, Rollout, Seen, Spec, bag_of, embed, estimate, make_run, paraphrased
+from experiments.vector_agent import (
+    Knobs,
+    Rollout,
+    Seen,
+    Spec,
+    bag_of,
+    choose,
+    embed,
+    estimate,
+    make_run,
+    merged,
+    paraphrased,
+)
 from proxmo_jax import cli
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
 from proxmo_jax.embeddings import tfidf
@@ -63,6 +75,26 @@ def test_embeddings_are_tfidf_of_the_words(houses):
     ids = np.broadcast_to(np.arange(counts.shape[-1]), counts.shape)
     expected, _ = tfidf(WordCounts(ids, counts, np.arange(counts.shape[-1], dtype=np.int32)), mask)
     np.testing.assert_allclose(np.where(mask[..., None], found, 0), expected, atol=1e-5)
+
+
+def test_words_that_are_always_said_together_can_be_one(houses):
+    _, _, texts = houses
+    few = merged(texts.words)
+    assert few.shape[1] < texts.words.shape[1]
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, len(texts.pieces), (2, 3, 4, 9)))
+    bag, mask = bag_of(rows, len(texts.pieces)), jnp.ones((2, 3, 4), bool)
+    one, other = (embed(bag, mask, jnp.asarray(w)).reshape(24, -1) for w in (texts.words, few))
+    np.testing.assert_allclose(one @ one.T, other @ other.T, atol=1e-5)
+
+
+def test_commands_are_drawn_as_often_as_they_are_likely():
+    logits = jnp.array([-1e9, 0.0, 1.0, -1e9, 2.0, -1.0, -1e9])
+    log_probs = jax.nn.log_softmax(logits)
+    uniform = jnp.concatenate([jnp.linspace(0, 1, 20_001)[:-1], jnp.array([np.float32(1 - 2**-24)])])
+    drawn = jax.vmap(choose, (None, 0))(log_probs, uniform)
+    share = np.bincount(np.asarray(drawn), minlength=7) / len(uniform)
+    np.testing.assert_allclose(share, jnp.exp(log_probs), atol=2e-4)
+    assert set(np.unique(drawn).tolist()) == {1, 2, 4, 5}
 
 
 def test_equal_texts_share_an_anchor_and_others_do_not(houses):
@@ -206,6 +238,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
     assert cli.main(["ablate", "nothing"]) == 2
     assert "need estimator or train" in capsys.readouterr().err
+
+
+def test_chunks_repeat_as_few_runs_as_can_be():
+    """On the tests' eight devices."""
+    assert ablation.chunk_size([16, 32, 32], 16) == 16
+    assert ablation.chunk_size([144], 16) == 72
+    assert ablation.chunk_size([2, 4], 16) == 8
+    assert ablation.chunk_size([160, 160], 1) == 8
 
 
 def test_cells_that_differ_in_numbers_are_of_one_kind():

@@ -45,8 +45,8 @@ def test_the_text_player_shows_what_the_array_household_shows():
 
 @pytest.mark.slow
 def test_a_run_in_the_text_engine_is_timed():
-    whole, rollout = time_text(1)
-    assert 0 < rollout < whole
+    update, turn = time_text(1)
+    assert 0 < turn < update
 
 
 def test_benchmarks_refuse_nonsense(capsys):

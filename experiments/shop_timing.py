@@ -2,8 +2,9 @@
 
 Read from stdin: {"folder": prepared catalogue, "episodes": [[goal number, [action, ...]], ...], "queries": [...],
 "environments": N, "seconds": S}. Written to stdout, as one JSON line: steps a second over the episodes, played again
-and again for S seconds; milliseconds of each query; MiB of this process's own memory before and after N environments
-were opened and had searched, and MiB that are mapped from the catalogue's files, which processes share.
+and again for S seconds, and the same with nothing remembered between sessions; milliseconds of each query; MiB of this
+process's own memory before and after N environments were opened and had searched, and MiB that are mapped from the
+catalogue's files, which processes share.
 """
 
 import json
@@ -28,7 +29,8 @@ def main() -> None:
         world.reset()
         world.step(f"search[{world.task}]")
     answer["memory"] = {"before": before, **memory()}
-    answer["steps_per_second"] = steps_per_second(catalogue, request["episodes"], request["seconds"])
+    for name, forget in (("steps_per_second", False), ("steps_per_second_anew", True)):
+        answer[name] = steps_per_second(catalogue, request["episodes"], request["seconds"], forget)
     print(json.dumps(answer), file=pipe, flush=True)
 
 
@@ -40,11 +42,15 @@ def milliseconds(catalogue: Catalogue, query: str) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float) -> float:
-    """New sessions of the same episodes; results of a search are remembered between them, as in a run."""
+def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float, forget: bool) -> float:
+    """New sessions of the same episodes. What was searched for and looked at is remembered between them, as in a run
+    whose groups are attempts at one goal, or forgotten before each session."""
     count, began = 0, time.perf_counter()
     while episodes and time.perf_counter() - began < seconds:
         for number, actions in episodes:
+            if forget:
+                catalogue.search.cache_clear()
+                catalogue.product.cache_clear()
             world = Shopping(catalogue, catalogue.goal(number))
             world.reset()
             for action in actions:

@@ -64,6 +64,17 @@ def test_differences_are_found_and_said(tmp_path, capsys):
     assert "cut off or not JSON" in capsys.readouterr().err
 
 
+def test_recordings_that_stop_before_a_purchase_are_replayed_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("items_shuffle_1000.json", "items_ins_v2_1000.json"):  # nor is there a file of human instructions
+        (tmp_path / "data" / name).write_bytes((GOLDEN / name).read_bytes())
+    episode = json.loads((GOLDEN / "traces.json").read_text())[0]
+    episode["steps"].pop()
+    episode |= dict.fromkeys(("verbose", "purchased", "purchased_price", "chosen_options"))
+    (tmp_path / "traces.json").write_text(json.dumps([episode]))
+    assert str(verify(tmp_path / "data", tmp_path / "traces.json")).endswith("3 steps, 0 differences")
+
+
 def test_goals_are_the_recorded_ones_but_for_what_was_drawn(tmp_path):
     """Prices of a range and the limits are chance; everything else, and how many there are, is not."""
     recorded = json.loads((GOLDEN / "lucene_traces.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from envs_bridge.shop.catalogue import Catalogue, prepare
+from envs_bridge.shop.catalogue import Catalogue, prepare, product_file
 from envs_bridge.shop.engine import Shop
 from envs_bridge.shop.reward import Nouns, word_nouns
 
@@ -101,7 +101,8 @@ def verify(data: Path | None, traces: Path) -> Comparison:
 
 
 def _replay_plain(episodes: list[dict], data: Path, cache: Path, comparison: Comparison) -> None:
-    folder = prepare(data, cache=cache)
+    has_human = product_file(data).with_name("items_human_ins.json").is_file()
+    folder = prepare(data, "human" if has_human else "synthetic", cache=cache)  # the goals are the recording's
     plain = Catalogue(folder)
     catalogue = Catalogue(folder, search=Okapi([plain.at(row) for row in range(plain.count)]))
     for number, episode in enumerate(episodes):
@@ -109,14 +110,14 @@ def _replay_plain(episodes: list[dict], data: Path, cache: Path, comparison: Com
             (s["action"], s["observation"], s["available"], s["reward"], s["done"], None) for s in episode["steps"]
         ]
         first = episode["initial"]
-        prices = {**episode["product_prices"], episode["purchased"]: episode["purchased_price"]}
+        bought = episode.get("purchased")
+        prices = {**episode["product_prices"], **({bought: episode["purchased_price"]} if bought else {})}
         shop = _Priced(catalogue, episode["goal"], prices, episode["mode"], str(episode["session"]), long_words)
         where = f"episode {number} ({episode['mode']})"
         _replay(shop, (first["observation"], first["available"]), steps, where, comparison)
-        comparison.check(where, "reward parts", _rounded(shop.parts), _rounded(episode["verbose"]))
-        comparison.check(
-            where, "purchase", (shop.asin, shop.options), (episode["purchased"], episode["chosen_options"])
-        )
+        if bought:  # else the recording stops before
+            comparison.check(where, "reward parts", _rounded(shop.parts), _rounded(episode["verbose"]))
+            comparison.check(where, "purchase", (shop.asin, shop.options), (bought, episode["chosen_options"]))
 
 
 def _replay_lucene(found: dict, cache: Path, comparison: Comparison) -> None:

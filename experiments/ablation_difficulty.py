@@ -6,7 +6,8 @@ python -m experiments.ablation_difficulty --quick
 from experiments.ablation import Cell, Study, from_command_line
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
 
-KINDS = {"GRPO": dr_grpo(), "GiGPO": gigpo(), "ProxMO": proxmo()}
+# (name, settings, what it is compared with in the same case)
+KINDS = (("GRPO", dr_grpo(), "GRPO"), ("GiGPO", gigpo(), "GRPO"), ("ProxMO", proxmo(), "GiGPO"))
 # (what, houses, groups, members): 64 attempts an iteration in every case.
 CASES = (
     ("easy, groups of 8", "easy", 8, 8),
@@ -22,10 +23,10 @@ STUDY = Study(
     [
         Cell(
             f"{name}, {case}", settings, level=level, groups=groups, members=members,
-            turns=20 if level == "easy" else 30, baseline=f"GRPO, {case}",
+            turns=20 if level == "easy" else 30, baseline=f"{other}, {case}",
         )
         for case, level, groups, members in CASES
-        for name, settings in KINDS.items()
+        for name, settings, other in KINDS
     ],
     remark="GRPO is mean-centred. Mixed: every second round of task types in a medium house (8 to 12 receptacles, 8 to"
     " 14 objects), the others in an easy one (4 or 5, 3 to 5). 64 attempts an iteration throughout, 20 turns in easy"

@@ -6,7 +6,8 @@ python -m experiments.ablation_noise --quick
 from experiments.ablation import Cell, Study, from_command_line
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
 
-KINDS = {"GRPO": dr_grpo(), "GiGPO": gigpo(), "ProxMO": proxmo()}
+# (name, settings, what it is compared with at the same noise)
+KINDS = (("GRPO", dr_grpo(), "GRPO"), ("GiGPO", gigpo(), "GRPO"), ("ProxMO", proxmo(), "GiGPO"))
 
 STUDY = Study(
     "noise",
@@ -14,10 +15,10 @@ STUDY = Study(
     [
         Cell(
             f"{name}, {chance:.0%} said otherwise", settings, paraphrase=chance,
-            baseline=f"GRPO, {chance:.0%} said otherwise",
+            baseline=f"{other}, {chance:.0%} said otherwise",
         )
         for chance in (0.1, 0.5, 0.9)
-        for name, settings in KINDS.items()
+        for name, settings, other in KINDS
     ],
     remark="The chance is for each phrase of a text that has three other wordings, anew each turn. The policy reads the"
     " same texts. GRPO is mean-centred.",

@@ -113,19 +113,24 @@ def number(value: float) -> str:
 
 
 def figure(path: Path, study: Study, results: Results) -> None:
-    """Success on held-out houses, mean over seeds with its bootstrap interval; a panel for each baseline."""
+    """Success on held-out houses, mean over seeds with its bootstrap interval; a panel for each cell that is compared
+    with no other, and what is compared with it, or with what is compared with it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    compared = {cell.label: cell.baseline or study.cells[0].label for cell in study.cells}
+
+    def root(label: str) -> str:
+        while compared[label] != label:
+            label = compared[label]
+        return label
+
     panels: dict[str, list[int]] = {}
-    for c, cell in enumerate(study.cells):
-        panels.setdefault(cell.baseline or study.cells[0].label, []).append(c)
-    shown = [
-        [c for c in cells if results.labels[c] != base] for base, cells in panels.items()
-    ]  # fmt: skip
-    shown = [[results.labels.index(base), *cells] for base, cells in zip(panels, shown, strict=True)]
+    for c, label in enumerate(results.labels):
+        panels.setdefault(root(label), []).append(c)
+    shown = [sorted(cells, key=lambda c, base=base: results.labels[c] != base) for base, cells in panels.items()]  # type: ignore[misc]
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     drawn, axes = plt.subplots(lines, columns, figsize=(5.2 * columns + 1, 3.8 * lines), sharey=True, squeeze=False)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from envs_bridge.shop.search import Lucene, build_index
+from envs_bridge.shop.search import Lucene, build_index, mapped
 
 VERSION = 1
 SEED = 233  # of WebShop's shuffling of the goals; ours of the prices and limits, too, which WebShop leaves to chance
@@ -365,10 +365,10 @@ class Catalogue:
         self.folder = folder
 
         def array(name: str) -> np.ndarray:
-            return np.load(folder / f"{name}.npy", mmap_mode="r")
+            return mapped(folder / f"{name}.npy")
 
         self._asins, self._rows, self.prices = array("asins"), array("rows"), array("prices")
-        self._lines = {name: (_mapped(folder / f"{name}.jsonl"), array(name)) for name in ("products", "goals")}
+        self._lines = {name: (mapped(folder / f"{name}.jsonl"), array(name)) for name in ("products", "goals")}
         self._codes = {name: array(name) for name in ("query", "category")}
         self._search = search or Lucene(folder)
         self.count, self.goal_count = len(self._rows), len(self._lines["goals"][1]) - 1
@@ -404,8 +404,3 @@ class Catalogue:
         """Rows of all products of a query or category."""
         words = json.loads((self.folder / f"{name}.json").read_text())
         return np.flatnonzero(self._codes[name] == words.index(value)).tolist() if value in words else []
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """A file's bytes; an empty one cannot be mapped."""
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)

@@ -193,14 +193,17 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
 
 
 def chunk_size(counts: Sequence[int], at_most: int) -> int:
-    """Runs of a chunk, a multiple of the devices: of the sizes with the fewest runs repeated to fill the last chunk of
-    each kind up, the largest. counts: runs of each kind; at_most: on each device."""
+    """Runs of a chunk, a multiple of the devices, for the least time: a kind's last chunk is filled up by repeating its
+    last run, and every chunk takes about two runs' time on each device whatever is in it (BENCHMARKS.md, Ablations).
+
+    counts: runs of each kind; at_most: on each device.
+    """
     devices = jax.device_count()
 
-    def played(size: int) -> int:
-        return sum(-(-count // size) * size for count in counts)
+    def cost(size: int) -> int:
+        return sum(-(-count // size) for count in counts) * (size + 2 * devices)
 
-    return min((devices * each for each in range(1, at_most + 1)), key=lambda size: (played(size), -size))
+    return min((devices * each for each in range(1, at_most + 1)), key=cost)
 
 
 def compiled(config: Config, level: str, spec: Spec, kinds: Sequence[Settings]):

@@ -123,14 +123,16 @@ def figure(path: Path, study: Study, results: Results) -> None:
     compared = {cell.label: cell.baseline or study.cells[0].label for cell in study.cells}
 
     def root(label: str) -> str:
-        while compared[label] != label:
+        for _ in compared:
             label = compared[label]
         return label
 
     panels: dict[str, list[int]] = {}
     for c, label in enumerate(results.labels):
         panels.setdefault(root(label), []).append(c)
-    shown = [sorted(cells, key=lambda c, base=base: results.labels[c] != base) for base, cells in panels.items()]  # type: ignore[misc]
+    shown = [
+        [results.labels.index(base), *(c for c in cells if results.labels[c] != base)] for base, cells in panels.items()
+    ]
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     drawn, axes = plt.subplots(lines, columns, figsize=(5.2 * columns + 1, 3.8 * lines), sharey=True, squeeze=False)

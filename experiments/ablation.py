@@ -193,8 +193,9 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
 
 
 def chunk_size(counts: Sequence[int], at_most: int) -> int:
-    """Runs of a chunk, a multiple of the devices, for the least time: a kind's last chunk is filled up by repeating its
-    last run, and every chunk takes about two runs' time on each device whatever is in it (BENCHMARKS.md, Ablations).
+    """Runs of a chunk, a multiple of the devices, that cost least: a kind's last chunk is filled up by repeating its
+    last run, and small chunks are slow. A run alone takes more than twice what it takes among sixteen (BENCHMARKS.md,
+    Ablations), hence a chunk counts as two runs more on each device than it holds.
 
     counts: runs of each kind; at_most: on each device.
     """

@@ -43,7 +43,8 @@ class Config:
     checkpoint: int | None = None
     """Iteration of the checkpoint (default: the newest); 0 is the warm start."""
     env: str | None = None
-    """household (the run's own held-out games) or alfworld (those of --data); default: as the run was trained."""
+    """household (the run's own held-out games), alfworld or shop (those of --data), or webshop; default: as the run was
+    trained."""
     data: Path | None = None
     """ALFWorld's data folder; default: the run's, or $ALFWORLD_DATA."""
     engine: str | None = None

@@ -52,8 +52,8 @@ def server(folder: str, goals: str) -> tuple[Any, Any]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of what it says, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """Its kind and the first line of what it says, at most 200 characters."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
 
 
 def _remedy(said: str) -> str:

@@ -16,6 +16,7 @@ from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import Memory, Notes
 from envs_bridge.turn import Observation
 from proxmo_jax.buffers import Buffer, clear, forget, write
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import split
@@ -85,7 +86,7 @@ class Player:
     tail: int = ALFWORLD_TAIL
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
-        """Token ids of each prompt. Raises ValueError for a task that does not fit whatever else is left out."""
+        """Token ids of each prompt. Raises UserError for a task that does not fit whatever else is left out."""
         texts = [self.render(memory.prompt()) for memory in memories]
         rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
         for i, ids in enumerate(rows):
@@ -93,7 +94,7 @@ class Player:
             while len(ids) > self.limits.prompt:
                 text = next(shorter, None)
                 if text is None:
-                    raise ValueError(
+                    raise UserError(
                         f"prompt: what cannot be left out has {len(ids)} tokens, need at most {self.limits.prompt}"
                         " (--max-prompt-tokens)"
                     )
@@ -344,7 +345,7 @@ def demonstrations(
 def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout:
     """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does.
 
-    Raises ValueError for a command longer than the response limit.
+    Raises UserError for a command longer than the response limit.
     """
     limits, count = player.limits, len(examples)
     prompts = player.encode([example.memory for example in examples])
@@ -353,7 +354,7 @@ def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout
     responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
     longest = max(map(len, responses))
     if longest > limits.response:
-        raise ValueError(
+        raise UserError(
             f"response: a command has {longest} tokens, need at most {limits.response} (--max-response-tokens)"
         )
     prompt_array = np.zeros((count, 1, limits.prompt), np.int32)

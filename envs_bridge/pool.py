@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from envs_bridge.errors import UserError
 from envs_bridge.turn import SAID_AT_MOST, Observation
 from envs_bridge.worker import VERSION
 
@@ -24,7 +25,7 @@ LIMIT = 1 << 26  # bytes of one answer; more is garbage
 Said = tuple[str, tuple[str, ...], Mapping[str, int]]
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError):
     """No worker can be started, or speaks another protocol version; or no episode at all could be played."""
 
 
@@ -226,7 +227,7 @@ class _Link:
 
 
 def _parse(replies: object, count: int, said: list[Said]) -> list[tuple[Observation, str] | str]:
-    """Observation and task, or a sentence, per entry. Raises ValueError for anything else.
+    """Observation and task, or a sentence, per entry. Raises UserError for anything else.
 
     said: what this worker has said so far, by number; what is new is added.
     """
@@ -248,7 +249,7 @@ def _parse(replies: object, count: int, said: list[Said]) -> list[tuple[Observat
 
 
 def _seen(seen: object, said: list[Said]) -> Said:
-    """What a worker says anew or by number. Raises ValueError for anything else."""
+    """What a worker says anew or by number. Raises UserError for anything else."""
     match seen:
         case int() if 0 <= seen < len(said):
             return said[seen]

@@ -28,6 +28,7 @@ from rich.console import Console
 from proxmo_jax.advantages import proxmo
 from proxmo_jax.batch import batch_advantages, pad_groups, text_repeats
 from proxmo_jax.embeddings import documents, unit_vectors
+from proxmo_jax.errors import UserError
 from proxmo_jax.proximity import similarity
 from proxmo_jax.report import progress_bar
 from proxmo_jax.steps_file import needed, read_steps
@@ -70,17 +71,17 @@ class Config:
 
 
 def main(config: Config, console: Console | None = None) -> Path:
-    """Compute the table and draw the figures; returns the folder. Raises ValueError for what cannot be, before anything
+    """Compute the table and draw the figures; returns the folder. Raises UserError for what cannot be, before anything
     is computed or written."""
     console = console or Console()
     grid = settings_of(parse(config.grid))
     if config.chunk < 1:
-        raise ValueError(f"--chunk must be at least 1, got {config.chunk}")
+        raise UserError(f"--chunk must be at least 1, got {config.chunk}")
     steps = read_steps(config.rollout)
     try:
         group, _ = Group.from_steps(**needed(steps, texts=True))
     except ValueError as error:
-        raise ValueError(f"{config.rollout}: {error}") from error
+        raise UserError(f"{config.rollout}: {error}") from error
     chunk = fitting(group, config.chunk, config.memory)
     began = time.time()
     with progress_bar(console) as bar:
@@ -99,19 +100,19 @@ def main(config: Config, console: Console | None = None) -> Path:
 
 
 def parse(text: str) -> dict[str, list]:
-    """Axis -> its values. Raises ValueError for an empty grid, an unknown axis, and values that cannot be."""
+    """Axis -> its values. Raises UserError for an empty grid, an unknown axis, and values that cannot be."""
     axes: dict[str, list] = {}
     for part in text.split():
         name, equals, values = part.partition("=")
         if name not in AXES and name not in CHOICES:
-            raise ValueError(f"--grid: unknown axis {name!r}; need some of {', '.join((*AXES, *CHOICES))}")
+            raise UserError(f"--grid: unknown axis {name!r}; need some of {', '.join((*AXES, *CHOICES))}")
         if name in axes:
-            raise ValueError(f"--grid: {name} stands there twice")
+            raise UserError(f"--grid: {name} stands there twice")
         if not equals or not values:
-            raise ValueError(f"--grid: {name} has no values; write {name}=a,b or {name}=from:to:count")
+            raise UserError(f"--grid: {name} has no values; write {name}=a,b or {name}=from:to:count")
         axes[name] = choices(name, values) if name in CHOICES else numbers(name, values)
     if not axes:
-        raise ValueError("--grid: is empty; write for example 'temperature=0.05:0.8:12 aggregation=soft'")
+        raise UserError("--grid: is empty; write for example 'temperature=0.05:0.8:12 aggregation=soft'")
     return axes
 
 
@@ -119,7 +120,7 @@ def choices(name: str, values: str) -> list[str]:
     found = values.split(",")
     odd = [value for value in found if value not in CHOICES[name]]
     if odd:
-        raise ValueError(f"--grid: {name} may be {', '.join(CHOICES[name])}; got {odd[0]!r}")
+        raise UserError(f"--grid: {name} may be {', '.join(CHOICES[name])}; got {odd[0]!r}")
     return list(dict.fromkeys(found))
 
 
@@ -133,12 +134,12 @@ def numbers(name: str, values: str) -> list[float]:
         else:
             found = [float(value) for value in values.split(",")]
     except ValueError:
-        raise ValueError(f"--grid: {name}={values} is neither a,b,c nor from:to:count with numbers") from None
+        raise UserError(f"--grid: {name}={values} is neither a,b,c nor from:to:count with numbers") from None
     _, least, most = AXES[name]
     for value in found:
         if not (np.isfinite(value) and least <= value <= most):
             limits = f"at least {least:g}" if most == np.inf else f"between {least:g} and {most:g}"
-            raise ValueError(f"--grid: {name} must be {limits}, got {value:g}")
+            raise UserError(f"--grid: {name} must be {limits}, got {value:g}")
     return list(dict.fromkeys(found))
 
 
@@ -170,14 +171,14 @@ def settings_of(axes: dict[str, list]) -> list[tuple[Settings, list[dict]]]:
 
 
 def fitting(group: Group, chunk: int, memory: float) -> int:
-    """At most `chunk` settings at a time, as many as fit. Raises ValueError if not even one does."""
+    """At most `chunk` settings at a time, as many as fit. Raises UserError if not even one does."""
     groups, members, turns = group.reward.shape
     texts = group.words.ids.shape[1] if group.words is not None else 1
     anchors = (members * turns) ** 2  # exact matching compares all steps of a group
     one = 4 * groups * (2 * texts * texts + 16 * members * turns) + groups * anchors
     most = int(memory * 2**30 / one)
     if most < 1:
-        raise ValueError(
+        raise UserError(
             f"--memory: one setting needs about {one / 2**30:.2g} GiB for {groups} groups of {members} x {turns} steps"
             f" with {texts} texts, got {memory:g}"
         )

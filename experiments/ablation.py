@@ -33,6 +33,7 @@ from experiments import vector_household as vh
 from experiments.study import CURVES, Cell, Results, Study, write
 from experiments.vector_agent import Knobs, Spec, make_run
 from proxmo_jax import advantages, proximity
+from proxmo_jax.errors import UserError
 from proxmo_jax.report import progress_bar
 from proxmo_jax.types import Settings
 
@@ -59,7 +60,7 @@ class Config:
 
 
 def main(config: Config, study: Study | None = None, console: Console | None = None) -> Path:
-    """Run or go on with a study; returns its folder. Raises ValueError for settings that cannot work."""
+    """Run or go on with a study; returns its folder. Raises UserError for settings that cannot work."""
     console = console or Console()
     study = study or load(config.study)
     check(config, study)
@@ -74,25 +75,25 @@ def main(config: Config, study: Study | None = None, console: Console | None = N
 
 
 def load(name: str) -> Study:
-    """A study by its name. Raises ValueError for one there is not."""
+    """A study by its name. Raises UserError for one there is not."""
     if name not in STUDIES:
-        raise ValueError(f"--study must be one of {', '.join(STUDIES)}; got {name!r}")
+        raise UserError(f"--study must be one of {', '.join(STUDIES)}; got {name!r}")
     return importlib.import_module(f"experiments.ablation_{name}").STUDY
 
 
 def check(config: Config, study: Study) -> None:
     for name in ("seeds", "chunk"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
     if config.houses < 30:
-        raise ValueError(f"--houses must be at least 30, got {config.houses}: each task type needs some")
+        raise UserError(f"--houses must be at least 30, got {config.houses}: each task type needs some")
     if not 0.0 < config.learning_rate < np.inf:
-        raise ValueError(f"--learning-rate must be above 0, got {config.learning_rate:g}")
+        raise UserError(f"--learning-rate must be above 0, got {config.learning_rate:g}")
     if not 0.0 <= config.entropy < np.inf:
-        raise ValueError(f"--entropy must be at least 0, got {config.entropy:g}")
+        raise UserError(f"--entropy must be at least 0, got {config.entropy:g}")
     labels = [cell.label for cell in study.cells]
     if len(set(labels)) < len(labels) or not labels:
-        raise ValueError(f"study {study.name}: needs cells of different labels, got {', '.join(labels) or 'none'}")
+        raise UserError(f"study {study.name}: needs cells of different labels, got {', '.join(labels) or 'none'}")
 
 
 def use_every_core() -> None:
@@ -145,7 +146,7 @@ def make_houses(level: str, count: int, *, paraphrases: bool = True) -> tuple[vh
     levels = level.split("+")
     unknown = set(levels) - set(LEVELS)
     if unknown:
-        raise ValueError(f"level: need {', '.join(LEVELS)} or some joined by '+'; got {level!r}")
+        raise UserError(f"level: need {', '.join(LEVELS)} or some joined by '+'; got {level!r}")
     sizes = {"train": count, "valid_unseen": held_out_count(count)}
     games = [
         build_game(make_game(split, i, 0, levels[i // 6 % len(levels)], TASK_TYPES[i % 6])[1])

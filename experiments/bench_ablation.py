@@ -48,6 +48,7 @@ from experiments.vector_agent import (
     make_update,
 )
 from proxmo_jax.advantages import proxmo
+from proxmo_jax.errors import UserError
 from proxmo_jax.steps_file import needed
 from proxmo_jax.types import Group
 
@@ -78,9 +79,9 @@ def main(config: Config, console: Console | None = None) -> str:
     console = console or Console()
     for name in ("seeds", "iterations", "text_iterations"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if config.iterations % 10:
-        raise ValueError(f"--iterations must be a multiple of 10, got {config.iterations}")
+        raise UserError(f"--iterations must be a multiple of 10, got {config.iterations}")
     lines = [
         f"## Ablations, {date.today().isoformat()}: `proxmo bench ablation`", "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} x {jax.devices()[0].device_kind};"
@@ -293,7 +294,7 @@ def time_scaling(console: Console) -> list[str]:
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise RuntimeError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+            raise UserError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         seconds = float(done.stdout.split()[-1])
         console.print(f"{devices} devices, {runs} runs: {seconds:.2f} s")
         lines.append(f"| {devices} | {runs} | {seconds:.2f} | {10 * runs / seconds:.0f} |")

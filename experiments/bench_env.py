@@ -32,6 +32,7 @@ from envs_bridge.household.generate import generate_games
 from envs_bridge.household.verify import command_for
 from envs_bridge.pool import Pool
 from experiments import bench_shop
+from proxmo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -68,10 +69,10 @@ def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or Console()
     if config.shop_products < 0:
-        raise ValueError(f"--shop-products must be at least 0, got {config.shop_products}")
+        raise UserError(f"--shop-products must be at least 0, got {config.shop_products}")
     for name in ("at_most", "steps", "environments", "turns", "workers"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     with tempfile.TemporaryDirectory() as folder:
         if config.games is None:
             games = generate_games(Path(folder), split="train", count=config.at_most, seed=config.seed, level="hard")
@@ -79,7 +80,7 @@ def main(config: Config, console: Console | None = None) -> str:
             games = sorted(config.games.rglob("game.tw-pddl"))
             games = games[:: -(-len(games) // config.at_most)] if games else []
             if not games:
-                raise ValueError(f"--games: {config.games} holds no game.tw-pddl file")
+                raise UserError(f"--games: {config.games} holds no game.tw-pddl file")
         episodes = [(str(game), script(str(game), config.steps, config.seed)) for game in games]
         engines = ["fast"] if config.python is None else list(NAMES)
         timings = {}
@@ -116,7 +117,7 @@ def time_engine(engine: str, episodes: list, config: Config) -> dict:
 
 
 def ask_timing(python: str, request: dict) -> dict:
-    """`experiments.engine_timing`'s answer. Raises RuntimeError with what it said last."""
+    """`experiments.engine_timing`'s answer. Raises UserError with what it said last."""
     done = subprocess.run(
         [python, "-m", "experiments.engine_timing"],
         input=json.dumps(request),
@@ -126,7 +127,7 @@ def ask_timing(python: str, request: dict) -> dict:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"timing an engine failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        raise UserError(f"timing an engine failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -138,7 +139,7 @@ def time_pool(games: list[str], config: Config) -> dict[str, float]:
     with Pool(config.workers) as pool:
         seen = [started[0] for started in pool.reset(list(enumerate(files))) if started]
         if len(seen) < count:
-            raise RuntimeError(f"the pool could not start its games: {pool.fault}")
+            raise UserError(f"the pool could not start its games: {pool.fault}")
         for _ in range(config.turns):
             turns.append([rng.choice(s.admissible) for s in seen])
             began = time.perf_counter()

@@ -33,6 +33,7 @@ from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.household.generate import generate_games
 from proxmo_jax.advantages import official, proxmo
 from proxmo_jax.batch import batch_advantages
+from proxmo_jax.errors import UserError
 from proxmo_jax.steps_file import steps_advantages
 from proxmo_jax.types import Group
 
@@ -63,9 +64,9 @@ def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or Console()
     if config.official is not None and not (config.official / "proxmo" / "core_proxmo.py").is_file():
-        raise ValueError(f"--official: {config.official} holds no proxmo/core_proxmo.py; name a checkout of ProxMO-RL")
+        raise UserError(f"--official: {config.official} holds no proxmo/core_proxmo.py; name a checkout of ProxMO-RL")
     if not config.groups or min(config.groups) < 1:
-        raise ValueError(f"--groups: need numbers of at least 1, got {config.groups}")
+        raise UserError(f"--groups: need numbers of at least 1, got {config.groups}")
     rows = []
     played = play(max(config.groups), config.seed, console)
     batches = [first_groups(played, groups) for groups in config.groups]
@@ -162,7 +163,7 @@ def time_official(config: Config, steps: dict[str, Any]) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"--official: the official code failed under {config.official_python}: {last}")
+            raise UserError(f"--official: the official code failed under {config.official_python}: {last}")
         answer = np.load(target)
         return {"official": float(answer["seconds"]), "difference": float(np.abs(answer["advantage"] - ours).max())}
 
@@ -212,7 +213,7 @@ def million_steps() -> dict[str, float]:
     """A million steps from raw texts, compilation included, in a process of its own; its time and peak memory."""
     done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the run over a million steps failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"the run over a million steps failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

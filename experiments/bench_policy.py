@@ -28,6 +28,7 @@ from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
 from experiments.timing import timed
+from proxmo_jax.errors import UserError
 from proxmo_jax.learner import Rows, TrainState, make_optimizer, pack_turns, policy_step
 from proxmo_jax.losses import LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
@@ -70,9 +71,9 @@ def main(config: Config, console: Console | None = None) -> str:
     console = console or Console()
     for name in ("turns", "decode_rows", "decode_steps", "layers", "repeat"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     if config.hidden_size % 64:
-        raise ValueError(f"--hidden-size must be a multiple of 64, got {config.hidden_size}")
+        raise UserError(f"--hidden-size must be a multiple of 64, got {config.hidden_size}")
     shape = PolicyConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=3 * config.hidden_size,
         num_hidden_layers=config.layers, num_attention_heads=config.hidden_size // 32,
@@ -217,7 +218,7 @@ def time_step(shape: PolicyConfig, params, rows: Rows, repeat: int) -> dict:
 
 
 def time_tunix(python: Path, request: dict) -> dict:
-    """`tunix_timing.py` in its own environment. Raises RuntimeError with what it said last."""
+    """`tunix_timing.py` in its own environment. Raises UserError with what it said last."""
     done = subprocess.run(
         [str(python), str(HERE / "tunix_timing.py")],
         input=json.dumps(request),
@@ -227,7 +228,7 @@ def time_tunix(python: Path, request: dict) -> dict:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"google-tunix: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        raise UserError(f"google-tunix: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -29,6 +29,7 @@ from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.expert import demonstrate
 from envs_bridge.shop.generate import KINDS, generate_catalogue
 from envs_bridge.shop.search import build_index
+from proxmo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GENUINE = 80  # steps a second at best
@@ -66,7 +67,7 @@ def measure(config: Config, console: Console) -> str:
     """The measurements as Markdown."""
     for name in ("products", "queries", "environments"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = config.catalogue or generate_catalogue(folder / "data")
@@ -153,11 +154,11 @@ def large_catalogue(folder: Path, prepared: Path, products: int) -> Path:
 
 
 def ask(request: dict) -> dict:
-    """`shop_timing`'s answer. Raises RuntimeError with what it said last."""
+    """`shop_timing`'s answer. Raises UserError with what it said last."""
     done = subprocess.run(
         [sys.executable, "-m", "experiments.shop_timing"], input=json.dumps(request), capture_output=True, text=True,
         cwd=ROOT, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"timing the shop failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        raise UserError(f"timing the shop failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy import Policy, PolicyConfig
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.weights import find_model, load_weights, parameter_count, read_config
@@ -38,21 +39,21 @@ class Config:
 
 
 def main(config: Config, console: Console | None = None) -> bool:
-    """Compare and report; whether the two agree. Raises ValueError for a checkpoint that is wrong, or without torch."""
+    """Compare and report; whether the two agree. Raises UserError for a checkpoint that is wrong, or without torch."""
     console = console or Console()
     folder = find_model(config.model)
     shape = read_config(folder)
     if config.length + config.new_tokens > shape.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"--length and --new-tokens add up to {config.length + config.new_tokens}, need at most the model's"
             f" {shape.max_position_embeddings}"
         )
     for name in ("prompts", "length", "new_tokens"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     params = load_weights(folder, shape)
     if importlib.util.find_spec("torch") is None:
-        raise ValueError(f"check-model compares with transformers on torch, which is not installed; {CURE}")
+        raise UserError(f"check-model compares with transformers on torch, which is not installed; {CURE}")
     tokens, lengths = random_prompts(config, shape)
     console.print(f"{config.model}: {parameter_count(shape):,} parameters, {len(lengths)} prompts")
     ours, our_answers = answers_here(config, shape, params, tokens, lengths)

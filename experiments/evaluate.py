@@ -28,6 +28,7 @@ from experiments import players, setup, worlds
 from experiments.study import bootstrap
 from proxmo_jax import adapters
 from proxmo_jax.checkpoint import Checkpoints, load_params
+from proxmo_jax.errors import UserError
 from proxmo_jax.report import progress_bar, wilson
 from proxmo_jax.sharding import make_mesh
 
@@ -99,30 +100,30 @@ def main(config: Config, console: Console | None = None) -> dict:
 
 
 def run_settings(config: Config) -> setup.Config:
-    """The run's settings with what is asked for here in their place. Raises ValueError for what cannot be."""
+    """The run's settings with what is asked for here in their place. Raises UserError for what cannot be."""
     if not (config.run / "config.json").is_file():
-        raise ValueError(f"{config.run} holds no run (no config.json)")
+        raise UserError(f"{config.run} holds no run (no config.json)")
     if config.batch < 1 or config.games < 0:
-        raise ValueError(f"--batch must be at least 1 and --games at least 0, got {config.batch} and {config.games}")
+        raise UserError(f"--batch must be at least 1 and --games at least 0, got {config.batch} and {config.games}")
     if config.temperature <= 0:
-        raise ValueError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
+        raise UserError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
     stored = setup.stored_config(setup.Config(out=config.run))
     asked = {name: getattr(config, name) for name in ("env", "data", "engine", "python", "workers")}
     stored = dataclasses.replace(stored, **{name: value for name, value in asked.items() if value is not None})
     known = worlds.SPLITS_OF[stored.env]
     if unknown := sorted(set(config.splits) - set(known)):
-        raise ValueError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
+        raise UserError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
     setup.check(stored)
     return stored
 
 
 def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[str]]:
-    """Game files by split. Raises ValueError if there are none."""
+    """Game files by split. Raises UserError if there are none."""
     splits = config.splits or worlds.HELD_OUT[stored.env]
     games = worlds.stored_games(stored, dict.fromkeys(splits, config.games or sys.maxsize), console)
     chosen = {split: files for split, files in games.items() if files}
     if not chosen:
-        raise ValueError(f"{config.run}: no game in {', '.join(splits)}")
+        raise UserError(f"{config.run}: no game in {', '.join(splits)}")
     return chosen
 
 
@@ -138,7 +139,7 @@ def trained_params(config: Config, stored: setup.Config, player: Player):
             return load_params(config.run / "warm_start", players.fresh_params(player, jax.random.key(0))), 0
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
-            raise ValueError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
+            raise UserError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
         key = jax.random.key(0)
         start = players.pretrained_params(stored, player) if stored.lora_rank else players.fresh_params(player, key)
         state = players.new_state(player, start, players.run_optimizer(stored))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments import evaluate, players
 from proxmo_jax import adapters
+from proxmo_jax.errors import UserError
 from proxmo_jax.sharding import make_mesh
 from proxmo_jax.weights import save_weights
 
@@ -30,10 +31,10 @@ class Config:
 
 
 def main(config: Config, console: Console | None = None) -> Path:
-    """Export; returns the folder. Raises ValueError for a run or checkpoint that is not there, or a target in use."""
+    """Export; returns the folder. Raises UserError for a run or checkpoint that is not there, or a target in use."""
     console = console or Console()
     if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
-        raise ValueError(f"{config.target} is in use; name a new folder")
+        raise UserError(f"{config.target} is in use; name a new folder")
     asked = evaluate.Config(run=config.run, checkpoint=config.checkpoint)
     stored = evaluate.run_settings(asked)
     player = players.make_player(stored, make_mesh(0, stored.fsdp, stored.tensor))

@@ -21,6 +21,7 @@ from experiments.setup import SHOPS, Config
 from experiments.worlds import memory_of
 from proxmo_jax import adapters
 from proxmo_jax.attention import BLOCK
+from proxmo_jax.errors import UserError
 from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding, stop_table
@@ -32,7 +33,7 @@ from proxmo_jax.weights import find_model, load_weights, read_config, weight_fil
 def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
     """The run's policy. A small one's tokenizer is read from the run's folder, or built from demonstrations there.
 
-    Raises ValueError for a model that is not there, is not supported, or does not fit the run.
+    Raises UserError for a model that is not there, is not supported, or does not fit the run.
     """
     return language_player(config, mesh) if config.model else small_player(config, mesh, demonstrations)
 
@@ -96,21 +97,19 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
     parameter_shardings(mesh, policy)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise ValueError(f"--model: {config.model} holds no tokenizer (tokenizer.json)")
+        raise UserError(f"--model: {config.model} holds no tokenizer (tokenizer.json)")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise ValueError(
-            f"--model: {config.model} holds no tokenizer ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise UserError(f"--model: {config.model} holds no tokenizer ({str(error).strip().splitlines()[0]})") from error
     if len(tokenizer) > policy.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--model: {config.model}: its tokenizer has {len(tokenizer)} tokens, need at most the {policy.vocab_size}"
             " of its vocab_size"
         )
     longest = config.max_prompt_tokens + config.max_response_tokens
     if longest > policy.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"--max-prompt-tokens and --max-response-tokens add up to {longest}, need at most the model's"
             f" {policy.max_position_embeddings}"
         )
@@ -137,14 +136,14 @@ def language_player(config: Config, mesh: Mesh) -> Player:
 
 
 def stop_ids(folder: Path, tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's and the generation config's. Raises ValueError if there are none."""
+    """Tokens that end an answer: the tokenizer's and the generation config's. Raises UserError if there are none."""
     found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
     if path.is_file():
         also = json.loads(path.read_text()).get("eos_token_id")
         found |= set(also if isinstance(also, list) else [also]) - {None}
     if not found:
-        raise ValueError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")
+        raise UserError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")
     return tuple(sorted(found))
 
 

@@ -13,6 +13,7 @@ from envs_bridge.household.generate import LEVELS
 from envs_bridge.shop.catalogue import GOALS
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.attention import BLOCK
+from proxmo_jax.errors import UserError
 from proxmo_jax.losses import AGGREGATIONS, KL
 from proxmo_jax.policy import REMAT
 
@@ -189,7 +190,7 @@ def check(config: Config) -> None:
 
     def need(ok: bool, message: str) -> None:
         if not ok:
-            raise ValueError(message)
+            raise UserError(message)
 
     for name, choices in CHOICES.items():
         value = getattr(config, name)
@@ -253,26 +254,24 @@ def stored_config(config: Config) -> Config:
     """The settings of the run to resume; more `iterations` than it has stored go on from where it ended."""
     path = config.out / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume: {config.out} holds no run (no config.json)")
+        raise UserError(f"--resume: {config.out} holds no run (no config.json)")
     stored = json.loads(path.read_text())
     paths = {"out", "config", "warm_start_from", "data", "webshop"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
-        raise ValueError(
-            f"{path}: has {', '.join(unknown)}, which is no setting of this version; need a run of its own"
-        )
+        raise UserError(f"{path}: has {', '.join(unknown)}, which is no setting of this version; need a run of its own")
     iterations = max(values["iterations"], config.iterations)
     return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
 
 
 def open_folder(config: Config) -> None:
-    """Make the run's folder and note its settings. Raises ValueError if another run lives there."""
+    """Make the run's folder and note its settings. Raises UserError if another run lives there."""
     path = config.out / "config.json"
     if path.exists() and not config.resume:
-        raise ValueError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
+        raise UserError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
     if config.out.exists() and not config.resume and any(config.out.iterdir()):
-        raise ValueError(f"--out: {config.out} is not empty; name a new folder")
+        raise UserError(f"--out: {config.out} is not empty; name a new folder")
     config.out.mkdir(parents=True, exist_ok=True)
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     temporary = path.with_suffix(".tmp")

@@ -29,6 +29,7 @@ from proxmo_jax import adapters
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
+from proxmo_jax.errors import UserError
 from proxmo_jax.learner import (
     Rows,
     TrainState,
@@ -172,10 +173,10 @@ def answer_room(config: Config) -> int:
 
 
 def cloned(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
-    """Demonstrations of the games that our engine plays. Raises ValueError if it plays none."""
+    """Demonstrations of the games that our engine plays. Raises UserError if it plays none."""
     examples = demonstrations(demonstrated(config, games, mistake_rate), memory_of(config))
     if not examples:
-        raise ValueError("warm start: there is no demonstration; our engine plays none of the training games")
+        raise UserError("warm start: there is no demonstration; our engine plays none of the training games")
     return examples
 
 

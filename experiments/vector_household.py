@@ -19,6 +19,7 @@ import numpy as np
 
 from envs_bridge.household.engine import BANNER, KNIVES
 from envs_bridge.household.game import Game
+from proxmo_jax.errors import UserError
 from proxmo_jax.types import pytree
 
 COMMANDS = ("look", "inventory", "help", "examine", "open", "close", "put", "clean", "heat", "cool", "examine held")
@@ -126,7 +127,7 @@ class Texts(NamedTuple):
 def build(games: Sequence[Game], *, paraphrases: bool = True) -> tuple[Houses, Texts]:
     """The games as arrays, and what their texts are made of; without `paraphrases` no piece has another wording.
 
-    Raises ValueError naming a game that is not as our generator makes them.
+    Raises UserError naming a game that is not as our generator makes them.
     """
     for game in games:
         _check(game)
@@ -163,7 +164,7 @@ def _check(game: Game) -> None:
         (len(game.goal.states) > 1, "a goal of two states"),
     ):
         if wrong:
-            raise ValueError(f"{game.path}: has {what}, which the array household does not know")
+            raise UserError(f"{game.path}: has {what}, which the array household does not know")
 
 
 def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from envs_bridge.shop.generate import FILES, generate_catalogue
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Observation
 from experiments.setup import SHOPS, Config
+from proxmo_jax.errors import UserError
 from proxmo_jax.report import progress_bar
 
 SPLITS_OF = {"household": SPLITS, "alfworld": SPLITS, "shop": shop.SPLITS, "webshop": shop.SPLITS}
@@ -48,7 +49,7 @@ def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
         chosen = stored_games(config, wanted, console)
     held_out = [game for split in names for game in chosen.get(split, [])]
     if not chosen["train"] or not held_out:
-        raise ValueError(f"--data: need games in train, and in {' or '.join(names)}")
+        raise UserError(f"--data: need games in train, and in {' or '.join(names)}")
     return chosen["train"], held_out
 
 

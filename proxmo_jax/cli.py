@@ -10,6 +10,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from envs_bridge.errors import UserError as WorldUserError
+from proxmo_jax.errors import UserError
+
 USAGE = """usage: proxmo COMMAND [options]
 
   train             train an agent on household games
@@ -31,11 +34,11 @@ proxmo COMMAND --help lists the options."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a user's mistake ends in one sentence on stderr and exit status 2."""
+    """Run one command; a user's mistake ends in one sentence on stderr and exit status 2, a bug in its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _dispatch(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (UserError, WorldUserError, OSError) as error:
         if os.environ.get("PROXMO_TRACEBACK"):
             raise
         print(f"proxmo: {' '.join(str(error).split())}", file=sys.stderr)
@@ -63,16 +66,16 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "verify-env" and rest[:1] == ["shop"]:
         return _verify_shop(rest[1:])
     if command == "verify-env":
-        raise ValueError(f"unknown environment {' '.join(rest[:1])!r}; need household or shop")
+        raise UserError(f"unknown environment {' '.join(rest[:1])!r}; need household or shop")
     if command == "ablate" and rest[:1] in (["estimator"], ["train"]):
         return _ablate(*rest)
     if command == "ablate":
-        raise ValueError(f"unknown ablation {' '.join(rest[:1])!r}; need estimator or train")
+        raise UserError(f"unknown ablation {' '.join(rest[:1])!r}; need estimator or train")
     if command == "bench" and rest[:1] in (["estimator"], ["env"], ["shop"], ["policy"], ["ablation"]):
         return _bench(*rest)
     if command == "bench":
-        raise ValueError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env, shop, policy or ablation")
-    raise ValueError(
+        raise UserError(f"unknown benchmark {' '.join(rest[:1])!r}; need estimator, env, shop, policy or ablation")
+    raise UserError(
         f"unknown command {command!r}; need train, eval, export, advantages, ablate, bench, check-model or verify-env"
     )
 
@@ -116,7 +119,7 @@ def _advantages(arguments: list[str]) -> int:
     knobs = {name: value for name, value in vars(options).items() if value is not None}
     source, target, preset = (knobs.pop(name) for name in ("source", "target", "preset"))
     if preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     count = advantages_of_file(source, target, PRESETS[preset](**knobs))
     print(f"{target}: advantages of {count} steps by {preset}")
     return 0
@@ -144,14 +147,14 @@ def _verify_household(arguments: list[str]) -> int:
     options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
     files = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
     if not files:
-        raise ValueError(f"--games: {options.games} holds no game.tw-pddl file")
+        raise UserError(f"--games: {options.games} holds no game.tw-pddl file")
     if options.episodes < 1:
-        raise ValueError(f"--episodes must be at least 1, got {options.episodes}")
+        raise UserError(f"--episodes must be at least 1, got {options.episodes}")
     games, others = playable(files)
     if others:
         print(f"{len(others)} of {len(files)} files are not played by our engine; the first: {others[0]}")
     if not games:
-        raise ValueError(f"--games: {options.games} holds no game that our engine plays")
+        raise UserError(f"--games: {options.games} holds no game that our engine plays")
     engine = "textworld-stock" if options.stock else "textworld"
     with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(Console()) as bar:
         task = bar.add_task("comparing", total=options.episodes, note="")
@@ -168,7 +171,7 @@ def _verify_household(arguments: list[str]) -> int:
     if found.unplayed:
         reason = f"ALFWorld's engine could not start {len(found.unplayed)} episodes; the last: {pool.fault}"
         if found.episodes == 0:
-            raise RuntimeError(reason)
+            raise UserError(reason)
         print(reason)
     print(found)
     return 0 if found.difference is None else 1
@@ -272,7 +275,7 @@ def _value_of(arguments: list[str], option: str) -> str | None:
 
 def _defaults(arguments: list[str], cls):
     """The settings of the recipe or file named by --config, or else of the recipe of --env's name, if there is one.
-    Raises ValueError naming the file and the fault."""
+    Raises UserError naming the file and the fault."""
     import experiments
 
     recipes = Path(experiments.__file__).parent / "configs"
@@ -285,18 +288,18 @@ def _defaults(arguments: list[str], cls):
     try:
         values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text())
     except OSError as error:
-        raise ValueError(f"--config: {name} cannot be read ({error.strerror})") from error
+        raise UserError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {name} is not TOML ({error})") from error
+        raise UserError(f"--config: {name} is not TOML ({error})") from error
     known = {f.name: f for f in cls.__dataclass_fields__.values()}
     values = {k.replace("-", "_"): v for k, v in values.items()}
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")
+        raise UserError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")
     for key, value in values.items():
         default = known[key].default
         if isinstance(default, Path) or default is None:
             values[key] = Path(value)
         elif not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
-            raise ValueError(f"--config: {key} must be {type(default).__name__}, got {value!r}")
+            raise UserError(f"--config: {key} must be {type(default).__name__}, got {value!r}")
     return cls(**values)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.words import bucket
 
 
@@ -21,21 +22,21 @@ def numbered(names: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def finite(values: Any, name: str) -> np.ndarray:
-    """The values as float32. Raises ValueError naming the first row with one that is not a finite number."""
+    """The values as float32. Raises UserError naming the first row with one that is not a finite number."""
     values = np.asarray(values)
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"{name}: need numbers, got {values.dtype}")
+        raise UserError(f"{name}: need numbers, got {values.dtype}")
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        raise ValueError(f"{name}: row {bad[0][0]} has {values[tuple(bad[0])]}, need finite numbers")
+        raise UserError(f"{name}: row {bad[0][0]} has {values[tuple(bad[0])]}, need finite numbers")
     return values.astype(np.float32)
 
 
 def flags(values: Any, name: str) -> np.ndarray:
-    """The values as bool. Raises ValueError for anything but true and false, or 1 and 0."""
+    """The values as bool. Raises UserError for anything but true and false, or 1 and 0."""
     values = np.asarray(values)
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
-        raise ValueError(
+        raise UserError(
             f"{name}: need true or false (1 or 0) in every row, got {values.dtype} {values[:3].tolist()}..."
         )
     return values.astype(bool)
@@ -45,17 +46,17 @@ class Packing:
     """Where each of `N` ragged steps lies in the rectangle `[G, M, T]`; built once at the border, on the host.
 
     Groups and trajectories may be named by any ints or strings and come in any order; a trajectory's turns are
-    ordered by `step`. Raises ValueError naming the array for an empty batch, lengths that differ, a trajectory
+    ordered by `step`. Raises UserError naming the array for an empty batch, lengths that differ, a trajectory
     found in two groups and a repeated (trajectory, step).
     """
 
     def __init__(self, group: np.ndarray, trajectory: np.ndarray, step: np.ndarray):
         group, trajectory, step = np.asarray(group), np.asarray(trajectory), np.asarray(step)
         if group.ndim != 1 or len(group) == 0:
-            raise ValueError(f"group: need a non-empty array of shape (N,), got shape {group.shape}")
+            raise UserError(f"group: need a non-empty array of shape (N,), got shape {group.shape}")
         for name, array in (("trajectory", trajectory), ("step", step)):
             if array.shape != group.shape:
-                raise ValueError(f"{name}: got shape {array.shape}, need {group.shape} as group has")
+                raise UserError(f"{name}: got shape {array.shape}, need {group.shape} as group has")
         step = finite(step, "step")
         group_index, groups = numbered(group)
         trajectory_index, trajectories = numbered(trajectory)
@@ -63,14 +64,14 @@ class Packing:
         owner[trajectory_index] = group_index
         if np.any(owner[trajectory_index] != group_index):
             bad = trajectory[np.flatnonzero(owner[trajectory_index] != group_index)[0]]
-            raise ValueError(f"trajectory: {bad} stands in two groups; a trajectory belongs to one")
+            raise UserError(f"trajectory: {bad} stands in two groups; a trajectory belongs to one")
 
         order = np.lexsort((step, trajectory_index))
         same = trajectory_index[order][1:] == trajectory_index[order][:-1]
         twice = np.flatnonzero(same & (step[order][1:] == step[order][:-1]))
         if len(twice):
             at = order[twice[0]]
-            raise ValueError(f"step: trajectory {trajectory[at]} has step {step[at]:g} twice; each may stand once")
+            raise UserError(f"step: trajectory {trajectory[at]} has step {step[at]:g} twice; each may stand once")
         starts = np.flatnonzero(np.r_[True, ~same])
         turn = np.empty(len(group), np.int64)
         turn[order] = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
@@ -91,7 +92,7 @@ class Packing:
         """Per-step `[N, ...]` to `[G, M, T, ...]`, zeros on padding."""
         values = np.asarray(values)
         if values.shape[:1] != (len(self),):
-            raise ValueError(f"{name}: got shape {values.shape}, need {len(self)} rows, one per step")
+            raise UserError(f"{name}: got shape {values.shape}, need {len(self)} rows, one per step")
         rectangle = np.zeros(self.shape + values.shape[1:], values.dtype)
         rectangle[self.index] = values
         return rectangle
@@ -99,13 +100,13 @@ class Packing:
     def pack_trajectories(self, values: np.ndarray, name: str) -> np.ndarray:
         """A per-step flag bool [N] that is the same on all steps of a trajectory, to `[G, M]`.
 
-        Raises ValueError naming a trajectory whose steps disagree.
+        Raises UserError naming a trajectory whose steps disagree.
         """
         flag = self.pack(values, name).max(axis=2)
         differs = np.flatnonzero(values != flag[self.index[:2]])
         if len(differs):
             at = differs[0]
-            raise ValueError(f"{name}: the steps of trajectory {self._trajectory[at]} disagree; need one value for all")
+            raise UserError(f"{name}: the steps of trajectory {self._trajectory[at]} disagree; need one value for all")
         return flag
 
     def unpack(self, rectangle: Any) -> np.ndarray:
@@ -119,7 +120,7 @@ class Packing:
         """
         group, size = self.index[0], int(numbers.max(initial=0)) + 1
         if len(numbers) != len(self):
-            raise ValueError(f"{name}: got {len(numbers)} rows, need {len(self)}, one per step")
+            raise UserError(f"{name}: got {len(numbers)} rows, need {len(self)}, one per step")
         both, which = np.unique(group * size + numbers, return_inverse=True)
         owner = both // size
         row = np.arange(len(both)) - np.searchsorted(owner, np.arange(self.shape[0]))[owner]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy import Cache, Policy, PolicyConfig
 from proxmo_jax.sharding import cache_sharding
 
@@ -50,10 +51,10 @@ def stop_table(texts: Sequence[str], strings: Sequence[str]) -> np.ndarray:
 
     texts: what each token id says. State 0 is the start, the last state is reached when a string has been said, and is
     never left; `table[state, token]` is the next state. (Aho and Corasick's automaton, run over each token's
-    characters.) Raises ValueError for no string, or an empty one.
+    characters.) Raises UserError for no string, or an empty one.
     """
     if not strings or not all(strings):
-        raise ValueError("stop strings: need at least one, none of them empty")
+        raise UserError("stop strings: need at least one, none of them empty")
     alphabet = {c: i + 1 for i, c in enumerate(sorted(set("".join(strings))))}  # 0: any other character
     prefixes = sorted({s[:n] for s in strings for n in range(len(s))}, key=lambda p: (len(p), p))
     state = {prefix: i for i, prefix in enumerate(prefixes)}

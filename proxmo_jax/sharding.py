@@ -13,6 +13,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy import LOGICAL_AXES, PolicyConfig, parameter_shapes
 
 AXES = ("data", "fsdp", "tensor")
@@ -44,13 +45,13 @@ def keep_freed_memory() -> None:
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices of all hosts (or of those given); `data` 0 takes what the others leave.
 
-    Raises ValueError if the sizes do not multiply to the number of devices.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (data or max(len(devices) // (fsdp * tensor), 1), fsdp, tensor)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
-        raise ValueError(f"mesh: {wanted} is {math.prod(sizes)} devices, need the {len(devices)} there are")
+        raise UserError(f"mesh: {wanted} is {math.prod(sizes)} devices, need the {len(devices)} there are")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -72,7 +73,7 @@ def cache_sharding(mesh: Mesh) -> NamedSharding:
 def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
     """Where each parameter lies: a tree of NamedSharding, by `LOGICAL_AXES` and `RULES`.
 
-    Raises ValueError naming every axis that the mesh does not divide.
+    Raises UserError naming every axis that the mesh does not divide.
     """
     wrong: set[str] = set()
 
@@ -86,7 +87,7 @@ def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(place, parameter_shapes(config))
     if wrong:
-        raise ValueError(f"mesh: does not divide {', '.join(sorted(wrong))}; need sizes that do")
+        raise UserError(f"mesh: does not divide {', '.join(sorted(wrong))}; need sizes that do")
     return tree
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from proxmo_jax.errors import UserError
+
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
 # A thing and its number are two words: all desks share one, and the numbers are read and copied alike for all things.
 # Longer numbers, as in a product's ASIN, are pairs of digits, so that one never seen can be copied, too.
@@ -33,7 +35,7 @@ def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokeni
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder. Raises ValueError if there is none."""
+    """The tokenizer of a folder. Raises UserError if there is none."""
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(f"{folder}: holds no tokenizer.json")
+        raise UserError(f"{folder}: holds no tokenizer.json")
     return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.packing import Packing, finite, flags
 from proxmo_jax.words import Vocabulary, WordCounts
 
@@ -68,14 +69,14 @@ class Group:
         (kept between batches, it counts a text once), or of the caller's own: anchor int [N] and embedding [N, D].
         `packing.unpack(answer.joint)` brings answers back into the steps' order. Numbers of words and of distinct
         texts are padded to powers of two.
-        Raises ValueError naming the array: see `Packing`; rewards that are not finite; a trajectory whose steps
+        Raises UserError naming the array: see `Packing`; rewards that are not finite; a trajectory whose steps
         disagree on success; anchors beside texts.
         """
         packing = Packing(group, trajectory, step)
         words = None
         if texts is not None:
             if anchor is not None:
-                raise ValueError("anchor: texts number their own anchors; give one of the two")
+                raise UserError("anchor: texts number their own anchors; give one of the two")
             vocabulary = vocabulary or Vocabulary()
             anchor, table = packing.distinct(vocabulary.rows(texts), "texts")
             words = vocabulary.gather(table)
@@ -144,24 +145,24 @@ class Settings:
         _choice("episode_over", self.episode_over, ("steps", "trajectories"))
         _choice("success_rate", self.success_rate, ("trajectories", "official"))
         if self.step_std and self.aggregation == "soft":
-            raise ValueError('step_std: the soft baseline has no standard deviation; use aggregation="hard"')
+            raise UserError('step_std: the soft baseline has no standard deviation; use aggregation="hard"')
         if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+            raise UserError(f"temperature must be > 0, got {self.temperature}")
         threshold = self.similarity_threshold
         if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
+            raise UserError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
 
 
 def sweep(settings: Settings, **values: Any) -> Settings:
     """Every combination of the values of some numeric knobs, the last named changing fastest: leaves float32 [N].
 
     `jax.vmap(advantages, (None, 0))(group, sweep(proxmo(), temperature=[0.05, 0.1], step_weight=[0, 1]))` estimates
-    under all four. Raises ValueError for a name that is no numeric knob.
+    under all four. Raises UserError for a name that is no numeric knob.
     """
     knobs = [f.name for f in dataclasses.fields(Settings) if not f.metadata.get("static")]
     for name in values:
         if name not in knobs:
-            raise ValueError(f"sweep: {name} is no numeric knob; need one of {', '.join(knobs)}")
+            raise UserError(f"sweep: {name} is no numeric knob; need one of {', '.join(knobs)}")
     grids = np.meshgrid(*(np.asarray(v, np.float32) for v in values.values()), indexing="ij")
     swept: dict[str, Any] = {name: grid.reshape(-1) for name, grid in zip(values, grids, strict=True)}
     size = len(next(iter(swept.values()))) if swept else 1
@@ -172,7 +173,7 @@ def sweep(settings: Settings, **values: Any) -> Settings:
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 @pytree

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy import PolicyConfig, Rope, parameter_shapes
 
 SHARD = 4 << 30  # bytes in one file of a saved checkpoint
@@ -79,36 +80,36 @@ ENTRIES = {
 
 
 def find_model(model: str) -> Path:
-    """A model's folder: the folder named, or a fetched copy of a hub id. Raises ValueError if it is neither."""
+    """A model's folder: the folder named, or a fetched copy of a hub id. Raises UserError if it is neither."""
     folder = Path(model)
     if folder.is_dir():
         return folder
     if folder.exists() or model.startswith((".", "/", "~")):
-        raise ValueError(f"--model: {model} is not a folder")
+        raise UserError(f"--model: {model} is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--model: {model} is neither a folder here nor can it be fetched ({reason})") from error
+        raise UserError(f"--model: {model} is neither a folder here nor can it be fetched ({reason})") from error
 
 
 def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     """The policy's shape from `config.json`; `choices` set dtype, param_dtype and remat.
 
-    Raises ValueError for a folder without one, and for an architecture or a setting that the policy does not have.
+    Raises UserError for a folder without one, and for an architecture or a setting that the policy does not have.
     """
     path = Path(folder) / "config.json"
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{folder}: holds no config.json") from error
+        raise UserError(f"{folder}: holds no config.json") from error
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error})") from error
     kind = data.get("model_type")
     if kind not in ("qwen2", "qwen3"):
-        raise ValueError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
+        raise UserError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
     layers = data.get("layer_types") or []
     for wrong, what in (
         (data.get("hidden_act", "silu") != "silu", f"hidden_act {data.get('hidden_act')!r}, need silu"),
@@ -118,7 +119,7 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
         (bool(data.get("quantization_config")), "quantised weights, need float32, float16 or bfloat16"),
     ):
         if wrong:
-            raise ValueError(f"{path}: has {what}")
+            raise UserError(f"{path}: has {what}")
     try:
         heads = data["num_attention_heads"]
         return PolicyConfig(
@@ -139,7 +140,7 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
             **choices,
         )
     except KeyError as error:
-        raise ValueError(f"{path}: has no {error.args[0]!r}") from error
+        raise UserError(f"{path}: has no {error.args[0]!r}") from error
 
 
 def _read_rope(data: dict, path: Path) -> Rope:
@@ -147,7 +148,7 @@ def _read_rope(data: dict, path: Path) -> Rope:
     found = data.get("rope_parameters") or {**(data.get("rope_scaling") or {}), "rope_theta": data.get("rope_theta")}
     kind = found.get("rope_type") or found.get("type") or "default"
     if kind not in ("default", "linear", "yarn"):
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported, need default, linear or yarn")
+        raise UserError(f"{path}: rope_type {kind!r} is not supported, need default, linear or yarn")
     original = found.get("original_max_position_embeddings") or data.get("max_position_embeddings") or 32_768
     return Rope(
         theta=float(found.get("rope_theta") or 10_000.0),
@@ -161,9 +162,9 @@ def _read_rope(data: dict, path: Path) -> Rope:
 
 
 def hugging_face_config(config: PolicyConfig) -> dict:
-    """`config.json` of the policy. Raises ValueError for a policy that is neither a Qwen2 nor a Qwen3."""
+    """`config.json` of the policy. Raises UserError for a policy that is neither a Qwen2 nor a Qwen3."""
     if config.qkv_bias == config.qk_norm:
-        raise ValueError("a policy with both biases and normalised heads, or with neither, is no Qwen2 and no Qwen3")
+        raise UserError("a policy with both biases and normalised heads, or with neither, is no Qwen2 and no Qwen3")
     rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
     if config.rope.kind != "default":
         rope["factor"] = config.rope.factor
@@ -188,7 +189,7 @@ def hugging_face_config(config: PolicyConfig) -> dict:
 def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> Any:
     """The parameters of a checkpoint, in `config.param_dtype`, laid out as `shardings` (a tree; default: one device).
 
-    Raises ValueError once for everything that is wrong: no weights, a truncated file, names missing or left over,
+    Raises UserError once for everything that is wrong: no weights, a truncated file, names missing or left over,
     shapes that are not the config's.
     """
     files = weight_files(Path(folder))
@@ -198,7 +199,7 @@ def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> A
             try:
                 opened = stack.enter_context(safe_open(file, framework="np"))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: is truncated or no safetensors file ({error})") from error
+                raise UserError(f"{file}: is truncated or no safetensors file ({error})") from error
             where |= dict.fromkeys(opened.keys(), opened)
         shapes = parameter_shapes(config)
         paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
@@ -219,20 +220,20 @@ def _key(path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises ValueError if there are none, or one is missing."""
+    """The safetensors files of a checkpoint. Raises UserError if there are none, or one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: is no index of weights ({error})") from error
+            raise UserError(f"{index}: is no index of weights ({error})") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: holds no weights (*.safetensors)")
+        raise UserError(f"{folder}: holds no weights (*.safetensors)")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{folder}: lacks {', '.join(missing)}, which its index names")
+        raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
     return files
 
 
@@ -255,7 +256,7 @@ def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int
     wrong += [f"{name} is left over" for name in left]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{folder}: the weights are not those of its config.json: {'; '.join(wrong[:5])}{more}")
+        raise UserError(f"{folder}: the weights are not those of its config.json: {'; '.join(wrong[:5])}{more}")
 
 
 def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any]) -> jax.Array:

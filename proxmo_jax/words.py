@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proxmo_jax.errors import UserError
+
 # Maximal runs of word characters; which of them count is decided once per word (`_Ids`).
 RUN = re.compile(r"\w+|\0")
 ASCII_RUN = bytes(c if chr(c).isalnum() or c in b"_\0" else 32 for c in range(128)).lower() + bytes(128)
@@ -126,7 +128,7 @@ class Vocabulary:
     def gather(self, rows: np.ndarray, width: int | None = None) -> WordCounts:
         """Counts of the texts numbered `rows` [...] (-1: none) as `[..., K]`, K a power of two or `width`.
 
-        Raises ValueError for a text with more distinct words than `width`.
+        Raises UserError for a text with more distinct words than `width`.
         """
         rows = np.asarray(rows)
         flat = rows.reshape(-1)
@@ -136,7 +138,7 @@ class Vocabulary:
         if width is None:
             width = bucket(longest)
         elif longest > width:
-            raise ValueError(f"a text has {longest} different words, need at most {width}")
+            raise UserError(f"a text has {longest} different words, need at most {width}")
         ids, counts = np.zeros((len(flat), width), np.int32), np.zeros((len(flat), width), np.float32)
         row = np.repeat(np.arange(len(flat)), length)
         slot = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from envs_bridge.errors import UserError
 from envs_bridge.household.dialect import ForeignGame, read_dialect
 from envs_bridge.household.game import TASK_TYPES, GameFileError, read_game_file
 from envs_bridge.household.generate import SPLITS
@@ -43,14 +44,14 @@ class Survey:
 
 
 def data_folder(data: Path | None) -> Path:
-    """The folder named, or `$ALFWORLD_DATA`. Raises ValueError if it holds no split."""
+    """The folder named, or `$ALFWORLD_DATA`. Raises UserError if it holds no split."""
     if data is None and not os.environ.get("ALFWORLD_DATA"):
-        raise ValueError("--data: name ALFWorld's data folder, or set $ALFWORLD_DATA (alfworld-download fills it)")
+        raise UserError("--data: name ALFWorld's data folder, or set $ALFWORLD_DATA (alfworld-download fills it)")
     folder = Path(data or os.environ["ALFWORLD_DATA"])
     for inner in (folder, folder / "json_2.1.1"):
         if any((inner / split).is_dir() for split in SPLITS):
             return inner
-    raise ValueError(f"--data: {folder} holds none of the folders {', '.join(SPLITS)} (nor does its json_2.1.1)")
+    raise UserError(f"--data: {folder} holds none of the folders {', '.join(SPLITS)} (nor does its json_2.1.1)")
 
 
 def survey(
@@ -63,7 +64,7 @@ def survey(
     """Read every game file of the splits, as ALFWorld's own loader would choose them.
 
     Left out are games with movable receptacles or sliced things, of other task types, not solvable, or unreadable.
-    `on_game(count)` is told of the progress. Raises ValueError for a folder without games.
+    `on_game(count)` is told of the progress. Raises UserError for a folder without games.
     """
     found = Survey(data_folder(data))
     count = 0
@@ -79,7 +80,7 @@ def survey(
             else:
                 games.append(str(path))
     if not any(found.games.values()):
-        raise ValueError(f"--data: {found.folder} holds no playable game in {', '.join(splits)}")
+        raise UserError(f"--data: {found.folder} holds no playable game in {', '.join(splits)}")
     return found
 
 

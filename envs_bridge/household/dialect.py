@@ -11,6 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from envs_bridge.errors import UserError
+
 # Receptacles that clean, by domain. ALFWorld's games first allowed a sink, later only its basin.
 SINKS = {
     "2bb2c5c7591b": ("sinktype", "sinkbasintype"),  # before alfworld 0.3.2
@@ -28,7 +30,7 @@ TASK = re.compile(r'"rhs":\s*("Your task is to: (?:[^"\\]|\\.)*")')
 HELP = re.compile(r'"help\.feedback":\s*\[\s*\{\s*"rhs":\s*("(?:[^"\\]|\\.)*")')
 
 
-class GameFileError(ValueError):
+class GameFileError(UserError):
     """A game file that cannot be played; the message names the file and what is wrong with it."""
 
 

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from envs_bridge.errors import UserError
 from envs_bridge.household import lexicon
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import demonstrate
@@ -40,14 +41,14 @@ LEVELS = {
 def generate_games(folder: Path, *, split: str, count: int, seed: int, level: str = "easy") -> list[Path]:
     """Write `count` games, the six task types in turn, under `folder/split`; returns the game files.
 
-    Raises ValueError for an unknown split or level, or a count below 1.
+    Raises UserError for an unknown split or level, or a count below 1.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}; got {level!r}")
+        raise UserError(f"level must be one of {', '.join(LEVELS)}; got {level!r}")
     if count < 1:
-        raise ValueError(f"the number of {split} games must be at least 1, got {count}")
+        raise UserError(f"the number of {split} games must be at least 1, got {count}")
     files = []
     for index in range(count):
         task_type = TASK_TYPES[index % len(TASK_TYPES)]

@@ -7,6 +7,7 @@ their dependencies are GPL, and one of them changes the process it runs in.
 import sys
 from typing import Any
 
+from envs_bridge.errors import UserError
 from envs_bridge.household import speed
 from envs_bridge.household.game import read_game_file
 from envs_bridge.turn import Observation
@@ -16,13 +17,13 @@ class GenuineHousehold:
     """One game in TextWorld with ALFWorld's names for things; the Environment of `envs_bridge.turn`."""
 
     def __init__(self, data: dict, *, stock: bool = False):
-        """data: a game file's JSON. `stock`: TextWorld as it is, without `speed`. Raises ValueError without it."""
+        """data: a game file's JSON. `stock`: TextWorld as it is, without `speed`. Raises UserError without it."""
         try:
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"ALFWorld's engine needs the packages alfworld and textworld in {sys.executable} ({error});"
                 " install them with: pip install 'proxmo-jax[alfworld]'"
             ) from error

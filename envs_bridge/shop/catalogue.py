@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from envs_bridge.errors import UserError
 from envs_bridge.shop.search import Lucene, build_index, mapped
 
 VERSION = 1
@@ -34,7 +35,7 @@ NO_PRICE, NO_LIMIT = 100.0, 1_000_000
 ASKED = ("asin", "title", "category", "query", "product_category", "options")  # what goals are made of
 
 
-class CatalogueError(ValueError):
+class CatalogueError(UserError):
     """A data file that cannot be used: names the file, the product where there is one, and what is wrong."""
 
 
@@ -265,7 +266,7 @@ def prepare(
     on_product: told how many were read.
     """
     if goals not in GOALS:
-        raise ValueError(f"goals must be one of {', '.join(GOALS)}; got {goals!r}")
+        raise UserError(f"goals must be one of {', '.join(GOALS)}; got {goals!r}")
     path = product_file(data)
     sources = [path, path.with_name(path.name.replace("items_shuffle", "items_ins_v2"))]
     sources += [file for name in ("items_human_ins.json", "reviews.json") if (file := path.with_name(name)).is_file()]

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from envs_bridge.errors import UserError
 from envs_bridge.shop import pages
 from envs_bridge.shop.catalogue import Catalogue
 from envs_bridge.shop.pages import PAGE_SIZE, SUBPAGES, Page
@@ -37,7 +38,7 @@ class Shop:
         show_attributes: bool = False,
     ):
         if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+            raise UserError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         self.catalogue, self.goal, self.mode = catalogue, goal, mode
         self._session, self._nouns, self._show_attributes = session, nouns or default_nouns(), show_attributes
         self.parts: dict[str, Any] = {}
@@ -184,7 +185,7 @@ class Shopping:
         folder, number, _ = game.rsplit("#", 2)
         catalogue = opened(folder)
         if not 0 <= int(number) < catalogue.goal_count:
-            raise ValueError(f"{folder}: has {catalogue.goal_count} goals, got number {number}")
+            raise UserError(f"{folder}: has {catalogue.goal_count} goals, got number {number}")
         return cls(catalogue, catalogue.goal(int(number)), number)
 
     def reset(self) -> Observation:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from envs_bridge.errors import UserError
+
 BRANDS = """Lumeo Norvik Halden Orbita Quillon Ombrio Castor Brightwell Tallowby Fenwick Solara Mirelle Kestrel Avenor
  Pinecroft Zephra Marlowe Dunmore Isolde Verity""".split()
 
@@ -102,7 +104,7 @@ def generate_catalogue(folder: Path, *, count: int = 4000, seed: int = 0) -> Pat
     The same count and seed give the same files. At most 10,000, as an ASIN has four digits here.
     """
     if not 1 <= count <= 10_000:
-        raise ValueError(f"count must lie between 1 and 10000, got {count}")
+        raise UserError(f"count must lie between 1 and 10000, got {count}")
     rng = random.Random(f"shop/{seed}")
     numbers = rng.sample(range(10_000), count)
     products, attributes, human = [], {}, {}

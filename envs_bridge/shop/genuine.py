@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from envs_bridge.errors import UserError
 from envs_bridge.turn import SEARCH_COMMAND, Observation
 
 SEED = 233  # of prices and their limits, which WebShop leaves to chance: the same in every worker
@@ -28,10 +29,10 @@ NUMBERS = iter(range(sys.maxsize))  # of the sessions of this process
 
 @functools.lru_cache(maxsize=4)
 def server(folder: str, goals: str) -> tuple[Any, Any]:
-    """(WebShop's environment class, one server), loaded once. Raises ValueError: what is missing, and what
+    """(WebShop's environment class, one server), loaded once. Raises UserError: what is missing, and what
     brings it."""
     if not (Path(folder) / "web_agent_site").is_dir():
-        raise ValueError(f"--webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
+        raise UserError(f"--webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
     sys.path.insert(0, folder)
     random.seed(SEED)
     try:
@@ -40,14 +41,12 @@ def server(folder: str, goals: str) -> tuple[Any, Any]:
         first = WebAgentTextEnv(observation_mode="text", human_goals=goals == "human", num_products=None)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        raise ValueError(
+        raise UserError(
             f"WebShop needs the package {missing or error} in {sys.executable}; install it with:"
             f" {sys.executable} -m pip install {PACKAGES.get(missing, missing)}"
         ) from error
     except Exception as error:  # whatever its packages raise where a model, a data file, an index or Java is missing
-        raise ValueError(
-            f"WebShop in {folder} could not be started ({_brief(error)}); {_remedy(str(error))}"
-        ) from error
+        raise UserError(f"WebShop in {folder} could not be started ({_brief(error)}); {_remedy(str(error))}") from error
     return WebAgentTextEnv, first.server
 
 
@@ -71,7 +70,7 @@ class GenuineShop:
     def __init__(self, folder: str, number: int, goals: str = "human"):
         self._class, self._server = server(folder, goals)
         if not 0 <= number < len(self._server.goals):
-            raise ValueError(f"WebShop has {len(self._server.goals)} goals, got number {number}")
+            raise UserError(f"WebShop has {len(self._server.goals)} goals, got number {number}")
         self._number, self.task = number, ""
         self._env: Any = None
 
@@ -107,16 +106,16 @@ class GenuineShop:
 
 
 def count_goals(python: str, folder: Any, goals: str) -> int:
-    """How many goals WebShop has, by its own interpreter. Raises ValueError with what that said."""
+    """How many goals WebShop has, by its own interpreter. Raises UserError with what that said."""
     root = str(Path(__file__).resolve().parent.parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [python, "-m", "envs_bridge.shop.genuine", str(folder), goals]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
-        raise ValueError(f"--python: {python} cannot be started ({error.strerror})") from error
+        raise UserError(f"--python: {python} cannot be started ({error.strerror})") from error
     if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or [f"WebShop in {folder} could not be started"])[-1])
+        raise UserError((done.stderr.strip().splitlines() or [f"WebShop in {folder} could not be started"])[-1])
     return int(json.loads(done.stdout.strip().splitlines()[-1])["goals"])
 
 

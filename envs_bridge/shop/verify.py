@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from envs_bridge.errors import UserError
 from envs_bridge.shop.catalogue import Catalogue, prepare, product_file
 from envs_bridge.shop.engine import Shop
 from envs_bridge.shop.reward import Nouns, word_nouns
@@ -81,22 +82,22 @@ def _apart(ours: Any, theirs: Any) -> str:
 
 
 def verify(data: Path | None, traces: Path) -> Comparison:
-    """Replay every episode. Raises ValueError for files that are neither kind."""
+    """Replay every episode. Raises UserError for files that are neither kind."""
     try:
         found = json.loads(traces.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{traces}: cut off or not JSON ({error})") from error
+        raise UserError(f"{traces}: cut off or not JSON ({error})") from error
     comparison = Comparison()
     with tempfile.TemporaryDirectory() as cache:
         try:
             if isinstance(found, list):
                 if data is None:
-                    raise ValueError("--catalogue: these traces need the folder they were recorded on")
+                    raise UserError("--catalogue: these traces need the folder they were recorded on")
                 _replay_plain(found, data, Path(cache), comparison)
             else:
                 _replay_lucene(found, Path(cache), comparison)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{traces}: is no file of WebShop traces ({error!r})") from error
+            raise UserError(f"{traces}: is no file of WebShop traces ({error!r})") from error
     return comparison
 
 

@@ -352,13 +352,15 @@ def extended(stored: Config, iterations: int) -> Config:
     return dataclasses.replace(stored, iterations=iterations, decay_iterations=planned)
 
 
-def not_taken(stored: Config, asked: Config) -> list[str]:
-    """Settings asked for that a resumed run does not take, each with what the run has in its place."""
+def not_taken(stored: Config, asked: Config, *, longer: bool = False) -> list[str]:
+    """Settings asked for that a resumed run does not take, each with what the run has in its place. longer: whether it
+    takes the iterations."""
+    taken = {"out", "resume", *(["iterations"] if longer else [])}
     values = [(f.name, getattr(stored, f.name), getattr(asked, f.name)) for f in dataclasses.fields(Config)]
     return [
         f"{option(name)} {wanted} (the run has {had})"
         for name, had, wanted in values
-        if wanted != had and name not in ("out", "resume") and not (name == "iterations" and wanted > had)
+        if wanted != had and name not in taken
     ]
 
 

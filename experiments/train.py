@@ -375,18 +375,9 @@ class Loop:
                 self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
         total = updated - began
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
-        turns = (rollout.prompt_lengths > 0).sum(1)
-        rewarded = rollout.score if config.reward == "score" else rollout.won
         return state, {
-            "train/success_rate": float(rollout.won[rollout.finished].mean()),
-            "train/reward": float(config.reward_scale * rewarded[rollout.finished].mean()),
-            **({"train/score": float(rollout.score[rollout.finished].mean())} if config.env in SHOPS else {}),
-            "train/lost_episodes": rollout.lost,
-            "train/valid_action_rate": rollout.valid,
-            "train/admissible_rate": rollout.admissible,
-            "train/turns": float(turns[rollout.finished].mean()),
-            "train/mixed_groups": float(((solved > 0) & (solved < tried))[tried > 0].mean()),
-            "train/advantage_size": float(jnp.abs(advantage).sum() / turns.sum()),
+            **rollout_row(config, rollout),
+            "train/advantage_size": float(jnp.abs(advantage).sum() / (rollout.prompt_lengths > 0).sum()),
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
@@ -423,6 +414,24 @@ class Loop:
         threshold = self.settings.similarity_threshold or 1.0
         anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
+
+
+def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
+    """What the metrics say of a rollout; episodes that stayed lost, and groups of nothing else, count nowhere."""
+    played = rollout.finished
+    turns = (rollout.prompt_lengths > 0).sum(1)
+    rewarded = rollout.score if config.reward == "score" else rollout.won
+    solved, tried = (x.reshape(-1, config.members).sum(1) for x in (rollout.won & played, played))
+    return {
+        "train/success_rate": float(rollout.won[played].mean()),
+        "train/reward": float(config.reward_scale * rewarded[played].mean()),
+        **({"train/score": float(rollout.score[played].mean())} if config.env in SHOPS else {}),
+        "train/lost_episodes": rollout.lost,
+        "train/valid_action_rate": rollout.valid,
+        "train/admissible_rate": rollout.admissible,
+        "train/turns": float(turns[played].mean()),
+        "train/mixed_groups": float(((solved > 0) & (solved < tried))[tried > 0].mean()),
+    }
 
 
 def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:

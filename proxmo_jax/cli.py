@@ -249,11 +249,13 @@ def _train(arguments: list[str]) -> int:
         return tyro.cli(setup.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
 
     config = parse(_defaults(arguments, setup.Config))
-    if config.resume:  # the settings are the run's; what else is asked for is named
+    if config.resume:  # the settings are the run's, and what else is asked for is named; it can be made longer
         stored = setup.stored_config(config)
-        config = parse(dataclasses.replace(stored, **_recipe(arguments, setup.Config, named=True)))
-        if others := setup.not_taken(stored, config):
+        asked = parse(dataclasses.replace(stored, **_recipe(arguments, setup.Config, named=True)))
+        longer = _value_of(arguments, "--iterations") is not None and asked.iterations > stored.iterations
+        if others := setup.not_taken(stored, asked, longer=longer):
             print(f"--resume goes on with the run's own settings; not taken: {', '.join(others)}", flush=True)
+        config = dataclasses.replace(stored, iterations=asked.iterations if longer else stored.iterations)
     train.main(config)
     return 0
 

@@ -1,7 +1,7 @@
 """The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +13,25 @@ from transformers import PreTrainedTokenizerFast
 
 from envs_bridge.actions import ALFWORLD_TAIL, project
 from envs_bridge.pool import Pool, WorkerError
-from envs_bridge.prompts import Memory, Notes
+from envs_bridge.prompts import Cut, Memory, Notes, piece_ends, readable
 from envs_bridge.turn import Observation
-from proxmo_jax.buffers import Buffer, clear, forget, write
+from proxmo_jax.buffers import Buffer, clear, forget, grow, write
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import Decoding, sample
-from proxmo_jax.sharding import split
+from proxmo_jax.sharding import batch_bucket, split
 from proxmo_jax.words import Vocabulary, bucket
 
 TRIES = 3
+MOST_WORDS = 2048  # different words of an observation that are compared, at most
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes that make shapes static: turns per episode, tokens per prompt and response, words per observation."""
+    """Sizes that make shapes static: turns per episode, tokens per prompt and response.
+
+    words: different words per observation that a buffer has room for at first; it grows with what is observed.
+    """
 
     turns: int = 16
     prompt: int = 128
@@ -68,6 +72,7 @@ class Player:
     the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
     policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out. spell: a
     command as the world spells it, from the admissible ones. tail: how much of an answer without tags is taken for one.
+    say: told in a sentence what had to be cut; often the same one.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -84,23 +89,52 @@ class Player:
     skip_special_tokens: bool = False
     spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
     tail: int = ALFWORLD_TAIL
+    say: Callable[[str], None] = lambda sentence: None
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
-        """Token ids of each prompt. Raises UserError for a task that does not fit whatever else is left out."""
-        texts = [self.render(memory.prompt()) for memory in memories]
-        rows = [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        """Token ids of each prompt, cut to the limit. Raises UserError if not even an empty prompt fits."""
+        rows = self._read([memory.prompt() for memory in memories])
         for i, ids in enumerate(rows):
-            shorter = memories[i].shortened()
-            while len(ids) > self.limits.prompt:
-                text = next(shorter, None)
-                if text is None:
-                    raise UserError(
-                        f"prompt: what cannot be left out has {len(ids)} tokens, need at most {self.limits.prompt}"
-                        " (--max-prompt-tokens)"
-                    )
-                ids = self.tokenizer.encode(self.render(text), add_special_tokens=False)
-            rows[i] = ids
+            if len(ids) > self.limits.prompt:
+                rows[i] = self._shortened(memories[i])
         return rows
+
+    def check_room(self) -> None:
+        """Raises UserError if a prompt is too long that has no task and in which nothing is seen."""
+        length = len(self._read([self.start("", Observation("", ())).prompt()])[0])
+        if length > self.limits.prompt:
+            raise UserError(
+                f"prompt: without task and observation it has {length} tokens, need at most {self.limits.prompt}"
+                " (--max-prompt-tokens)"
+            )
+
+    def _read(self, prompts: Sequence[str]) -> list[list[int]]:
+        texts = [readable(self.render(prompt)) for prompt in prompts]
+        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def _shortened(self, memory: Memory) -> list[int]:
+        """The longest prompt of the first cut that can make it fit."""
+        for cut in _cuts(memory):
+            if ids := self._longest(cut):
+                if cut.what == "task":
+                    self.say(f"A task is too long for prompts of {self.limits.prompt} tokens: its end is left out.")
+                return ids
+        raise UserError(f"prompt: an empty one has more than {self.limits.prompt} tokens (--max-prompt-tokens)")
+
+    def _longest(self, cut: Cut) -> list[int]:
+        """The longest prompt of a cut that fits, by bisection; [] if none does."""
+        (ids,) = self._read([cut.write(0)])
+        if len(ids) > self.limits.prompt:
+            return []
+        low, high = 0, cut.size  # all of it is known to be too long
+        while high - low > 1:
+            middle = (low + high) // 2
+            (longer,) = self._read([cut.write(middle)])
+            if len(longer) <= self.limits.prompt:
+                low, ids = middle, longer
+            else:
+                high = middle
+        return ids
 
     def pad(self, rows: Sequence[list[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
@@ -114,22 +148,39 @@ class Player:
         return prompts, lengths
 
     def observe(
-        self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int
+        self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int, words: int
     ) -> dict[str, np.ndarray]:  # fmt: skip
         """Word counts of a turn's observations and their numbers in their groups, padded to `batch` rows.
 
         seen: for each observation the numbers given so far in its group; new texts get the next ones. The workers have
-        counted the words; here they only become arrays.
+        counted the words; here they only become arrays, `words` wide or wider where an observation has more.
         """
         texts = [world.text for world in worlds]
-        words = self.vocabulary.counts(texts, self.limits.words, [world.words for world in worlds])
-        ids = np.zeros((batch, self.limits.words), np.int32)
-        counts, anchor = np.zeros(ids.shape, np.float32), np.zeros(batch, np.int32)
-        ids[: len(texts)], counts[: len(texts)] = words.ids, words.counts
+        rows = self.vocabulary.rows(texts, [world.words for world in worlds])
+        most = self.vocabulary.longest(rows)
+        if most > MOST_WORDS:
+            self.say(f"An observation has more than {MOST_WORDS} different words: its commonest are compared.")
+        counts = self.vocabulary.gather(rows, max(words, min(bucket(most), MOST_WORDS)))
+        padding = ((0, batch - len(texts)), (0, 0))
+        anchor = np.zeros(batch, np.int32)
         anchor[: len(texts)] = [
             numbers.setdefault(text, len(numbers)) for text, numbers in zip(texts, seen, strict=True)
         ]
-        return {"word_ids": ids, "word_counts": counts, "anchor": anchor}
+        return {
+            "word_ids": np.pad(counts.ids, padding),
+            "word_counts": np.pad(counts.counts, padding),
+            "anchor": anchor,
+        }
+
+
+def _cuts(memory: Memory) -> Iterator[Cut]:
+    """A memory's cuts, and a last one of all the text it then writes: names and commands can be long, too."""
+    cut = Cut("task", 0, lambda _: memory.prompt())
+    for cut in memory.shortened():
+        yield cut
+    text = cut.write(0)
+    ends = piece_ends(text)
+    yield Cut("task", len(ends) - 1, lambda n: text[: ends[n]])
 
 
 def collect(
@@ -183,7 +234,7 @@ def collect(
             break
     if not rollout.finished.any():
         raise WorkerError(f"no episode could be played: {pool.fault}")
-    turns = max(int((rollout.response_lengths > 0).sum()), 1)
+    turns = max(int((rollout.prompt_lengths > 0).sum()), 1)
     rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
     rollout.texts = max(map(len, play.seen_in_group), default=0)
     rollout.buffer = play.buffer
@@ -227,7 +278,7 @@ class _Play:
     def turn(self, turn: int, key: jax.Array) -> None:
         """One turn of every active episode: prompts, answers, the worlds' answers, all written down."""
         player, rollout, active = self.player, self.rollout, self.active
-        batch = min(bucket(len(active)), bucket(len(self.games)))
+        batch = batch_bucket(len(active), player.mesh)
         prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
         samples = sample(
             self.params,
@@ -258,7 +309,8 @@ class _Play:
         if self.buffer is not None:
             members = len(self.games) // len(self.seen_in_group)
             numbers = [self.seen_in_group[e // members] for e in active]
-            observed = player.observe([self.latest[e] for e in active], numbers, batch)
+            words = self.buffer.word_ids.shape[2]
+            observed = player.observe([self.latest[e] for e in active], numbers, batch, words)
         reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
 
         seen = self.pool.receive()
@@ -293,8 +345,10 @@ class _Play:
         self.active = active[[now is not None and not now.done for now in seen]]
 
     def flush(self) -> None:
-        """Send the turn that is complete to the buffer; does not wait for the device."""
+        """Send the turn that is complete to the buffer, which grows as it must; does not wait for the device."""
         if self.unwritten and self.buffer is not None:
+            texts = max(map(len, self.seen_in_group))
+            self.buffer = grow(self.buffer, texts, self.unwritten[2]["word_ids"].shape[1])
             self.buffer = write(self.buffer, *self.unwritten)
         self.unwritten = None
 
@@ -311,7 +365,7 @@ class _Play:
             members = len(self.games) // len(self.seen_in_group)
             for g, numbers in enumerate(self.seen_in_group):
                 if not rollout.finished[g * members : (g + 1) * members].any():
-                    numbers.clear()  # so that lost attempts do not use up the room for what the group sees
+                    numbers.clear()  # what lost attempts saw takes no room
             padded = np.full(bucket(len(self.games)), len(self.games), np.int32)
             padded[: len(episodes)] = episodes
             self.buffer = forget(self.buffer, padded)
@@ -345,18 +399,28 @@ def demonstrations(
 def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout:
     """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does.
 
-    Raises UserError for a command longer than the response limit.
+    A command longer than the response limit is left out. Raises UserError if none is left.
     """
-    limits, count = player.limits, len(examples)
-    prompts = player.encode([example.memory for example in examples])
-    answers = [f"{example.command}{player.tokenizer.eos_token}" for example in examples]
+    limits = player.limits
+    answers = [f"{readable(example.command)}{player.tokenizer.eos_token}" for example in examples]
     backend = player.tokenizer.backend_tokenizer
     responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
     longest = max(map(len, responses))
     if longest > limits.response:
-        raise UserError(
-            f"response: a command has {longest} tokens, need at most {limits.response} (--max-response-tokens)"
+        room = f"{limits.response} (--max-response-tokens)"
+        kept = [i for i, ids in enumerate(responses) if len(ids) <= limits.response]
+        if not kept:
+            raise UserError(
+                f"response: every command has {min(map(len, responses))} tokens or more, need at most {room}"
+            )
+        left_out = len(responses) - len(kept)
+        player.say(
+            f"{left_out} of {len(responses)} demonstrated commands are left out: they have up to {longest} tokens,"
+            f" need at most {room}"
         )
+        examples, responses = [examples[i] for i in kept], [responses[i] for i in kept]
+    count = len(examples)
+    prompts = player.encode([example.memory for example in examples])
     prompt_array = np.zeros((count, 1, limits.prompt), np.int32)
     response_array = np.zeros((count, 1, limits.response), np.int32)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

@@ -9,10 +9,12 @@ goes into a JSON file, too.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -75,6 +77,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     mesh = make_mesh(0, stored.fsdp, stored.tensor)
     player = players.make_player(stored, mesh)
     player.decoding = dataclasses.replace(player.decoding, greedy=config.greedy)
+    player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()

@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from envs_bridge.actions import ALFWORLD_TAIL, WEBSHOP_TAIL, spelled
 from envs_bridge.collect import Example, Limits, Player
 from envs_bridge.household import lexicon
-from envs_bridge.prompts import ANSWER_START
-from experiments.setup import SHOPS, Config
+from envs_bridge.prompts import ANSWER_START, readable
+from experiments.setup import SHOPS, Config, small_policy
 from experiments.worlds import memory_of
 from proxmo_jax import adapters
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.errors import UserError
 from proxmo_jax.learner import TrainState, make_optimizer
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import init_params
 from proxmo_jax.sampling import Decoding, stop_table
 from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
@@ -35,22 +35,15 @@ def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = 
 
     Raises UserError for a model that is not there, is not supported, or does not fit the run.
     """
-    return language_player(config, mesh) if config.model else small_player(config, mesh, demonstrations)
+    player = language_player(config, mesh) if config.model else small_player(config, mesh, demonstrations)
+    player.check_room()
+    return player
 
 
 def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) -> Player:
     """A word-level policy; its thought is closed for it, so that it answers with a command alone."""
     tokenizer = make_tokenizer(config, demonstrations)
-    policy = PolicyConfig(
-        vocab_size=-(-len(tokenizer) // 32) * 32,
-        hidden_size=config.hidden_size,
-        intermediate_size=3 * config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.hidden_size // 16,
-        num_key_value_heads=config.hidden_size // 32,
-        head_dim=16,
-        initializer_range=0.15,
-    )
+    policy = small_policy(config, len(tokenizer))
     return Player(
         tokenizer,
         policy,
@@ -83,7 +76,7 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
     else:
         words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
         more = " ".join([*sorted(words), *map(str, range(1, 31))])
-    return build_word_tokenizer([*texts, more], folder)
+    return build_word_tokenizer(map(readable, [*texts, more]), folder)
 
 
 def language_player(config: Config, mesh: Mesh) -> Player:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from proxmo_jax.advantages import PRESETS
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.errors import UserError
 from proxmo_jax.losses import AGGREGATIONS, KL
-from proxmo_jax.policy import REMAT
+from proxmo_jax.policy import REMAT, PolicyConfig
 
 SHOPS = ("shop", "webshop")
 ENGINES = ("fast", "textworld", "textworld-stock")
@@ -82,6 +83,8 @@ class Config:
     learning_rate: float = 3e-4
     final_rate: float = 0.05
     """Share of the learning rate left at the last iteration (cosine); published: constant, 1."""
+    decay_iterations: int = 0
+    """Iterations after which that share is reached, and kept from then on; 0: all."""
     epochs: int = 1
     rows_per_batch: int = 32
     micro_batch_tokens: int = 640
@@ -179,68 +182,141 @@ CHOICES = {
     "kl": tuple(KL),
     "aggregation": AGGREGATIONS,
 }
+# What numbers must be, by setting; every one must be finite.
 AT_LEAST_ONE = (
     "train_games eval_games groups iterations max_turns workers eval_every save_every rows_per_batch micro_batch_tokens"
-    " epochs warm_start_steps max_response_tokens"
+    " epochs warm_start_steps hidden_size layers max_prompt_tokens max_response_tokens fsdp tensor"
 ).split()
+ABOVE_ZERO = ("temperature reward_scale learning_rate warm_start_rate max_grad_norm clip lora_alpha").split()
+AT_LEAST_ZERO = (
+    "seed history invalid_penalty decay_iterations weight_decay clip_high kl_weight entropy_weight lora_rank top_k"
+    " decode_rows worker_timeout eval_temperature"
+).split()
+SHARES = ("careless_share", "mistake_rate", "search_rate", "final_rate", "answer_share", "clip")
+# What only a --model has: a setting that would be read by nobody is refused.
+OF_A_MODEL = ("lora_rank", "dtype", "param_dtype", "attention", "remat", "stop")
+
+
+def need(ok: bool, message: str) -> None:
+    """Raises UserError with the message if not ok."""
+    if not ok:
+        raise UserError(message)
+
+
+def option(name: str) -> str:
+    """A setting as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check(config: Config) -> None:
-    """Refuse settings that cannot work, one clear sentence each (ValueError)."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
-
+    """Refuse settings that cannot work, or would be read by nobody, one clear sentence each (UserError)."""
     for name, choices in CHOICES.items():
         value = getattr(config, name)
-        need(value in choices, f"--{name.replace('_', '-')} must be one of {', '.join(choices)}; got {value!r}")
+        need(value in choices, f"{option(name)} must be one of {', '.join(choices)}; got {value!r}")
     if config.env == "alfworld":
         data_folder(config.data)
     if config.env == "webshop":
         need(config.webshop is not None, "--env webshop needs --webshop DIR, a checkout of WebShop")
         need(bool(config.model), "--env webshop needs a --model: there are no demonstrations in WebShop itself")
-    need(config.dual_clip > 1, f"--dual-clip must be > 1, got {config.dual_clip}")
-    need(config.history >= 0, f"--history must be at least 0, got {config.history}")
-    need(config.worker_timeout >= 0, f"--worker-timeout must be at least 0, got {config.worker_timeout}")
-    need(
-        config.members >= 2,
-        f"--members must be at least 2, got {config.members}: a group compares attempts at one task",
-    )
-    for name in AT_LEAST_ONE:
-        option = f"--{name.replace('_', '-')}"
-        need(getattr(config, name) >= 1, f"{option} must be at least 1, got {getattr(config, name)}")
-    for name in ("careless_share", "mistake_rate", "search_rate", "final_rate", "answer_share"):
-        value = getattr(config, name)
-        need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
-    need(config.top_k >= 0 and 0 < config.top_p <= 1, "--top-k must be at least 0 and --top-p in (0, 1]")
-    need(all(config.stop), "--stop strings must not be empty")
-    need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
+    check_numbers(config)
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(
         config.row_length >= longest,
         f"--row-length must hold a whole turn, at least {longest} tokens; got {config.row_length}",
     )
-    need(min(config.fsdp, config.tensor) >= 1, "--fsdp and --tensor must be at least 1")
-    count = jax.device_count()
+    need(
+        config.attention != "splash" or config.row_length % BLOCK == 0,
+        f"--row-length must be a multiple of {BLOCK} for --attention splash, got {config.row_length}",
+    )
+    need(all(config.stop), "--stop strings must not be empty")
+    check_devices(config, jax.device_count())
+    if config.model:
+        need(config.warm_start_from is None, "--warm-start-from is for small policies, not for a --model")
+        return
+    for name in OF_A_MODEL:
+        lacks = getattr(config, name) == getattr(Config, name)
+        need(lacks, f"{option(name)} needs a --model; the small policy has none of it")
+    check_small_policy(config)
+
+
+def check_numbers(config: Config) -> None:
+    """Refuse numbers out of their range."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float):
+            need(math.isfinite(value), f"{option(field.name)} must be a finite number, got {value}")
+    need(
+        config.members >= 2,
+        f"--members must be at least 2, got {config.members}: a group compares attempts at one task",
+    )
+    for names, fits, what in (
+        (AT_LEAST_ONE, lambda x: x >= 1, "be at least 1"),
+        (ABOVE_ZERO, lambda x: x > 0, "be > 0"),
+        (AT_LEAST_ZERO, lambda x: x >= 0, "be at least 0"),
+        (SHARES, lambda x: 0 <= x <= 1, "lie between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            need(fits(value), f"{option(name)} must {what}, got {value}")
+    need(config.seed < 1 << 32, f"--seed must be below {1 << 32}, got {config.seed}")
+    need(config.dual_clip > 1, f"--dual-clip must be > 1, got {config.dual_clip}")
+    need(0 < config.top_p <= 1, f"--top-p must be > 0 and at most 1, got {config.top_p}")
+
+
+def check_devices(config: Config, count: int) -> None:
+    """Refuse sizes that `count` devices do not divide."""
     need(
         count % (config.fsdp * config.tensor) == 0,
         f"--fsdp {config.fsdp} x --tensor {config.tensor} must divide the {count} devices",
     )
     devices = count // config.tensor  # over which batches are split
-    for name, count in (("--rows-per-batch", config.rows_per_batch), ("--groups", config.groups)):
-        need(count % devices == 0, f"{name} must be a multiple of the {devices} devices, got {count}")
+    rows = config.rows_per_batch
+    need(rows % devices == 0, f"--rows-per-batch must be a multiple of the {devices} devices, got {rows}")
     need(
-        config.decode_rows >= 0 and config.decode_rows % devices == 0,
+        config.decode_rows % devices == 0,
         f"--decode-rows must be a multiple of the {devices} devices, or 0 for all at once; got {config.decode_rows}",
     )
-    need(config.lora_rank >= 0, f"--lora-rank must be at least 0, got {config.lora_rank}")
-    need(bool(config.model) or not config.lora_rank, "--lora-rank needs a --model, whose weights stay as they are")
-    need(config.lora_alpha > 0, f"--lora-alpha must be > 0, got {config.lora_alpha}")
-    need(
-        config.attention != "splash" or config.row_length % BLOCK == 0,
-        f"--row-length must be a multiple of {BLOCK} for --attention splash, got {config.row_length}",
+
+
+def small_policy(config: Config, vocab_size: int) -> PolicyConfig:
+    """The shape of the small policy: heads of 16, half as many of them for keys and values."""
+    multiple = math.lcm(32, config.tensor)
+    return PolicyConfig(
+        vocab_size=-(-vocab_size // multiple) * multiple,
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // 16,
+        num_key_value_heads=config.hidden_size // 32,
+        head_dim=16,
+        initializer_range=0.15,
     )
+
+
+def check_small_policy(config: Config) -> None:
+    """Refuse a shape that cannot be, that the mesh does not divide, or that is not that of --warm-start-from."""
+    shape, size = small_policy(config, 1), config.hidden_size
+    heads, shared = shape.num_attention_heads, shape.num_key_value_heads
+    need(
+        shared > 0 and heads % shared == 0,
+        f"--hidden-size must be a multiple of 32, got {size}: {heads} heads cannot share {shared} key-value heads",
+    )
+    need(size % config.fsdp == 0, f"--hidden-size must be a multiple of --fsdp {config.fsdp}, got {size}")
+    need(
+        shared % config.tensor == 0 and shape.intermediate_size % config.tensor == 0,
+        f"--hidden-size must be a multiple of 32 x --tensor {config.tensor}, got {size}",
+    )
+    if config.warm_start_from is None:
+        return
+    path = config.warm_start_from / "warm_start" / "config.json"
+    need(path.is_file(), f"--warm-start-from: {config.warm_start_from} holds no warm start")
+    found = json.loads(path.read_text())
+    for name, field in (("hidden_size", "hidden_size"), ("layers", "num_hidden_layers")):
+        value = getattr(config, name)
+        need(
+            found.get(field) == value,
+            f"{option(name)} must be {found.get(field)}, as --warm-start-from has it, got {value}",
+        )
 
 
 def micro_batches(config: Config) -> int:
@@ -251,7 +327,7 @@ def micro_batches(config: Config) -> int:
 
 
 def stored_config(config: Config) -> Config:
-    """The settings of the run to resume; more `iterations` than it has stored go on from where it ended."""
+    """The settings of the run in `config.out`, as they are stored there."""
     path = config.out / "config.json"
     if not path.is_file():
         raise UserError(f"--resume: {config.out} holds no run (no config.json)")
@@ -261,8 +337,31 @@ def stored_config(config: Config) -> Config:
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"{path}: has {', '.join(unknown)}, which is no setting of this version; need a run of its own")
-    iterations = max(values["iterations"], config.iterations)
-    return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
+    if isinstance(values.get("stop"), list):
+        values["stop"] = tuple(values["stop"])
+    return Config(**{**values, "out": config.out, "resume": True})
+
+
+def extended(stored: Config, iterations: int) -> Config:
+    """The run made longer: its learning rate falls as it was planned to, and stays where it ends. A run is not made
+    shorter. Raises UserError if it would learn nothing."""
+    if iterations <= stored.iterations:
+        return stored
+    need(stored.final_rate > 0, f"--iterations {iterations}: with --final-rate 0 the run learns nothing any more")
+    planned = stored.decay_iterations or stored.iterations
+    return dataclasses.replace(stored, iterations=iterations, decay_iterations=planned)
+
+
+def not_taken(stored: Config, asked: Config, *, longer: bool = False) -> list[str]:
+    """Settings asked for that a resumed run does not take, each with what the run has in its place. longer: whether it
+    takes the iterations."""
+    taken = {"out", "resume", *(["iterations"] if longer else [])}
+    values = [(f.name, getattr(stored, f.name), getattr(asked, f.name)) for f in dataclasses.fields(Config)]
+    return [
+        f"{option(name)} {wanted} (the run has {had})"
+        for name, had, wanted in values
+        if wanted != had and name not in taken
+    ]
 
 
 def open_folder(config: Config) -> None:

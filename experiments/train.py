@@ -9,10 +9,12 @@ Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollou
 """
 
 import dataclasses
+import functools
 import math
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,7 +25,7 @@ from rich.console import Console
 from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.pool import Pool
 from experiments.players import fresh_params, make_player, new_state, pretrained_params, run_optimizer
-from experiments.setup import SHOPS, Config, check, micro_batches, open_folder, stored_config
+from experiments.setup import SHOPS, Config, check, extended, micro_batches, open_folder, stored_config
 from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of, shop_folder
 from proxmo_jax import adapters
 from proxmo_jax.advantages import PRESETS
@@ -54,7 +56,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     console = console or Console()
     began = time.time()
     if config.resume:
-        config = stored_config(config)
+        config = extended(stored_config(config), config.iterations)
     check(config)
     mesh = make_mesh(0, config.fsdp, config.tensor)
     # What cannot be read is refused before a folder is made.
@@ -72,8 +74,14 @@ def main(config: Config, console: Console | None = None) -> Path:
         f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
+    if 0 < config.decay_iterations < config.iterations:
+        console.print(
+            f"The learning rate falls to {config.final_rate:g} of {config.learning_rate:g} by iteration"
+            f" {config.decay_iterations} and stays there to iteration {config.iterations}."
+        )
     demos = [] if config.model else [cloned(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
     player = language_model or make_player(config, mesh, [example for part in demos for example in part])
+    player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 
@@ -124,7 +132,8 @@ def main(config: Config, console: Console | None = None) -> Path:
         console.print(
             f"Done in {went}: {config.out}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
             " episodes_after.txt, rollout.npz and checkpoints."
-            f" Longer: proxmo train --out {config.out} --resume --iterations {2 * config.iterations}"
+            f" Longer, at the learning rate it has now: proxmo train --out {config.out} --resume"
+            f" --iterations {2 * config.iterations}"
         )
     else:
         console.print(f"Stopped and saved after {went}. Go on with: proxmo train --out {config.out} --resume")
@@ -150,18 +159,17 @@ class StopOnSignal:
 
 
 def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
-    """Shuffled mini-batches of packed rows from a rollout, one shape; the last is filled up with empty rows."""
+    """Shuffled mini-batches of packed rows from a rollout, as few as can be and equally full; one shape, which empty
+    rows fill up: they change nothing."""
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
     answers = rollout.response_lengths.reshape(-1)
     room = answer_room(config)
     order = rng.permutation(np.flatnonzero(lengths))
     turns, offsets = pack_turns(lengths, answers, order, row_length=config.row_length, row_answers=room)
     size = config.rows_per_batch
-    short = -len(turns) % size
-    turns = np.pad(turns, ((0, short), (0, 0)), constant_values=-1)
-    offsets = np.pad(offsets, ((0, short), (0, 0)))
-    for start in range(0, len(turns), size):
-        part = split(mesh, (turns[start : start + size], offsets[start : start + size]))
+    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
+        short = ((0, size - len(chosen)), (0, 0))
+        part = split(mesh, (np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)))
         yield gather_rows(
             rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage, *part, row_answers=room
         )
@@ -249,7 +257,7 @@ class Evaluation:
             "eval/success_rate": wins / count,
             **({"eval/score": float(rollout.score[rollout.finished].mean())} if self.config.env in SHOPS else {}),
             "eval/games": count,
-            "eval/turns": float((rollout.prompt_lengths > 0).sum(1).mean()),
+            "eval/turns": float((rollout.prompt_lengths > 0).sum(1)[rollout.finished].mean()),
             "time/eval": time.time() - began,
         }
         kinds = np.array([kind_of(game) for game in self.games])
@@ -330,7 +338,8 @@ class Loop:
 
         if self.settings.similarity_threshold is not None:
             self.let_similar_texts_share_anchors(rollout)
-        texts = min(bucket(rollout.texts), config.members * config.max_turns)
+        assert rollout.buffer is not None
+        texts = min(bucket(rollout.texts), rollout.buffer.word_ids.shape[1])
         answer = estimate(
             rollout.buffer, rollout.won, self.player.vocabulary.alphabetical(), self.settings, texts=texts
         )
@@ -366,18 +375,9 @@ class Loop:
                 self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
         total = updated - began
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
-        turns = (rollout.prompt_lengths > 0).sum(1)
-        rewarded = rollout.score if config.reward == "score" else rollout.won
         return state, {
-            "train/success_rate": float(rollout.won[rollout.finished].mean()),
-            "train/reward": float(config.reward_scale * rewarded[rollout.finished].mean()),
-            **({"train/score": float(rollout.score[rollout.finished].mean())} if config.env in SHOPS else {}),
-            "train/lost_episodes": rollout.lost,
-            "train/valid_action_rate": rollout.valid,
-            "train/admissible_rate": rollout.admissible,
-            "train/turns": float(turns.mean()),
-            "train/mixed_groups": float(np.mean([0 < w.mean() < 1 for w in rollout.won.reshape(-1, config.members)])),
-            "train/advantage_size": float(jnp.abs(advantage).sum() / turns.sum()),
+            **rollout_row(config, rollout),
+            "train/advantage_size": float(jnp.abs(advantage).sum() / (rollout.prompt_lengths > 0).sum()),
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
             **{f"loss/{name}": value for name, value in mean._asdict().items()},
             "loss/steps": len(parts),
@@ -416,6 +416,24 @@ class Loop:
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
 
 
+def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
+    """What the metrics say of a rollout; episodes that stayed lost, and groups of nothing else, count nowhere."""
+    played = rollout.finished
+    turns = (rollout.prompt_lengths > 0).sum(1)
+    rewarded = rollout.score if config.reward == "score" else rollout.won
+    solved, tried = (x.reshape(-1, config.members).sum(1) for x in (rollout.won & played, played))
+    return {
+        "train/success_rate": float(rollout.won[played].mean()),
+        "train/reward": float(config.reward_scale * rewarded[played].mean()),
+        **({"train/score": float(rollout.score[played].mean())} if config.env in SHOPS else {}),
+        "train/lost_episodes": rollout.lost,
+        "train/valid_action_rate": rollout.valid,
+        "train/admissible_rate": rollout.admissible,
+        "train/turns": float(turns[played].mean()),
+        "train/mixed_groups": float(((solved > 0) & (solved < tried))[tried > 0].mean()),
+    }
+
+
 def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
     """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
     assert rollout.buffer is not None
@@ -434,8 +452,8 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
 
 
 def learning_rate_share(config: Config, iteration: int) -> float:
-    """Cosine from 1 at the first iteration to `final_rate` at the last."""
-    progress = (iteration - 1) / max(config.iterations - 1, 1)
+    """Cosine from 1 at the first iteration to `final_rate` at the last one planned, and that from then on."""
+    progress = (iteration - 1) / max((config.decay_iterations or config.iterations) - 1, 1)
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from proxmo_jax.types import pytree
+from proxmo_jax.words import bucket
 
 
 @pytree
@@ -35,7 +36,7 @@ class Buffer:
 
     @classmethod
     def empty(cls, groups: int, members: int, turns: int, *, prompt: int, response: int, words: int) -> "Buffer":
-        """No turn yet. There is room for every turn of a group to see something new."""
+        """No turn yet. There is room for every turn of a group to see something new; `grow` makes more."""
         shape, texts = (groups * members, turns), (groups, members * turns, words)
         return cls(
             prompts=jnp.zeros((*shape, prompt), jnp.int32),
@@ -54,6 +55,23 @@ class Buffer:
 def clear(buffer: Buffer) -> Buffer:
     """The same memory with no turn in it."""
     return jax.tree.map(jnp.zeros_like, buffer)
+
+
+def grow(buffer: Buffer, texts: int, words: int) -> Buffer:
+    """The buffer with room for so many distinct observations a group and words each; itself if it has that.
+
+    Room is made in powers of two, so that programs are compiled anew only a few times.
+    """
+    _, had_texts, had_words = buffer.word_ids.shape
+    more_texts = bucket(texts) - had_texts if texts > had_texts else 0
+    more_words = bucket(words) - had_words if words > had_words else 0
+    if not more_texts and not more_words:
+        return buffer
+    padding = ((0, 0), (0, more_texts), (0, more_words))
+    word_ids, word_counts = (
+        jax.device_put(jnp.pad(x, padding), x.sharding) for x in (buffer.word_ids, buffer.word_counts)
+    )
+    return dataclasses.replace(buffer, word_ids=word_ids, word_counts=word_counts)
 
 
 @partial(jax.jit, donate_argnums=0)

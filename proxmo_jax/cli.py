@@ -6,6 +6,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -242,12 +243,19 @@ def _train(arguments: list[str]) -> int:
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no PyTorch
-    from experiments import train
+    from experiments import setup, train
 
-    default = _defaults(arguments, train.Config)
-    config = tyro.cli(train.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
-    if config.resume and not any(word.startswith("--iterations") for word in arguments):
-        config = dataclasses.replace(config, iterations=0)  # as many as the run has stored
+    def parse(default):
+        return tyro.cli(setup.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
+
+    config = parse(_defaults(arguments, setup.Config))
+    if config.resume:  # the settings are the run's, and what else is asked for is named; it can be made longer
+        stored = setup.stored_config(config)
+        asked = parse(dataclasses.replace(stored, **_recipe(arguments, setup.Config, named=True)))
+        longer = _value_of(arguments, "--iterations") is not None and asked.iterations > stored.iterations
+        if others := setup.not_taken(stored, asked, longer=longer):
+            print(f"--resume goes on with the run's own settings; not taken: {', '.join(others)}", flush=True)
+        config = dataclasses.replace(stored, iterations=asked.iterations if longer else stored.iterations)
     train.main(config)
     return 0
 
@@ -274,15 +282,20 @@ def _value_of(arguments: list[str], option: str) -> str | None:
 
 
 def _defaults(arguments: list[str], cls):
-    """The settings of the recipe or file named by --config, or else of the recipe of --env's name, if there is one.
-    Raises UserError naming the file and the fault."""
+    """The settings, with those of a recipe in their place. Raises UserError as `_recipe` does."""
+    return cls(**_recipe(arguments, cls))
+
+
+def _recipe(arguments: list[str], cls, *, named: bool = False) -> dict[str, Any]:
+    """What the recipe or file named by --config sets, or else (unless `named`) the recipe of --env's name, if there is
+    one. Raises UserError naming the file and the fault."""
     import experiments
 
     recipes = Path(experiments.__file__).parent / "configs"
     name, env = (_value_of(arguments, option) for option in ("--config", "--env"))
     if name is None:
-        if env is None or not env.isalpha() or not (recipes / f"{env}.toml").is_file():
-            return cls()
+        if named or env is None or not env.isalpha() or not (recipes / f"{env}.toml").is_file():
+            return {}
         name = env
     recipe = recipes / f"{name}.toml"
     try:
@@ -291,15 +304,34 @@ def _defaults(arguments: list[str], cls):
         raise UserError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {name} is not TOML ({error})") from error
-    known = {f.name: f for f in cls.__dataclass_fields__.values()}
-    values = {k.replace("-", "_"): v for k, v in values.items()}
-    unknown = sorted(set(values) - set(known))
+    kinds = get_type_hints(cls)
+    unknown = sorted(key for key in values if key.replace("-", "_") not in kinds)
     if unknown:
         raise UserError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")
-    for key, value in values.items():
-        default = known[key].default
-        if isinstance(default, Path) or default is None:
-            values[key] = Path(value)
-        elif not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
-            raise UserError(f"--config: {key} must be {type(default).__name__}, got {value!r}")
-    return cls(**values)
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(settings) < len(values):
+        raise UserError(f"--config: {name} sets a setting twice, spelled with - and with _")
+    for key in ("config", "resume"):
+        if key in settings:
+            raise UserError(f"--config: {name} sets {key}, which belongs on the command line")
+    return {key: _setting(key, value, kinds[key]) for key, value in settings.items()}
+
+
+def _setting(key: str, value: Any, kind: Any) -> Any:
+    """A TOML value as a setting of this type holds it; TOML has no paths, no tuples, and nothing for None (but "").
+    Raises UserError for a value of another type."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is int and is_number and isinstance(value, int):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    optional = type(None) in get_args(kind)
+    if (kind is Path or Path in get_args(kind)) and isinstance(value, str) and (value or optional):
+        return Path(value) if value else None
+    named = {bool: "true or false", int: "int", float: "a finite float", str: "a string"}
+    needed = {**named, tuple[str, ...]: "a list of strings"}.get(kind, "a string (a path)")
+    raise UserError(f"--config: {key} must be {needed}, got {value!r}")

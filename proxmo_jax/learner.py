@@ -183,11 +183,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it.
 
+    Step i < `warmup` is done at (i + 1) / (warmup + 1) of the rate.
     `moments_dtype`: what both moments are kept in between steps; they are computed in float32. The second moment's
     decay, 0.98, moves it by more than bfloat16's grain; one of 0.999 would not.
     """
     rate = optax.cosine_decay_schedule(learning_rate, decay_steps, 0.1) if decay_steps else lambda _: learning_rate
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), rate], [warmup])
+    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    schedule = optax.join_schedules([rise, rate], [warmup])
     return optax.chain(
         optax.clip_by_global_norm(max_norm),
         _kept_in(optax.scale_by_adam(b2=0.98, mu_dtype="float32"), moments_dtype),

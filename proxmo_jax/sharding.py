@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import LOGICAL_AXES, PolicyConfig, parameter_shapes
+from proxmo_jax.words import bucket
 
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
@@ -58,6 +59,15 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
 def split(mesh: Mesh, tree: Any) -> Any:
     """Put arrays on the mesh, their first axis split as a batch; it must divide by data x fsdp."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+
+
+def batch_bucket(size: int, mesh: Mesh) -> int:
+    """Rows that `size` are padded to: a power of two for each device that batches are split over, 16 at least in all.
+
+    So few programs are compiled, and `split` can be done on any number of devices.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return devices * bucket(-(-size // devices), bucket(-(-16 // devices), 1))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from proxmo_jax.errors import UserError
-
 # Maximal runs of word characters; which of them count is decided once per word (`_Ids`).
 RUN = re.compile(r"\w+|\0")
 ASCII_RUN = bytes(c if chr(c).isalnum() or c in b"_\0" else 32 for c in range(128)).lower() + bytes(128)
@@ -125,10 +123,14 @@ class Vocabulary:
         self._starts = _put(self._starts, before + 1, used + ends)
         self._flat_ids, self._flat_counts = _put(self._flat_ids, used, ids), _put(self._flat_counts, used, counts)
 
+    def longest(self, rows: np.ndarray) -> int:
+        """The most distinct words of the texts numbered `rows`, int64 [N]."""
+        return int((self._starts[rows + 1] - self._starts[rows]).max(initial=0))
+
     def gather(self, rows: np.ndarray, width: int | None = None) -> WordCounts:
         """Counts of the texts numbered `rows` [...] (-1: none) as `[..., K]`, K a power of two or `width`.
 
-        Raises UserError for a text with more distinct words than `width`.
+        Of a text with more distinct words than `width` the commonest are kept (ties: the smaller word).
         """
         rows = np.asarray(rows)
         flat = rows.reshape(-1)
@@ -137,12 +139,14 @@ class Vocabulary:
         longest = int(length.max(initial=0))
         if width is None:
             width = bucket(longest)
-        elif longest > width:
-            raise UserError(f"a text has {longest} different words, need at most {width}")
         ids, counts = np.zeros((len(flat), width), np.int32), np.zeros((len(flat), width), np.float32)
         row = np.repeat(np.arange(len(flat)), length)
         slot = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
         source = np.repeat(start, length) + slot
+        if longest > width:
+            order = np.lexsort((self.alphabetical()[self._flat_ids[source]], -self._flat_counts[source], row))
+            kept = slot < width
+            row, slot, source = row[kept], slot[kept], source[order][kept]
         ids[row, slot], counts[row, slot] = self._flat_ids[source], self._flat_counts[source]
         return WordCounts(ids.reshape(*rows.shape, width), counts.reshape(*rows.shape, width), self.alphabetical())
 

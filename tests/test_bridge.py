@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from envs_bridge.actions import WEBSHOP_TAIL, project, spelled
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import load_game
 from envs_bridge.pool import Pool, WorkerError, _parse
-from envs_bridge.prompts import History, Notes
+from envs_bridge.prompts import History, Notes, piece_ends
 from envs_bridge.turn import SEARCH_COMMAND, Observation
 from envs_bridge.worker import Worker, load_fast
 
@@ -86,9 +86,21 @@ def test_a_shortened_prompt_keeps_the_task(games):
     memory = Notes.start(world.task, world.reset())
     for receptacle in world.game.receptacles:
         memory.remember(f"go to {receptacle}", world.step(f"go to {receptacle}"))
-    prompts = [memory.prompt(), *memory.shortened()]
-    assert all(world.task in prompt for prompt in prompts)
-    assert len(prompts[-1]) < len(prompts[0])
+    check_cuts(memory)
+
+
+def check_cuts(memory):
+    """Each cut begins where the one before it ended, the more is kept the longer it is, and the task goes last."""
+    before = memory.prompt()
+    for cut in memory.shortened():
+        prompts = [cut.write(n) for n in range(cut.size + 1)]
+        if cut.size:
+            assert prompts[-1] == before
+        assert list(map(len, prompts)) == sorted(map(len, prompts))
+        assert all(memory.task in prompt for prompt in prompts) or cut.what == "task"
+        before = prompts[0]
+    assert cut.what == "task"
+    assert memory.task not in before
 
 
 def test_history_is_the_last_turns_as_they_were(games):
@@ -108,13 +120,29 @@ def test_history_is_the_last_turns_as_they_were(games):
     for turn, place, saw in ((2, places[1], texts[0]), (3, places[2], texts[1])):
         assert f"[{turn}] saw: {saw.text}\n[{turn}] did: go to {place}" in prompt
     assert f"Turn 4. You see: {texts[2].text}" in prompt
-    shorter = list(memory.shortened())
-    assert all(world.task in text for text in shorter)
-    assert [len(text) for text in shorter] == sorted((len(text) for text in shorter), reverse=True)
+    check_cuts(memory)
     assert "Possible actions" not in History.start(world.task, first, list_actions=False).prompt()
     forgetful = History.start(world.task, first, kept=0)
     forgetful.remember("look", world.step("look"))
     assert "did:" not in forgetful.prompt()
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("drawer 12 of 3", ["drawer", " 12", " of", " 3"]),
+        ("请把苹果", ["请", "把", "苹", "果"]),
+        ('{"a":[1]}', [*'{"', "a", *'":[', "1", *"]}"]),
+        ("x" * 60, ["x" * 24, "x" * 24, "x" * 12]),
+        ("👩‍👩‍👧👍🏽🇩🇪1️⃣", ["👩‍👩‍👧", "👍🏽", "🇩🇪", "1️⃣"]),
+        ("cafe\u0301 ,", ["cafe\u0301", " ,"]),
+        ("  \n\n", ["  \n\n"]),
+        ("", []),
+    ],
+)
+def test_texts_are_cut_between_words_or_whole_characters(text, pieces):
+    ends = piece_ends(text)
+    assert [text[a:b] for a, b in pairwise(ends)] == pieces
 
 
 def test_pool_plays_as_the_engine_does(games):

@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envs_bridge.collect import Rollout
+from experiments.setup import Config
+from experiments.train import batches
 from proxmo_jax.advantages import dr_grpo, gigpo, proxmo
 from proxmo_jax.buffers import Buffer, clear, write
 from proxmo_jax.learner import (
@@ -229,3 +232,37 @@ def test_the_loop_learns_a_corridor(settings):
     assert np.mean(rates[:2]) < 0.6
     assert np.mean(rates[-3:]) > 0.9
     assert policy_step._cache_size() < 20
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 20])
+def test_the_rate_rises_from_above_zero(warmup):
+    """Measured on one parameter: Adam's first steps along a constant gradient are of the rate's size."""
+    optimizer = make_optimizer(1e-2, 0.0, 1e9, warmup)
+    params = jnp.zeros(())
+    state, sizes = optimizer.init(params), []
+    for _ in range(warmup + 3):
+        update, state = optimizer.update(jnp.float32(1.0), state, params)
+        sizes.append(-float(update))
+    rise = [(i + 1) / (warmup + 1) for i in range(warmup)]
+    np.testing.assert_allclose(sizes, 1e-2 * np.array([*rise, 1, 1, 1]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "steps"),
+    [(33, 32, [17, 16]), (32, 32, [32]), (31, 32, [31]), (65, 32, [22, 22, 21]), (1, 8, [1]), (17, 8, [6, 6, 5])],
+)
+def test_rows_are_spread_evenly_over_the_steps(rows, size, steps):
+    """One shape, and every turn once."""
+    config = Config(rows_per_batch=size, row_length=9, max_response_tokens=1, max_prompt_tokens=8)
+    prompts = np.full((rows, 1), 8, np.int32)
+    buffer = Buffer.empty(rows, 1, 1, prompt=8, response=1, words=1)
+    played = Rollout(
+        buffer, prompts, np.ones((rows, 1), np.int32), np.ones(rows, bool), np.ones(rows, np.float32), [], []
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    advantage = jnp.arange(1.0, rows + 1)[:, None]
+    found = list(batches(config, mesh, played, advantage, np.random.default_rng(0)))
+    assert {part.tokens.shape for part in found} == {(size, 9)}
+    assert [int((part.segments > 0).any(1).sum()) for part in found] == steps
+    seen = np.concatenate([np.asarray(part.advantage)[np.asarray(part.mask)] for part in found])
+    assert sorted(seen.tolist()) == list(range(1, rows + 1))

@@ -358,7 +358,9 @@ def test_notes_show_what_decides_the_next_click(invented):
     assert f"chosen {value}" in notes.prompt()
     notes.remember("click[dance]", world.step("click[dance]"))
     assert "last click[dance] nothing" in notes.prompt()
-    lengths = [len(text) for text in notes.shortened()]
-    assert min(lengths) <= len(notes.prompt())
+    for cut in notes.shortened():
+        prompts = [cut.write(n) for n in range(cut.size + 1)]
+        assert list(map(len, prompts)) == sorted(map(len, prompts))
+        assert (world.task in prompts[0]) == (cut.what != "task")
     notes.remember("click[back to search]", world.step("click[back to search]"))
     assert "page search" in notes.prompt()

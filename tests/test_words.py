@@ -2,7 +2,6 @@ import re
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,9 +55,24 @@ def test_missing_rows_have_no_words():
     assert words.counts.sum(-1).tolist() == [[2, 0]]
 
 
-def test_too_many_words_for_the_width():
-    with pytest.raises(ValueError, match="a text has 3 different words, need at most 2"):
-        Vocabulary().counts(["aa bb cc"], width=2)
+def test_of_too_many_words_the_commonest_are_kept():
+    """Ties go to the smaller word, whenever it was first seen; shorter texts of the same batch keep all of theirs."""
+    vocabulary = Vocabulary()
+    rows = vocabulary.rows(["zz", "zz yy dd dd cc cc cc bb aa", "only three words", ""])
+    assert vocabulary.longest(rows) == 6
+    words = vocabulary.gather(rows, width=3)
+    assert words.ids.shape == (4, 3)
+    found = [as_words(vocabulary, ids, counts) for ids, counts in zip(words.ids, words.counts, strict=True)]
+    assert found == [{"zz": 1}, {"cc": 3, "dd": 2, "aa": 1}, {"only": 1, "three": 1, "words": 1}, {}]
+
+
+@given(st.lists(st.lists(st.sampled_from("ab ba cc dd ef gh".split()), max_size=20), max_size=5), st.integers(1, 5))
+def test_what_is_kept_is_what_counting_says(texts, width):
+    vocabulary = Vocabulary()
+    words = vocabulary.gather(vocabulary.rows([" ".join(text) for text in texts]), width)
+    for text, ids, counts in zip(texts, words.ids, words.counts, strict=True):
+        ordered = sorted(Counter(text).items(), key=lambda item: (-item[1], item[0]))
+        assert as_words(vocabulary, ids, counts) == dict(ordered[:width])
 
 
 @given(st.lists(st.lists(st.text(max_size=30), max_size=6), max_size=4), st.booleans())

@@ -29,7 +29,7 @@ from experiments.study import bootstrap
 from proxmo_jax import adapters
 from proxmo_jax.checkpoint import Checkpoints, load_params
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import progress_bar, wilson
+from proxmo_jax.report import progress_bar, terminal, wilson
 from proxmo_jax.sharding import make_mesh
 
 COLUMNS = dict(zip(TASK_TYPES, ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"), strict=True))  # the paper's names
@@ -69,7 +69,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> dict:
     """Evaluate, print the table, write the JSON; returns what was written."""
-    console = console or Console()
+    console = console or terminal()
     stored = run_settings(config)
     games = held_out_games(config, stored, console)
     mesh = make_mesh(0, stored.fsdp, stored.tensor)

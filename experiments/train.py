@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 
 from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.pool import Pool
@@ -43,7 +44,16 @@ from proxmo_jax.learner import (
 )
 from proxmo_jax.losses import LossSettings, token_mean
 from proxmo_jax.proximity import similar_anchors
-from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
+from proxmo_jax.report import (
+    Metrics,
+    learning_curve,
+    progress_bar,
+    read_metrics,
+    terminal,
+    watched,
+    wilson,
+    write_episodes,
+)
 from proxmo_jax.sharding import make_mesh, replicate, split
 from proxmo_jax.steps_file import write_steps
 from proxmo_jax.words import bucket
@@ -51,11 +61,13 @@ from proxmo_jax.words import bucket
 
 def main(config: Config, console: Console | None = None) -> Path:
     """Run, or resume, one training run; returns its folder."""
-    console = console or Console()
+    console = console or terminal()
     began = time.time()
     if config.resume:
         config = stored_config(config)
     check(config)
+    if config.env == "webshop" and not config.model:
+        raise UserError("--env webshop needs a --model: there are no demonstrations in WebShop itself")
     mesh = make_mesh(0, config.fsdp, config.tensor)
     # What cannot be read is refused before a folder is made.
     language_model = make_player(config, mesh) if config.model else None
@@ -69,10 +81,10 @@ def main(config: Config, console: Console | None = None) -> Path:
     named = {"household": f"{config.level} household", "alfworld": "ALFWorld", "shop": "shop", "webshop": "WebShop"}
     source = named[config.env]
     console.print(
-        f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
+        f"{config.method} on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
-    demos = [] if config.model else [cloned(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
+    demos = [] if config.model else [cloned(config, train_games, rate, console) for rate in (0.0, config.mistake_rate)]
     player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
@@ -95,8 +107,9 @@ def main(config: Config, console: Console | None = None) -> Path:
         evaluation = Evaluation(config, player, pool, eval_games)
         start = "before training" if config.model else "warm start"
         if not first:
-            metrics.write({"iteration": 0, **evaluation.run(reference, console, start, "episodes_before.txt")})
-        last_row = read_metrics(config.out / "metrics.jsonl")[-1]
+            with progress_bar(console) as bar:
+                metrics.write({"iteration": 0, **evaluation.run(reference, bar, start, "episodes_before.txt")})
+        last_row = [{}, *read_metrics(config.out / "metrics.jsonl")][-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
@@ -106,7 +119,7 @@ def main(config: Config, console: Console | None = None) -> Path:
                 if iteration % config.eval_every == 0 or last:
                     params = adapters.join(loop.frozen, state.params)
                     episodes = "episodes_after.txt" if last else None
-                    row |= evaluation.run(params, console, f"iteration {iteration}", episodes)
+                    row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
                 metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
                 if iteration % config.save_every == 0 or last or stop:
@@ -172,9 +185,10 @@ def answer_room(config: Config) -> int:
     return max(round(config.row_length * config.answer_share), config.max_response_tokens)
 
 
-def cloned(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
+def cloned(config: Config, games: list[str], mistake_rate: float, console: Console) -> list[Example]:
     """Demonstrations of the games that our engine plays. Raises UserError if it plays none."""
-    examples = demonstrations(demonstrated(config, games, mistake_rate), memory_of(config))
+    episodes = watched(demonstrated(config, games, mistake_rate), "demonstrations", console, len(games))
+    examples = demonstrations(episodes, memory_of(config))
     if not examples:
         raise UserError("warm start: there is no demonstration; our engine plays none of the training games")
     return examples
@@ -240,10 +254,15 @@ class Evaluation:
     pool: Pool
     games: list[str]
 
-    def run(self, params, console: Console, label: str, episodes: str | None = None) -> dict:
+    def run(self, params, bar: Progress, label: str, episodes: str | None = None) -> dict:
         began = time.time()
         key = jax.random.key(self.config.seed + 1)
-        rollout = collect(self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature)
+        task = bar.add_task("held-out games", total=len(self.games), note="")
+        rollout = collect(
+            self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature,
+            on_turn=lambda turn, active: bar.update(task, completed=len(self.games) - active, note=f"turn {turn + 1}"),
+        )  # fmt: skip
+        bar.remove_task(task)
         wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
             "eval/success_rate": wins / count,
@@ -258,7 +277,7 @@ class Evaluation:
                 row[f"eval/success_rate/{kind}"] = float(rollout.won[(kinds == kind) & rollout.finished].mean())
         low, high = wilson(wins, count)
         score = f", mean score {row['eval/score']:.1%}" if "eval/score" in row else ""
-        console.print(
+        bar.console.print(
             f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%}){score}"
         )
         if episodes:

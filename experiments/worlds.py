@@ -39,18 +39,28 @@ def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
     share = config.eval_games // len(names)
     wanted = {"train": config.train_games, names[0]: share, names[-1]: config.eval_games - share * (len(names) - 1)}
     if config.env == "household":
-        folder, level = config.out / "games", config.level
-        chosen = {
-            split: [str(p) for p in generate_games(folder, split=split, count=n, seed=config.seed, level=level)]
-            for split, n in wanted.items()
-            if n
-        }
+        chosen = household_games(config, wanted, console)
     else:
         chosen = stored_games(config, wanted, console)
     held_out = [game for split in names for game in chosen.get(split, [])]
     if not chosen["train"] or not held_out:
         raise UserError(f"--data: need games in train, and in {' or '.join(names)}")
     return chosen["train"], held_out
+
+
+def household_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[str]]:
+    """So many generated games of each split, in the run's folder."""
+    chosen = {}
+    with progress_bar(console) as bar:
+        task = bar.add_task("making games", total=sum(wanted.values()), note="")
+        for split, count in wanted.items():
+            if count:
+                files = generate_games(
+                    config.out / "games", split=split, count=count, seed=config.seed, level=config.level,
+                    on_game=lambda _: bar.update(task, advance=1),
+                )  # fmt: skip
+                chosen[split] = [str(file) for file in files]
+    return chosen
 
 
 def stored_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.pool import Pool
+from envs_bridge.turn import Game
 from experiments.players import fresh_params, make_player, new_state, pretrained_params, run_optimizer
 from experiments.setup import SHOPS, Config, check, micro_batches, open_folder, stored_config
 from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of, shop_folder
@@ -185,7 +186,7 @@ def answer_room(config: Config) -> int:
     return max(round(config.row_length * config.answer_share), config.max_response_tokens)
 
 
-def cloned(config: Config, games: list[str], mistake_rate: float, console: Console) -> list[Example]:
+def cloned(config: Config, games: list[Game], mistake_rate: float, console: Console) -> list[Example]:
     """Demonstrations of the games that our engine plays. Raises UserError if it plays none."""
     episodes = watched(demonstrated(config, games, mistake_rate), "demonstrations", console, len(games))
     examples = demonstrations(episodes, memory_of(config))
@@ -252,7 +253,7 @@ class Evaluation:
     config: Config
     player: Player
     pool: Pool
-    games: list[str]
+    games: list[Game]
 
     def run(self, params, bar: Progress, label: str, episodes: str | None = None) -> dict:
         began = time.time()
@@ -296,7 +297,7 @@ class Loop:
     """One iteration: rollout -> advantages -> reference log-probs -> policy updates; what is large stays on device."""
 
     def __init__(
-        self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference, last: dict
+        self, config: Config, player: Player, pool: Pool, games: list[Game], mesh, optimizer, reference, last: dict
     ):  # fmt: skip
         """`last` is the metrics row of the iteration before the next one."""
         self.config, self.player, self.pool, self.games = config, player, pool, games

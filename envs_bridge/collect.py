@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from envs_bridge.actions import ALFWORLD_TAIL, project
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import Cut, Memory, Notes, piece_ends, readable
-from envs_bridge.turn import Observation
+from envs_bridge.turn import Game, Observation
 from proxmo_jax.buffers import Buffer, clear, forget, grow, write
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import PolicyConfig
@@ -187,7 +187,7 @@ def collect(
     player: Player,
     params,
     pool: Pool,
-    games: Sequence[str],
+    games: Sequence[Game],
     key: jax.Array,
     *,
     temperature: float,
@@ -199,7 +199,7 @@ def collect(
 ) -> Rollout:
     """Play one episode of every game to its end or the turn limit, all side by side.
 
-    games: one file per episode (a group's members name the same file, group after group). With a buffer, every
+    games: one per episode (a group's members name the same one, group after group). With a buffer, every
     turn is written into it; it comes back in the rollout, the one given is consumed. reward_score: the worlds' own
     rewards are written, not success; both times `reward_scale`. `on_turn(turn, active)` is told of the
     progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still lost then is
@@ -248,7 +248,7 @@ class _Play:
     player: Player
     params: Any
     pool: Pool
-    games: list[str]
+    games: list[Game]
     rollout: Rollout
     temperature: float
     reward_scale: float

@@ -30,7 +30,7 @@ from proxmo_jax.batch import batch_advantages, pad_groups, text_repeats
 from proxmo_jax.embeddings import documents, unit_vectors
 from proxmo_jax.errors import UserError
 from proxmo_jax.proximity import similarity
-from proxmo_jax.report import progress_bar
+from proxmo_jax.report import progress_bar, terminal
 from proxmo_jax.steps_file import needed, read_steps
 from proxmo_jax.types import Group, Settings
 
@@ -73,7 +73,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> Path:
     """Compute the table and draw the figures; returns the folder. Raises UserError for what cannot be, before anything
     is computed or written."""
-    console = console or Console()
+    console = console or terminal()
     grid = settings_of(parse(config.grid))
     if config.chunk < 1:
         raise UserError(f"--chunk must be at least 1, got {config.chunk}")

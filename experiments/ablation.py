@@ -34,7 +34,7 @@ from experiments.study import CURVES, Cell, Results, Study, write
 from experiments.vector_agent import Knobs, Spec, make_run
 from proxmo_jax import advantages, proximity
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import progress_bar
+from proxmo_jax.report import progress_bar, terminal
 from proxmo_jax.types import Settings
 
 STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise")
@@ -61,7 +61,7 @@ class Config:
 
 def main(config: Config, study: Study | None = None, console: Console | None = None) -> Path:
     """Run or go on with a study; returns its folder. Raises UserError for settings that cannot work."""
-    console = console or Console()
+    console = console or terminal()
     study = study or load(config.study)
     check(config, study)
     began, folder = time.time(), config.out / (study.name + ("_quick" if config.quick else ""))

@@ -49,6 +49,7 @@ from experiments.vector_agent import (
 )
 from proxmo_jax.advantages import proxmo
 from proxmo_jax.errors import UserError
+from proxmo_jax.report import terminal
 from proxmo_jax.steps_file import needed
 from proxmo_jax.types import Group
 
@@ -76,7 +77,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     for name in ("seeds", "iterations", "text_iterations"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate
@@ -34,6 +33,7 @@ from envs_bridge.household.generate import generate_games
 from proxmo_jax.advantages import official, proxmo
 from proxmo_jax.batch import batch_advantages
 from proxmo_jax.errors import UserError
+from proxmo_jax.report import terminal, watched
 from proxmo_jax.steps_file import steps_advantages
 from proxmo_jax.types import Group
 
@@ -62,7 +62,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     if config.official is not None and not (config.official / "proxmo" / "core_proxmo.py").is_file():
         raise UserError(f"--official: {config.official} holds no proxmo/core_proxmo.py; name a checkout of ProxMO-RL")
     if not config.groups or min(config.groups) < 1:
@@ -91,9 +91,9 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
         name: [] for name in ("texts", "group", "trajectory", "step", "reward", "success", "action_valid")
     }
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as bar:
+    with tempfile.TemporaryDirectory() as folder:
         games = generate_games(Path(folder), split="train", count=groups, seed=seed, level="hard")
-        for g, game in enumerate(bar.track(games, description="playing")):
+        for g, game in enumerate(watched(games, "playing", console, len(games))):
             world = Household.load(str(game))
             for m in range(members):
                 habits = Habits(search_rate=0.95, mistake_rate=rng.choice((0.8, 1.0)))

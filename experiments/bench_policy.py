@@ -32,6 +32,7 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.learner import Rows, TrainState, make_optimizer, pack_turns, policy_step
 from proxmo_jax.losses import LossSettings
 from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.report import terminal
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import keep_freed_memory
 
@@ -68,7 +69,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     for name in ("turns", "decode_rows", "decode_steps", "layers", "repeat"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")

@@ -30,6 +30,7 @@ from envs_bridge.shop.expert import demonstrate
 from envs_bridge.shop.generate import KINDS, generate_catalogue
 from envs_bridge.shop.search import build_index
 from proxmo_jax.errors import UserError
+from proxmo_jax.report import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 GENUINE = 80  # steps a second at best
@@ -54,7 +55,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     text = measure(config, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:

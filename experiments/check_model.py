@@ -17,6 +17,7 @@ from rich.console import Console
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import Policy, PolicyConfig
+from proxmo_jax.report import terminal
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.weights import find_model, load_weights, parameter_count, read_config
 
@@ -40,7 +41,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> bool:
     """Compare and report; whether the two agree. Raises UserError for a checkpoint that is wrong, or without torch."""
-    console = console or Console()
+    console = console or terminal()
     folder = find_model(config.model)
     shape = read_config(folder)
     if config.length + config.new_tokens > shape.max_position_embeddings:

@@ -26,12 +26,13 @@ from rich.table import Table
 from envs_bridge.collect import Player, collect
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
+from envs_bridge.turn import Game
 from experiments import players, setup, worlds
 from experiments.study import bootstrap
 from proxmo_jax import adapters
 from proxmo_jax.checkpoint import Checkpoints, load_params
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import progress_bar, wilson
+from proxmo_jax.report import progress_bar, terminal, wilson
 from proxmo_jax.sharding import make_mesh
 
 COLUMNS = dict(zip(TASK_TYPES, ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"), strict=True))  # the paper's names
@@ -50,6 +51,8 @@ class Config:
     trained."""
     data: Path | None = None
     """ALFWorld's data folder; default: the run's, or $ALFWORLD_DATA."""
+    webshop: Path | None = None
+    """Checkout of WebShop, for --env webshop; default: the run's."""
     engine: str | None = None
     """fast, textworld or textworld-stock; default: the run's."""
     python: str | None = None
@@ -71,7 +74,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> dict:
     """Evaluate, print the table, write the JSON; returns what was written."""
-    console = console or Console()
+    console = console or terminal()
     stored = run_settings(config)
     games = held_out_games(config, stored, console)
     mesh = make_mesh(0, stored.fsdp, stored.tensor)
@@ -96,7 +99,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     console.print(table(answer))
     target = config.out or config.run / "eval.json"
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(json.dumps(answer, indent=1) + "\n")
+    temporary.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
     console.print(f"{target} holds these numbers.")
     return answer
@@ -111,17 +114,21 @@ def run_settings(config: Config) -> setup.Config:
     if config.temperature <= 0:
         raise UserError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
     stored = setup.stored_config(setup.Config(out=config.run))
-    asked = {name: getattr(config, name) for name in ("env", "data", "engine", "python", "workers")}
+    asked = {name: getattr(config, name) for name in ("env", "data", "webshop", "engine", "python", "workers")}
     stored = dataclasses.replace(stored, **{name: value for name, value in asked.items() if value is not None})
     known = worlds.SPLITS_OF[stored.env]
     if unknown := sorted(set(config.splits) - set(known)):
         raise UserError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
-    setup.check(stored)
+    try:
+        setup.check(stored)
+    except UserError as error:
+        takes = "--env, --data, --webshop, --engine, --python and --workers"
+        raise UserError(f"{config.run}: {error} ({takes} can be given here; the rest is in its config.json)") from error
     return stored
 
 
-def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[str]]:
-    """Game files by split. Raises UserError if there are none."""
+def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[Game]]:
+    """Games by split. Raises UserError if there are none."""
     splits = config.splits or worlds.HELD_OUT[stored.env]
     games = worlds.stored_games(stored, dict.fromkeys(splits, config.games or sys.maxsize), console)
     chosen = {split: files for split, files in games.items() if files}
@@ -153,7 +160,7 @@ def trained_params(config: Config, stored: setup.Config, player: Player):
 
 
 def play(
-    config: Config, player: Player, params, pool: Pool, games: list[str], split: str, console: Console
+    config: Config, player: Player, params, pool: Pool, games: list[Game], split: str, console: Console
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(won bool, finished bool, score float32) of every game of a split, a batch at a time."""
     won, finished, score = np.zeros(len(games), bool), np.zeros(len(games), bool), np.zeros(len(games), np.float32)
@@ -175,7 +182,7 @@ def play(
     return won, finished, score
 
 
-def rates(games: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
+def rates(games: list[Game], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
     """Wins, games, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score;
     games that could not be played are left out."""
     kinds = np.array([worlds.kind_of(game) for game in games])

@@ -14,8 +14,9 @@ from rich.console import Console
 from experiments import evaluate, players
 from proxmo_jax import adapters
 from proxmo_jax.errors import UserError
-from proxmo_jax.sharding import make_mesh
-from proxmo_jax.weights import save_weights
+from proxmo_jax.report import terminal
+from proxmo_jax.sharding import make_mesh, parameter_shardings
+from proxmo_jax.weights import load_weights, read_config, save_weights
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> Path:
     """Export; returns the folder. Raises UserError for a run or checkpoint that is not there, or a target in use."""
-    console = console or Console()
+    console = console or terminal()
     if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
         raise UserError(f"{config.target} is in use; name a new folder")
     asked = evaluate.Config(run=config.run, checkpoint=config.checkpoint)
@@ -45,7 +46,9 @@ def main(config: Config, console: Console | None = None) -> Path:
     files = save_weights(config.target, params, shape)
     player.tokenizer.save_pretrained(config.target)
     ends = {"eos_token_id": list(player.decoding.stop_ids), "pad_token_id": player.decoding.pad_id}
-    (config.target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    (config.target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+    del params
+    load_weights(config.target, read_config(config.target), parameter_shardings(player.mesh, shape))  # it can be read
     size = sum(file.stat().st_size for file in files) / 2**20
     console.print(
         f"{config.target}: iteration {iteration} of {config.run}, {size:.1f} MiB in {len(files)} file(s)",

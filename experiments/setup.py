@@ -217,7 +217,6 @@ def check(config: Config) -> None:
         data_folder(config.data)
     if config.env == "webshop":
         need(config.webshop is not None, "--env webshop needs --webshop DIR, a checkout of WebShop")
-        need(bool(config.model), "--env webshop needs a --model: there are no demonstrations in WebShop itself")
     check_numbers(config)
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(
@@ -331,7 +330,11 @@ def stored_config(config: Config) -> Config:
     path = config.out / "config.json"
     if not path.is_file():
         raise UserError(f"--resume: {config.out} holds no run (no config.json)")
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored["iterations"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}); need the settings that the run has written") from error
     paths = {"out", "config", "warm_start_from", "data", "webshop"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
@@ -369,10 +372,12 @@ def open_folder(config: Config) -> None:
     path = config.out / "config.json"
     if path.exists() and not config.resume:
         raise UserError(f"--out: {config.out} holds another run; name a new folder, or add --resume to go on with it")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out: {config.out} is a file; name a new folder")
     if config.out.exists() and not config.resume and any(config.out.iterdir()):
         raise UserError(f"--out: {config.out} is not empty; name a new folder")
     config.out.mkdir(parents=True, exist_ok=True)
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**values, "resume": False}, indent=1))
+    temporary.write_text(json.dumps({**values, "resume": False}, indent=1), encoding="utf-8")
     temporary.replace(path)

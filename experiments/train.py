@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 
 from envs_bridge.collect import Example, Player, Rollout, collect, demonstration_buffer, demonstrations
 from envs_bridge.pool import Pool
+from envs_bridge.turn import Game
 from experiments.players import fresh_params, make_player, new_state, pretrained_params, run_optimizer
 from experiments.setup import SHOPS, Config, check, extended, micro_batches, open_folder, stored_config
 from experiments.worlds import demonstrated, kind_of, make_games, make_pool, memory_of, shop_folder
@@ -45,7 +47,16 @@ from proxmo_jax.learner import (
 )
 from proxmo_jax.losses import LossSettings, token_mean
 from proxmo_jax.proximity import similar_anchors
-from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
+from proxmo_jax.report import (
+    Metrics,
+    learning_curve,
+    progress_bar,
+    read_metrics,
+    terminal,
+    watched,
+    wilson,
+    write_episodes,
+)
 from proxmo_jax.sharding import make_mesh, replicate, split
 from proxmo_jax.steps_file import write_steps
 from proxmo_jax.words import bucket
@@ -53,11 +64,13 @@ from proxmo_jax.words import bucket
 
 def main(config: Config, console: Console | None = None) -> Path:
     """Run, or resume, one training run; returns its folder."""
-    console = console or Console()
+    console = console or terminal()
     began = time.time()
     if config.resume:
         config = extended(stored_config(config), config.iterations)
     check(config)
+    if config.env == "webshop" and not config.model:
+        raise UserError("--env webshop needs a --model: there are no demonstrations in WebShop itself")
     mesh = make_mesh(0, config.fsdp, config.tensor)
     # What cannot be read is refused before a folder is made.
     language_model = make_player(config, mesh) if config.model else None
@@ -71,7 +84,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     named = {"household": f"{config.level} household", "alfworld": "ALFWorld", "shop": "shop", "webshop": "WebShop"}
     source = named[config.env]
     console.print(
-        f"[bold]{config.method}[/] on {len(train_games)} {source} games,"
+        f"{config.method} on {len(train_games)} {source} games,"
         f" {len(eval_games)} held out; {jax.device_count()} x {jax.devices()[0].platform}, seed {config.seed}"
     )
     if 0 < config.decay_iterations < config.iterations:
@@ -79,7 +92,7 @@ def main(config: Config, console: Console | None = None) -> Path:
             f"The learning rate falls to {config.final_rate:g} of {config.learning_rate:g} by iteration"
             f" {config.decay_iterations} and stays there to iteration {config.iterations}."
         )
-    demos = [] if config.model else [cloned(config, train_games, rate) for rate in (0.0, config.mistake_rate)]
+    demos = [] if config.model else [cloned(config, train_games, rate, console) for rate in (0.0, config.mistake_rate)]
     player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     key = jax.random.key(config.seed)
@@ -103,8 +116,9 @@ def main(config: Config, console: Console | None = None) -> Path:
         evaluation = Evaluation(config, player, pool, eval_games)
         start = "before training" if config.model else "warm start"
         if not first:
-            metrics.write({"iteration": 0, **evaluation.run(reference, console, start, "episodes_before.txt")})
-        last_row = read_metrics(config.out / "metrics.jsonl")[-1]
+            with progress_bar(console) as bar:
+                metrics.write({"iteration": 0, **evaluation.run(reference, bar, start, "episodes_before.txt")})
+        last_row = [{}, *read_metrics(config.out / "metrics.jsonl")][-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
@@ -114,7 +128,7 @@ def main(config: Config, console: Console | None = None) -> Path:
                 if iteration % config.eval_every == 0 or last:
                     params = adapters.join(loop.frozen, state.params)
                     episodes = "episodes_after.txt" if last else None
-                    row |= evaluation.run(params, console, f"iteration {iteration}", episodes)
+                    row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
                 metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
                 if iteration % config.save_every == 0 or last or stop:
@@ -180,9 +194,10 @@ def answer_room(config: Config) -> int:
     return max(round(config.row_length * config.answer_share), config.max_response_tokens)
 
 
-def cloned(config: Config, games: list[str], mistake_rate: float) -> list[Example]:
+def cloned(config: Config, games: list[Game], mistake_rate: float, console: Console) -> list[Example]:
     """Demonstrations of the games that our engine plays. Raises UserError if it plays none."""
-    examples = demonstrations(demonstrated(config, games, mistake_rate), memory_of(config))
+    episodes = watched(demonstrated(config, games, mistake_rate), "demonstrations", console, len(games))
+    examples = demonstrations(episodes, memory_of(config))
     if not examples:
         raise UserError("warm start: there is no demonstration; our engine plays none of the training games")
     return examples
@@ -246,12 +261,17 @@ class Evaluation:
     config: Config
     player: Player
     pool: Pool
-    games: list[str]
+    games: list[Game]
 
-    def run(self, params, console: Console, label: str, episodes: str | None = None) -> dict:
+    def run(self, params, bar: Progress, label: str, episodes: str | None = None) -> dict:
         began = time.time()
         key = jax.random.key(self.config.seed + 1)
-        rollout = collect(self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature)
+        task = bar.add_task("held-out games", total=len(self.games), note="")
+        rollout = collect(
+            self.player, params, self.pool, self.games, key, temperature=self.config.eval_temperature,
+            on_turn=lambda turn, active: bar.update(task, completed=len(self.games) - active, note=f"turn {turn + 1}"),
+        )  # fmt: skip
+        bar.remove_task(task)
         wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
             "eval/success_rate": wins / count,
@@ -266,7 +286,7 @@ class Evaluation:
                 row[f"eval/success_rate/{kind}"] = float(rollout.won[(kinds == kind) & rollout.finished].mean())
         low, high = wilson(wins, count)
         score = f", mean score {row['eval/score']:.1%}" if "eval/score" in row else ""
-        console.print(
+        bar.console.print(
             f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%}){score}"
         )
         if episodes:
@@ -285,7 +305,7 @@ class Loop:
     """One iteration: rollout -> advantages -> reference log-probs -> policy updates; what is large stays on device."""
 
     def __init__(
-        self, config: Config, player: Player, pool: Pool, games: list[str], mesh, optimizer, reference, last: dict
+        self, config: Config, player: Player, pool: Pool, games: list[Game], mesh, optimizer, reference, last: dict
     ):  # fmt: skip
         """`last` is the metrics row of the iteration before the next one."""
         self.config, self.player, self.pool, self.games = config, player, pool, games

@@ -1,8 +1,6 @@
 """What a run plays: its games, the workers that play them, demonstrations, and which kind a game is.
 
-A game is named by a string that its worker understands: a household game by its file, a shop's goal by
-`FOLDER#NUMBER#KIND` (the prepared catalogue or WebShop's checkout, the goal's place in their order, and what kind of
-goal it is).
+A household game is named by its file, a shop's by a `Goal`.
 """
 
 import sys
@@ -23,7 +21,7 @@ from envs_bridge.shop import genuine
 from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.generate import FILES, generate_catalogue
 from envs_bridge.shop.notes import ShopNotes
-from envs_bridge.turn import Observation
+from envs_bridge.turn import Game, Goal, Observation
 from experiments.setup import SHOPS, Config
 from proxmo_jax.errors import UserError
 from proxmo_jax.report import progress_bar
@@ -32,46 +30,57 @@ SPLITS_OF = {"household": SPLITS, "alfworld": SPLITS, "shop": shop.SPLITS, "webs
 HELD_OUT = {"household": SPLITS[1:], "alfworld": SPLITS[1:], "shop": ("valid",), "webshop": ("valid",)}
 
 
-def make_games(config: Config, console: Console) -> tuple[list[str], list[str]]:
+def make_games(config: Config, console: Console) -> tuple[list[Game], list[Game]]:
     """Training games, and held-out ones: of houses half new games in known houses, half in houses never trained in; of
     a shop the goals of its validation range."""
     names = HELD_OUT[config.env]
     share = config.eval_games // len(names)
     wanted = {"train": config.train_games, names[0]: share, names[-1]: config.eval_games - share * (len(names) - 1)}
     if config.env == "household":
-        folder, level = config.out / "games", config.level
-        chosen = {
-            split: [str(p) for p in generate_games(folder, split=split, count=n, seed=config.seed, level=level)]
-            for split, n in wanted.items()
-            if n
-        }
+        chosen = household_games(config, wanted, console)
     else:
         chosen = stored_games(config, wanted, console)
     held_out = [game for split in names for game in chosen.get(split, [])]
     if not chosen["train"] or not held_out:
-        raise UserError(f"--data: need games in train, and in {' or '.join(names)}")
+        found = ", ".join(f"{split} {len(games)}" for split, games in chosen.items()) or "none"
+        raise UserError(f"--data: need games in train, and in {' or '.join(names)}; found {found}")
     return chosen["train"], held_out
 
 
-def stored_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[str]]:
+def household_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[Game]]:
+    """So many generated games of each split, in the run's folder."""
+    chosen: dict[str, list[Game]] = {}
+    with progress_bar(console) as bar:
+        task = bar.add_task("making games", total=sum(wanted.values()), note="")
+        for split, count in wanted.items():
+            if count:
+                files = generate_games(
+                    config.out / "games", split=split, count=count, seed=config.seed, level=config.level,
+                    on_game=lambda _: bar.update(task, advance=1),
+                )  # fmt: skip
+                chosen[split] = [str(file) for file in files]
+    return chosen
+
+
+def stored_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[Game]]:
     """At most so many games of each split, evenly spread over it; of a run's own household those it has generated."""
     if config.env == "webshop":
         count = genuine.count_goals(config.python or sys.executable, config.webshop, config.goals)
         console.print(f"WebShop in {config.webshop}: {count} goals", markup=False, highlight=False, soft_wrap=True)
         return {
-            split: [f"{config.webshop}#{i}#{config.goals}" for i in evenly(shop.splits(count)[split], at_most)]
+            split: [Goal(str(config.webshop), int(i), config.goals) for i in evenly(shop.splits(count)[split], at_most)]
             for split, at_most in wanted.items()
         }
     if config.env == "shop":
         folder = shop_folder(config, console)
         catalogue = shop.Catalogue(folder)
 
-        def name(i: int) -> str:
-            return f"{folder}#{i}#{catalogue.goal(i)['category'].replace('#', ' ')}"
+        def name(i: int) -> Goal:
+            return Goal(str(folder), i, catalogue.goal(i)["category"])
 
         return {split: [name(i) for i in evenly(catalogue.splits[split], at_most)] for split, at_most in wanted.items()}
     if config.env == "alfworld":
-        found: dict[str, list[str]] = alfworld_games(config.data, list(wanted), console)
+        found: Mapping[str, list[str]] = alfworld_games(config.data, list(wanted), console)
     else:
         folder = config.out / "games"
         found = {split: sorted(map(str, (folder / split).glob("*/*/game.tw-pddl"))) for split in wanted}
@@ -117,24 +126,28 @@ def make_pool(config: Config) -> Pool:
     )
 
 
-def kind_of(game: str) -> str:
+def kind_of(game: Game) -> str:
     """A household game's task type, by its folder's name; a goal's kind."""
-    if "#" in game:
-        return game.rsplit("#", 1)[1]
+    if isinstance(game, Goal):
+        return game.kind
     return Path(game).parts[-3].partition("-")[0]
 
 
 def demonstrated(
-    config: Config, games: Sequence[str], mistake_rate: float
+    config: Config, games: Sequence[Game], mistake_rate: float
 ) -> Iterable[tuple[str, list[tuple[Observation, str]]]]:
     """(task, turns) of a demonstrated episode for each game that our engines play."""
     turns = 2 * config.max_turns
     if config.env == "shop":
         return shop_expert.episodes(
-            map(Shopping.load, games), seed=config.seed, mistake_rate=mistake_rate, max_turns=turns
+            (Shopping.load(game) for game in games if isinstance(game, Goal)),
+            seed=config.seed,
+            mistake_rate=mistake_rate,
+            max_turns=turns,
         )
     habits = household_expert.Habits(config.search_rate, mistake_rate)
-    return household_expert.episodes(games, seed=config.seed, habits=habits, max_turns=turns)
+    files = [game for game in games if isinstance(game, str)]
+    return household_expert.episodes(files, seed=config.seed, habits=habits, max_turns=turns)
 
 
 def memory_of(config: Config) -> Callable[[str, Observation], Memory]:

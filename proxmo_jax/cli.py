@@ -1,6 +1,7 @@
 """`proxmo`: the command line. The only room that opens the experiments' doors."""
 
 import dataclasses
+import io
 import os
 import sys
 import tomllib
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import tyro
-from rich.console import Console
 
 from envs_bridge.errors import UserError as WorldUserError
 from proxmo_jax.errors import UserError
@@ -37,16 +37,36 @@ proxmo COMMAND --help lists the options."""
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence on stderr and exit status 2, a bug in its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     try:
         return _dispatch(arguments)
-    except (UserError, WorldUserError, OSError) as error:
-        if os.environ.get("PROXMO_TRACEBACK"):
+    except (UserError, WorldUserError, OSError, RuntimeError) as error:
+        said, out_of_memory = str(error), str(error).startswith("RESOURCE_EXHAUSTED")  # as XLA says it
+        if os.environ.get("PROXMO_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"proxmo: {' '.join(str(error).split())}", file=sys.stderr)
+        if out_of_memory:
+            said = (
+                f"the device's memory does not suffice ({said[:200]}); smaller --decode-rows, --micro-batch-tokens,"
+                " --groups or --chunk need less"
+            )
+        print(f"proxmo: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("proxmo: interrupted", file=sys.stderr)
         return 130
+
+
+def _find_devices() -> None:
+    """Start JAX on its devices. Raises UserError if it finds none of the platform that $JAX_PLATFORMS names."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform without its plugin is an assertion of JAX's
+        name = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error) or "no plugin for it is installed"
+        raise UserError(f"JAX_PLATFORMS={name}: JAX finds no such device ({reason}); cpu is always there") from error
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -117,6 +137,7 @@ def _advantages(arguments: list[str]) -> int:
     from proxmo_jax.steps_file import advantages_of_file
 
     options = tyro.cli(AdvantagesOptions, args=arguments, prog="proxmo advantages")
+    _find_devices()
     knobs = {name: value for name, value in vars(options).items() if value is not None}
     source, target, preset = (knobs.pop(name) for name in ("source", "target", "preset"))
     if preset not in PRESETS:
@@ -143,7 +164,7 @@ class VerifyOptions:
 def _verify_household(arguments: list[str]) -> int:
     from envs_bridge.household.verify import lockstep, playable
     from envs_bridge.pool import Pool
-    from proxmo_jax.report import progress_bar
+    from proxmo_jax.report import progress_bar, terminal
 
     options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
     files = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
@@ -157,7 +178,7 @@ def _verify_household(arguments: list[str]) -> int:
     if not games:
         raise UserError(f"--games: {options.games} holds no game that our engine plays")
     engine = "textworld-stock" if options.stock else "textworld"
-    with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(Console()) as bar:
+    with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(terminal()) as bar:
         task = bar.add_task("comparing", total=options.episodes, note="")
         found = lockstep(
             games,
@@ -206,6 +227,7 @@ def _check_model(arguments: list[str]) -> int:
     from experiments import check_model
 
     options = tyro.cli(check_model.Config, args=arguments, prog="proxmo check-model", description=check_model.__doc__)
+    _find_devices()
     return 0 if check_model.main(options) else 1
 
 
@@ -218,6 +240,7 @@ def _bench(name: str, *arguments: str) -> int:
 
         use_every_core()
     options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
+    _find_devices()
     bench.main(options)
     return 0
 
@@ -234,6 +257,7 @@ def _ablate(name: str, *arguments: str) -> int:
     if name == "train":
         module.use_every_core()
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo ablate {name}", description=module.__doc__)
+    _find_devices()
     module.main(options)
     return 0
 
@@ -248,6 +272,7 @@ def _train(arguments: list[str]) -> int:
     def parse(default):
         return tyro.cli(setup.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
 
+    _find_devices()
     config = parse(_defaults(arguments, setup.Config))
     if config.resume:  # the settings are the run's, and what else is asked for is named; it can be made longer
         stored = setup.stored_config(config)
@@ -269,6 +294,7 @@ def _with_run(command: str, arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     module = importlib.import_module({"eval": "experiments.evaluate", "export": "experiments.export"}[command])
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo {command}", description=module.__doc__)
+    _find_devices()
     module.main(options)
     return 0
 
@@ -299,7 +325,7 @@ def _recipe(arguments: list[str], cls, *, named: bool = False) -> dict[str, Any]
         name = env
     recipe = recipes / f"{name}.toml"
     try:
-        values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text())
+        values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -2,27 +2,116 @@
 
 import json
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic
+from typing import TypeVar
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+
+Thing = TypeVar("Thing")
+EVERY, AT_LEAST, SHARE = 30.0, 3.0, 0.1  # of progress lines: seconds between them, and a task's share
+
+
+def terminal() -> Console:
+    """Where commands print. Texts stay as they are: names, paths and errors may hold what rich reads as markup."""
+    return Console(markup=False, emoji=False)
 
 
 def progress_bar(console: Console) -> Progress:
-    """Shows how far, the time left, and what is measured (`note`, two short lines, to fit 80 columns)."""
+    """Shows how far, the time left, and what is measured (`note`, two short lines, to fit 80 columns); a line now and
+    then where there is no terminal."""
+    if not (console.is_jupyter or (console.is_interactive and console.file.isatty())):
+        return ProgressLines(console)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
+        speed_estimate_period=3600,
     )
+
+
+def watched(things: Iterable[Thing], description: str, console: Console, total: int) -> Iterator[Thing]:
+    """The things, one after the other, with progress shown."""
+    with progress_bar(console) as bar:
+        task = bar.add_task(description, total=total, note="")
+        for thing in things:
+            yield thing
+            bar.update(task, advance=1)
+
+
+class ProgressLines(Progress):
+    """Progress for a log: a line for every tenth of a task, or for 30 seconds, and one at its end."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = monotonic):
+        super().__init__(console=console, disable=True, get_time=clock)
+        self._over = threading.Event()
+        self._said: dict[TaskID, tuple[float, float, bool]] = {}  # when, how far, finished
+        self._begun: dict[TaskID, float] = {}  # how far a task was when it began
+
+    def start(self) -> None:
+        super().start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop(self) -> None:
+        self._over.set()
+        for task in self.tasks:
+            if self._said[task.id][1:] != (task.completed, True):
+                self._say(task)
+        super().stop()
+
+    def add_task(self, description: str, *arguments, **values) -> TaskID:
+        with self._lock:
+            number = super().add_task(description, *arguments, **values)
+            self._begun[number] = self._tasks[number].completed
+            self._said[number] = self.get_time(), self._begun[number], False
+        return number
+
+    def update(self, task_id: TaskID, **values) -> None:  # type: ignore[override]
+        super().update(task_id, **values)
+        self._say_if_due(self._tasks[task_id])
+
+    def _watch(self) -> None:
+        """A task that does not move for long has its line, too."""
+        while not self._over.wait(1.0):
+            for task in self.tasks:
+                self._say_if_due(task)
+
+    def _say_if_due(self, task: Task) -> None:
+        with self._lock:
+            when, completed, finished = self._said[task.id]
+            since = self.get_time() - when
+            more = task.total is not None and task.completed - completed >= SHARE * task.total
+            if not finished and (since >= EVERY or (since >= AT_LEAST and more) or task.finished):
+                self._say(task)
+
+    def _say(self, task: Task) -> None:
+        with self._lock:
+            self._said[task.id] = self.get_time(), task.completed, task.finished
+        line = f"{task.description}: {task.completed:g}"
+        if task.total is not None:
+            line += f" of {task.total:g}"
+        done = task.completed - self._begun[task.id]
+        if task.total is not None and done > 0 and not task.finished:
+            line += f", {duration((task.elapsed or 0.0) * (task.total - task.completed) / done)} left"
+        note = ", ".join(str(task.fields.get("note", "")).splitlines())
+        self.console.print(f"{line}, {note}" if note else line, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 40 s, 5 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class Metrics:
@@ -32,22 +121,25 @@ class Metrics:
         self.path = path
         kept = [row for row in read_metrics(path) if keep_until is not None and row["iteration"] <= keep_until]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(path)
 
     def write(self, row: dict) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics file; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a metrics file up to the first line that is none, as a crash may leave one."""
+    rows: list[dict] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or "iteration" not in row:
+            break
+        rows.append(row)
     return rows
 
 
@@ -101,4 +193,4 @@ def write_episodes(
         for seen, answer in turns:
             parts.append("".join(f"    {line}\n" for line in seen.splitlines() if line.strip()) + f"> {answer}\n")
         parts.append("\n")
-    path.write_text("".join(parts))
+    path.write_text("".join(parts), encoding="utf-8", errors="replace")

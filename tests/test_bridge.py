@@ -317,7 +317,7 @@ def test_a_hundred_thousand_strange_actions(games, tmp_path, monkeypatch):
 
 GARBAGE = """
 import sys
-print('{"version": 3}', flush=True)
+print('{"version": 4}', flush=True)
 for line in sys.stdin:
     print(GARBAGE, flush=True)
 """
@@ -352,7 +352,7 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho '{\"version\": 99}'\ncat >/dev/null\n")
     script.chmod(0o755)
-    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 3"):
+    with pytest.raises(WorkerError, match=r"version.*99.*need one of protocol version 4"):
         Pool(1, python=str(script))
 
 

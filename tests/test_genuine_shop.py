@@ -11,7 +11,7 @@ from rich.console import Console
 
 from envs_bridge.pool import Pool
 from envs_bridge.shop.genuine import count_goals
-from envs_bridge.turn import SEARCH_COMMAND
+from envs_bridge.turn import SEARCH_COMMAND, Goal
 from experiments.setup import Config
 from experiments.worlds import kind_of, stored_games
 
@@ -78,7 +78,7 @@ def webshop(tmp_path) -> Path:
 @pytest.mark.parametrize("python", other_pythons())
 def test_webshop_is_played_in_its_own_interpreter(webshop, python):
     assert count_goals(python, webshop, "human") == 7
-    games = [(slot, f"{webshop}#{slot // 4}#human") for slot in range(8)]
+    games = [(slot, Goal(str(webshop), slot // 4, "human")) for slot in range(8)]
     with Pool(2, python=python, engine="webshop", block=4) as pool:
         started = pool.reset(games)
         assert pool.faults == 0, pool.fault
@@ -109,7 +109,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp
     with pytest.raises(ValueError, match=r"WebShop needs the package pyserini_is_not_there in .* -m pip install"):
         count_goals(sys.executable, webshop, "human")
     with Pool(1, engine="webshop") as pool:
-        assert pool.reset([(0, f"{webshop}#0#human")]) == [None]
+        assert pool.reset([(0, Goal(str(webshop), 0, "human"))]) == [None]
         assert "pip install pyserini_is_not_there" in pool.fault
     for raised, message in (
         (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from envs_bridge.errors import UserError
-from envs_bridge.turn import SEARCH_COMMAND, Observation
+from envs_bridge.turn import SEARCH_COMMAND, Goal, Observation, clicks
 
 SEED = 233  # of prices and their limits, which WebShop leaves to chance: the same in every worker
 SEPARATOR = " [SEP] "
@@ -75,10 +75,9 @@ class GenuineShop:
         self._env: Any = None
 
     @classmethod
-    def load(cls, game: str) -> GenuineShop:
-        """game: `FOLDER#NUMBER#GOALS`."""
-        folder, number, goals = game.rsplit("#", 2)
-        return cls(folder, int(number), goals)
+    def load(cls, game: Goal) -> GenuineShop:
+        """game: its folder is a checkout, its kind human or synthetic."""
+        return cls(game.folder, game.number, game.kind)
 
     def reset(self) -> Observation:
         # A name used before would find the goal's state as it was left.
@@ -102,7 +101,7 @@ class GenuineShop:
         available = self._env.get_available_actions()
         if available["has_search_bar"]:
             return Observation(text, (SEARCH_COMMAND,))
-        return Observation(text, tuple(f"click[{label}]" for label in available["clickables"]), reward)
+        return Observation(text, clicks(available["clickables"]), reward)
 
 
 def count_goals(python: str, folder: Any, goals: str) -> int:
@@ -111,7 +110,9 @@ def count_goals(python: str, folder: Any, goals: str) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [python, "-m", "envs_bridge.shop.genuine", str(folder), goals]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
+        )
     except OSError as error:
         raise UserError(f"--python: {python} cannot be started ({error.strerror})") from error
     if done.returncode:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from envs_bridge.prompts import Cut, piece_ends
-from envs_bridge.turn import SEARCH_COMMAND, Observation
+from envs_bridge.turn import SEARCH_COMMAND, Observation, clicks
 
 SEPARATOR = " [SEP] "
 _PRICE = re.compile(r"\$(\d+)(?:\.\d+)?")
@@ -52,7 +52,7 @@ class ShopNotes:
                 break
             if part in values and name:
                 groups.setdefault(name, []).append(part)
-            else:
+            elif not name or clicks([part.lower()]):  # else a value that cannot be clicked
                 name = part
         return groups
 

@@ -1,4 +1,4 @@
-"""Several devices are there even on a laptop, random tests draw the same examples every time, and the processes that
+"""Eight devices are there even on a laptop, random tests draw the same examples every time, and the processes that
 tests start share their compiled programs."""
 
 import atexit
@@ -8,7 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="proxmo-programs-")
@@ -16,8 +15,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
+import jax
 import pytest
 from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)  # XLA_FLAGS stays the user's, and processes that tests start have one device
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
@@ -31,8 +33,6 @@ def forget_programs():
     """Programs that are kept map memory, ten thousand maps a module here, and Linux allows a process 65,530: a
     compilation past them is a segmentation fault. What the next module needs again is in the cache on disk."""
     yield
-    import jax
-
     jax.clear_caches()
 
 

@@ -30,7 +30,8 @@ class Rope:
     """Rotary positions (arXiv 2104.09864) and how they are stretched to longer texts.
 
     kind: default, linear (positions divided by `factor`) or yarn (arXiv 2309.00071: high frequencies kept, low ones
-    divided, with a ramp between the dimensions that turn `beta_fast` and `beta_slow` times in `original_length`).
+    divided, with a ramp between the dimensions that turn `beta_fast` and `beta_slow` times in `original_length`, which
+    are rounded outwards if `truncate`).
     """
 
     theta: float = 10_000.0
@@ -40,6 +41,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Radians per position, float64 [head_dim / 2], and what sines and cosines are multiplied by."""
@@ -52,8 +54,10 @@ class Rope:
                 head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
                 for turns in (self.beta_fast, self.beta_slow)
             )
-            low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
-            ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            ramp = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
             scale = self.attention_factor
             if scale is None:
                 scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0

@@ -6,6 +6,7 @@ where they are to lie; nothing holds a second copy of the model.
 
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.policy import PolicyConfig, Rope, parameter_shapes
 
 SHARD = 4 << 30  # bytes in one file of a saved checkpoint
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
 
 
 class Entry(NamedTuple):
@@ -95,77 +97,208 @@ def find_model(model: str) -> Path:
         raise UserError(f"--model: {model} is neither a folder here nor can it be fetched ({reason})") from error
 
 
-def read_config(folder: Path, **choices: Any) -> PolicyConfig:
-    """The policy's shape from `config.json`; `choices` set dtype, param_dtype and remat.
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError naming the file if it holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds {_short(data)}, need an object with names")
+    return data
 
-    Raises UserError for a folder without one, and for an architecture or a setting that the policy does not have.
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_config(folder: Path, **choices: Any) -> PolicyConfig:
+    """The policy's shape from `config.json`, with the defaults of `transformers`.
+
+    Args:
+        folder: a Hugging Face folder.
+        choices: dtype, param_dtype, remat and what else the file does not say.
+
+    Raises:
+        UserError: for a folder without one, and for an architecture or a setting that the policy does not have.
     """
     path = Path(folder) / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{folder}: holds no config.json") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no config.json")
+    data = read_json(path)
     kind = data.get("model_type")
     if kind not in ("qwen2", "qwen3"):
         raise UserError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
-    layers = data.get("layer_types") or []
-    for wrong, what in (
-        (data.get("hidden_act", "silu") != "silu", f"hidden_act {data.get('hidden_act')!r}, need silu"),
-        (data.get("use_sliding_window", False), "use_sliding_window, need full attention"),
-        (any(layer != "full_attention" for layer in layers), "layer_types other than full_attention"),
-        (kind == "qwen3" and data.get("attention_bias", False), "attention_bias in a qwen3"),
-        (bool(data.get("quantization_config")), "quantised weights, need float32, float16 or bfloat16"),
-    ):
-        if wrong:
-            raise UserError(f"{path}: has {what}")
-    try:
-        heads = data["num_attention_heads"]
-        return PolicyConfig(
-            vocab_size=data["vocab_size"],
-            hidden_size=data["hidden_size"],
-            intermediate_size=data["intermediate_size"],
-            num_hidden_layers=data["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=data.get("num_key_value_heads") or heads,
-            head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-            rope=_read_rope(data, path),
-            rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-            initializer_range=data.get("initializer_range", 0.02),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tie_word_embeddings=data.get("tie_word_embeddings", False),
-            max_position_embeddings=data.get("max_position_embeddings", 32_768),
-            **choices,
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error.args[0]!r}") from error
-
-
-def _read_rope(data: dict, path: Path) -> Rope:
-    """Positions as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) writes them."""
-    found = data.get("rope_parameters") or {**(data.get("rope_scaling") or {}), "rope_theta": data.get("rope_theta")}
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if kind not in ("default", "linear", "yarn"):
-        raise UserError(f"{path}: rope_type {kind!r} is not supported, need default, linear or yarn")
-    original = found.get("original_max_position_embeddings") or data.get("max_position_embeddings") or 32_768
-    return Rope(
-        theta=float(found.get("rope_theta") or 10_000.0),
-        kind=kind,
-        factor=float(found.get("factor") or 1.0),
-        original_length=int(original),
-        beta_fast=float(found.get("beta_fast") or 32.0),
-        beta_slow=float(found.get("beta_slow") or 1.0),
-        attention_factor=found.get("attention_factor"),
+    hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
+    kv_heads = heads
+    if data.get("num_key_value_heads", 32) is not None:
+        kv_heads = _whole(data, "num_key_value_heads", path, 32)
+    head_dim = hidden // heads
+    if kind == "qwen3" or data.get("head_dim") is not None:
+        head_dim = _whole(data, "head_dim", path, 128)
+    tied = data.get("tie_word_embeddings", False)
+    _refuse(
+        path,
+        {
+            f"tie_word_embeddings {tied!r}, need true or false": not isinstance(tied, bool),
+            f"{heads} num_attention_heads, need a multiple of its {kv_heads} num_key_value_heads": heads % kv_heads,
+            f"head_dim {head_dim}, need an even number": head_dim % 2,
+            **_other_computations(data, kind),
+        },
+    )
+    longest = _whole(data, "max_position_embeddings", path, 32_768)
+    return PolicyConfig(
+        vocab_size=_whole(data, "vocab_size", path),
+        hidden_size=hidden,
+        intermediate_size=_whole(data, "intermediate_size", path),
+        num_hidden_layers=_whole(data, "num_hidden_layers", path),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rope=_read_rope(data, longest, path),
+        rms_norm_eps=_number(data, "rms_norm_eps", path, 1e-6),
+        initializer_range=_number(data, "initializer_range", path, 0.02),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tie_word_embeddings=tied,
+        max_position_embeddings=longest,
+        **choices,
     )
 
 
+def _refuse(path: Path, wrong: dict[str, Any]) -> None:
+    """Raise UserError for the first description that holds."""
+    for what, holds in wrong.items():
+        if holds:
+            raise UserError(f"{path}: has {what}")
+
+
+# Names of settings that could change what a decoder computes, and those of them that do not, or that are read here.
+# `transformers` reads no other than its own either, but a file that names one describes another model.
+COMPUTES = re.compile(r"rope|rotary|attention|attn|norm|bias|scal|multiplier|softcap|window|expert|quant|per_layer")
+HARMLESS = re.compile(r"^_|dropout|flash|implementation|^output_")
+READ = (
+    "num_attention_heads rope_parameters rope_scaling rope_theta rms_norm_eps use_sliding_window sliding_window"
+    " max_window_layers attention_bias partial_rotary_factor quantization_config"
+).split()
+
+
+def _other_computations(data: dict, kind: str) -> dict[str, Any]:
+    """What would make the model another one than the policy, each with whether it holds."""
+    types = data.get("layer_types")
+    full = types is None or (isinstance(types, list) and all(t in ("full_attention", "attention") for t in types))
+    unknown = [key for key, value in data.items() if value not in (None, False, [], {})]
+    unknown = [key for key in unknown if COMPUTES.search(key) and not HARMLESS.search(key) and key not in READ]
+    return {
+        f"hidden_act {data.get('hidden_act')!r}, need silu": data.get("hidden_act", "silu") not in ("silu", "swish"),
+        "use_sliding_window, need full attention": data.get("use_sliding_window", False),
+        "layer_types other than full_attention": not full,
+        "attention_bias in a qwen3": kind == "qwen3" and data.get("attention_bias"),
+        "quantised weights, need float32, float16 or bfloat16": data.get("quantization_config"),
+        "transformers_weights, need model.safetensors or its index": data.get("transformers_weights"),
+        f"{', '.join(unknown)}, which may change what is computed and is not known here": unknown,
+    }
+
+
+def _whole(data: dict, key: str, path: Path, default: int | None = None) -> int:
+    """A number of things; `default`, if there is one, where the file does not name it. Raises UserError."""
+    if key not in data and default is None:
+        raise UserError(f"{path}: has no {key!r}")
+    value = data.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise UserError(f"{path}: has {key} {_short(value)}, need a whole number of at least 1")
+    return value
+
+
+def _number(data: dict, key: str, path: Path, default: float | None = None, *, above: float | None = None) -> float:
+    """A finite number of at least 0, or greater than `above`; `default` where the file does not name it.
+
+    Raises UserError.
+    """
+    value = data.get(key, default)
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not 0 <= value < 3e38
+        or (above is not None and value <= above)
+    ):
+        need = "at least 0" if above is None else f"more than {above:g}"
+        raise UserError(f"{path}: has {key} {_short(value)}, need a number of {need}")
+    return float(value)
+
+
+ROPE_KEYS = set(
+    "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast"
+    " beta_slow mscale mscale_all_dim truncate".split()
+)
+
+
+def _read_rope(data: dict, longest: int, path: Path) -> Rope:
+    """Positions as `transformers` 5 reads all three generations of names.
+
+    `rope_scaling`, if it says anything, comes before `rope_parameters`; either may have one entry for each type of
+    layer. A theta in there comes before `rope_theta` beside it, and that before 10,000.
+    """
+    found = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    nested = isinstance(found, dict) and "full_attention" in found
+    if nested:
+        found = {k: v for k, v in found.items() if k != "sliding_attention"}
+        if len(found) == 1:
+            found = found["full_attention"]
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: has rotary parameters {_short(found)}, need an object with names")
+    kind = found["rope_type"] if "rope_type" in found else found.get("type", "default")
+    if kind not in ("default", "linear", "yarn"):
+        raise UserError(f"{path}: rope_type {kind!r} is not supported, need default, linear or yarn")
+    if unknown := sorted(set(found) - ROPE_KEYS):
+        raise UserError(f"{path}: has the rotary parameters {', '.join(unknown)}, which are not known here")
+    partial = found.get("partial_rotary_factor", data.get("partial_rotary_factor"))
+    _refuse(path, {f"partial_rotary_factor {partial!r}, need 1": partial not in (None, 1)})
+    found = {"rope_theta": data.get("rope_theta", 10_000.0), **found}
+    theta = _number(found, "rope_theta", path, above=1)
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, kind, _number(found, "factor", path, above=0))
+    # A length beside the rotary parameters comes first, unless they are written for each type of layer.
+    if "original_max_position_embeddings" in data and not nested:
+        found["original_max_position_embeddings"] = data["original_max_position_embeddings"]
+    original = _whole({"original_max_position_embeddings": longest, **found}, "original_max_position_embeddings", path)
+    if found.get("factor") is None:
+        found["factor"] = longest / original
+    factor = _number(found, "factor", path, above=0)
+    return Rope(
+        theta,
+        kind,
+        factor,
+        original,
+        beta_fast=_number(found, "beta_fast", path) if found.get("beta_fast") else 32.0,
+        beta_slow=_number(found, "beta_slow", path) if found.get("beta_slow") else 1.0,
+        attention_factor=_attention_factor(found, factor, path),
+        truncate=bool(found.get("truncate", True)),
+    )
+
+
+def _attention_factor(found: dict, factor: float, path: Path) -> float | None:
+    """What sines and cosines are multiplied by, where YaRN's parameters set it; None: what its paper says."""
+    if found.get("attention_factor") is not None:
+        return _number(found, "attention_factor", path)
+    if not (found.get("mscale") and found.get("mscale_all_dim")):
+        return None
+    stretch = 0.1 * math.log(max(factor, 1.0))
+    above, below = (stretch * _number(found, key, path) + 1.0 for key in ("mscale", "mscale_all_dim"))
+    return above / below
+
+
 def hugging_face_config(config: PolicyConfig) -> dict:
-    """`config.json` of the policy. Raises UserError for a policy that is neither a Qwen2 nor a Qwen3."""
+    """`config.json` of the policy, for `transformers` 5 and under the names that 4 reads.
+
+    Raises UserError for a policy that is neither a Qwen2 nor a Qwen3.
+    """
     if config.qkv_bias == config.qk_norm:
         raise UserError("a policy with both biases and normalised heads, or with neither, is no Qwen2 and no Qwen3")
-    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
+    rope: dict[str, Any] = {"rope_type": config.rope.kind}
     if config.rope.kind != "default":
         rope["factor"] = config.rope.factor
     if config.rope.kind == "yarn":
@@ -173,6 +306,8 @@ def hugging_face_config(config: PolicyConfig) -> dict:
         rope |= {"beta_fast": config.rope.beta_fast, "beta_slow": config.rope.beta_slow}
         if config.rope.attention_factor is not None:
             rope["attention_factor"] = config.rope.attention_factor
+        if not config.rope.truncate:
+            rope["truncate"] = False
     kind, name = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("qwen2", "Qwen2ForCausalLM")
     same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     same += " rms_norm_eps initializer_range tie_word_embeddings max_position_embeddings"
@@ -181,7 +316,10 @@ def hugging_face_config(config: PolicyConfig) -> dict:
         "model_type": kind,
         "hidden_act": "silu",
         "dtype": config.param_dtype,
-        "rope_parameters": rope,
+        "torch_dtype": config.param_dtype,
+        "rope_parameters": {**rope, "rope_theta": config.rope.theta},
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else rope,
         **{key: getattr(config, key) for key in same.split()},
     }
 
@@ -192,15 +330,17 @@ def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> A
     Raises UserError once for everything that is wrong: no weights, a truncated file, names missing or left over,
     shapes that are not the config's.
     """
-    files = weight_files(Path(folder))
     with ExitStack() as stack:
         where: dict[str, Any] = {}
-        for file in files:
+        for file, names in weight_files(Path(folder)).items():
             try:
                 opened = stack.enter_context(safe_open(file, framework="np"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: is truncated or no safetensors file ({error})") from error
-            where |= dict.fromkeys(opened.keys(), opened)
+            held = set(opened.keys())
+            if lacking := sorted(set(names or ()) - held):
+                raise UserError(f"{file}: lacks {lacking[0]}, which the index of its folder has there")
+            where |= dict.fromkeys(held if names is None else names, opened)
         shapes = parameter_shapes(config)
         paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
         _check_names(folder, config, {_key(path): leaf.shape for path, leaf in paths}, where)
@@ -219,26 +359,34 @@ def _key(path) -> str:
     return "/".join(part.key for part in path)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises UserError if there are none, or one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: is no index of weights ({error})") from error
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of a checkpoint, each with the tensors to take from it; None: all that it holds.
+
+    As in `transformers`: `model.safetensors`; without it what `model.safetensors.index.json` names, tensor by tensor;
+    nothing else. Raises UserError if there is neither, or a file is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3])
+        found = f", but {others}" if others else ""
+        raise UserError(f"{folder}: holds no weights (model.safetensors, or {index.name} and what it names){found}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: is no index of weights, need a weight_map from tensors to files")
+    files: dict[Path, list[str] | None] = {}
+    for file in sorted(set(weight_map.values())):
+        files[folder / file] = [tensor for tensor, place in weight_map.items() if place == file]
     if not files:
-        raise UserError(f"{folder}: holds no weights (*.safetensors)")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+        raise UserError(f"{index}: holds no weights, its weight_map is empty")
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
     return files
 
 
 def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int, ...]], where: dict[str, Any]) -> None:
-    """Raise ValueError naming every tensor that is missing, left over or of another shape."""
+    """Raise UserError naming every tensor that is missing, left over, of another shape or of no float type."""
     wrong, used = [], set()
     for key, shape in shapes.items():
         entry = ENTRIES[key]
@@ -249,8 +397,12 @@ def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int
             used.add(name)
             if name not in where:
                 wrong.append(f"{name} is missing")
-            elif (found := where[name].get_slice(name).get_shape()) != expected:
+                continue
+            tensor = where[name].get_slice(name)
+            if (found := tensor.get_shape()) != expected:
                 wrong.append(f"{name} has shape {found}, need {expected}")
+            elif (dtype := tensor.get_dtype()) not in FLOATS:
+                wrong.append(f"{name} has type {dtype}, need one of {', '.join(FLOATS)}")
     harmless = {"lm_head.weight"} if config.tie_word_embeddings else set()
     left = sorted(name for name in set(where) - used - harmless if not name.endswith("rotary_emb.inv_freq"))
     wrong += [f"{name} is left over" for name in left]
@@ -287,7 +439,7 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n", encoding="utf-8")
     pending: dict[str, np.ndarray] = {}
     written: list[tuple[Path, list[str]]] = []
     total = 0
@@ -321,7 +473,7 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
         files.append(target)
         weight_map |= dict.fromkeys(names, target.name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return files
 
 

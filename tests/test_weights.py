@@ -122,9 +122,6 @@ BROKEN = {
     "model.layers.2.input_layernorm.weight is left over": spoil_config(num_hidden_layers=2),
     "model.layers.3.input_layernorm.weight is missing": spoil_config(num_hidden_layers=4),
     "has shape [64, 32], need [80, 32]": spoil_config(vocab_size=80),
-    "lacks absent.safetensors": lambda folder: (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "absent.safetensors"}}'
-    ),
 }
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fresh import fresh
 
 from envs_bridge.collect import TRIES, Limits, Player, collect, demonstrations
 from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import ANSWER_START
 from proxmo_jax.buffers import Buffer
-from proxmo_jax.policy import PolicyConfig
+from proxmo_jax.policy import PolicyConfig, init_params
 from proxmo_jax.sampling import Decoding
 from proxmo_jax.sharding import make_mesh, replicate
 from proxmo_jax.tokenizer import build_word_tokenizer
@@ -38,7 +37,7 @@ def player(games, tmp_path_factory):
 
 
 def play(player, pool, games, on_turn=None):
-    params = fresh(player.config)
+    params = init_params(player.config, jax.random.key(0))
     limits = player.limits
     buffer = Buffer.empty(2, 8, TURNS, prompt=limits.prompt, response=limits.response, words=limits.words)
     files = [game for game in games[:2] for _ in range(8)]

@@ -19,7 +19,8 @@ import jax
 import pytest
 from hypothesis import settings
 
-jax.config.update("jax_num_cpu_devices", 8)  # XLA_FLAGS stays the user's, and processes that tests start have one device
+# Not by XLA_FLAGS: those stay the user's, and processes that tests start have one device.
+jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh import fresh
 from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.learner import Rows, row_log_probs, row_logits
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sharding import make_mesh, parameter_shardings, split
 
 DENSE = PolicyConfig(
@@ -35,7 +36,7 @@ def packed(count=4, length=256) -> Rows:
 
 
 def test_values_and_gradients_are_those_of_masked_attention():
-    params, rows = init_params(DENSE, jax.random.key(0)), packed()
+    params, rows = fresh(DENSE), packed()
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 64)), jnp.float32)
     found = {}
     for config in (DENSE, SPLASH):
@@ -50,9 +51,9 @@ def test_values_and_gradients_are_those_of_masked_attention():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_rows_and_heads_are_split_over_devices(shape):
-    alone = row_log_probs((init_params(DENSE, jax.random.key(0)),), packed(8), jnp.float32(1.0), config=DENSE)[0]
+    alone = row_log_probs((fresh(DENSE),), packed(8), jnp.float32(1.0), config=DENSE)[0]
     mesh = make_mesh(*shape)
-    params = jax.device_put(init_params(DENSE, jax.random.key(0)), parameter_shardings(mesh, DENSE))
+    params = jax.device_put(fresh(DENSE), parameter_shardings(mesh, DENSE))
     with jax.set_mesh(mesh):
         found = row_log_probs((params,), split(mesh, packed(8)), jnp.float32(1.0), config=SPLASH)[0]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)

@@ -5,11 +5,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from fresh import fresh
 
 from experiments import bench_policy
 from proxmo_jax.cli import main
 from proxmo_jax.learner import row_log_probs
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import PolicyConfig
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_packed_and_padded_rows_are_the_same_work():
     shape = PolicyConfig(vocab_size=64, num_hidden_layers=1)
     request = bench_policy.make_request(config, shape)
     prompt, response = (np.array([len(r) for r in request[name]]) for name in ("prompts", "answers"))
-    whole, params = int(prompt.max() + response.max()), init_params(shape, jax.random.key(0))
+    whole, params = int(prompt.max() + response.max()), fresh(shape)
     losses = []
     for row_length, room, alone in ((whole, int(response.max()), True), (2 * whole, whole, False)):
         rows = bench_policy.make_rows(request, prompt, response, row_length, room, alone=alone)

@@ -57,7 +57,7 @@ def test_the_official_rule_switches_the_modulation_off_at_reward_ten():
     data, case = np.load(GOLDEN / "alf_soft_scale10.npz"), CASES["alf_soft_scale10"]
     group, _ = batch(data, case)
     rates = {
-        rule: np.asarray(batch_advantages(group, Settings(success_rate=rule)).success_rate)
+        rule: np.asarray(jax.jit(batch_advantages)(group, Settings(success_rate=rule)).success_rate)
         for rule in ("official", "trajectories")
     }
     wins = np.asarray(group.success).sum(1)

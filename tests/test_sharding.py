@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import EPS, roundings, same_answers, same_gradient
+from fresh import fresh
 
 from proxmo_jax.learner import Rows, TrainState, make_optimizer, policy_step
 from proxmo_jax.losses import LossSettings
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.sampling import Decoding, sample
 from proxmo_jax.sharding import make_mesh, parameter_shardings, place_optimizer, split
 
@@ -19,7 +20,6 @@ CONFIG = PolicyConfig(
     num_hidden_layers=3, initializer_range=0.2, qkv_bias=False, qk_norm=True, tie_word_embeddings=False,
 )  # fmt: skip
 RATE, DECAY = 1e-3, 0.01
-PARAMS = init_params(CONFIG, jax.random.key(0))
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 4)]
 
 
@@ -41,7 +41,7 @@ def learn(mesh, steps=1):
     """(losses, states) of a few updates on a mesh, the state before them first."""
     optimizer = make_optimizer(RATE, DECAY, 1.0, warmup=0)
     shardings = parameter_shardings(mesh, CONFIG)
-    params = jax.device_put(PARAMS, shardings)
+    params = jax.device_put(fresh(CONFIG), shardings)
     state = TrainState(params, place_optimizer(optimizer, params, shardings))
     batch, losses, states = split(mesh, rows()), [], [jax.device_get(state)]
     for step in range(steps):
@@ -96,7 +96,7 @@ def greedy(mesh):
     """(answers, temporaries) with all prompts side by side, and with half of them waiting for a row."""
     prompts = np.random.default_rng(1).integers(4, 64, (16, 16)).astype(np.int32)
     arguments = *split(mesh, (prompts, np.full(16, 16, np.int32))), jax.random.key(0), jnp.float32(0.0)
-    params = jax.device_put(PARAMS, parameter_shardings(mesh, CONFIG))
+    params = jax.device_put(fresh(CONFIG), parameter_shardings(mesh, CONFIG))
     programs = [
         sample.lower(
             params, *arguments, config=CONFIG, decoding=Decoding(6, (3, 4, 5)), slots=slots, mesh=mesh

@@ -1,5 +1,7 @@
 """The main job, small: trained, interrupted, resumed and refused, in processes of its own."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -29,6 +31,17 @@ def proxmo(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs
     )
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess:
+    """The same in this process, for what is refused: a process takes seconds to import."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as error:  # options that the parser does not know
+            code = error.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +102,7 @@ def test_evaluation_prints_the_papers_table(run, tmp_path):
     ],
 )
 def test_evaluation_refuses(run, options, message):
-    refused = proxmo("eval", str(run), *options)
+    refused = here("eval", str(run), *options)
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -115,7 +128,7 @@ def test_alfworlds_data_are_trained_on(run, tmp_path):
 @pytest.mark.slow
 def test_a_folder_with_another_run_is_refused_and_left_alone(run):
     before = (run / "metrics.jsonl").read_bytes()
-    refused = proxmo("train", "--out", str(run), *SMALL)
+    refused = here("train", "--out", str(run), *SMALL)
     assert refused.returncode == 2
     assert "holds another run" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -163,7 +176,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
 def test_bad_input_is_one_sentence(arguments, message, tmp_path):
     if arguments[0] == "train" and "--out" not in arguments:
         arguments = [*arguments, "--out", str(tmp_path / "run")]
-    refused = proxmo(*arguments)
+    refused = here(*arguments)
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -184,7 +197,7 @@ def test_unknown_option_is_refused(tmp_path):
 def test_bad_config_files(tmp_path, text, message):
     path = tmp_path / "settings.toml"
     path.write_text(text)
-    refused = proxmo("train", "--config", str(path), "--out", str(tmp_path / "run"))
+    refused = here("train", "--config", str(path), "--out", str(tmp_path / "run"))
     assert refused.returncode == 2
     assert message in refused.stderr
 
@@ -230,7 +243,7 @@ def test_a_shop_is_trained_in_and_evaluated(tmp_path):
     assert "Succ." in done.stdout
     cells = json.loads((out / "eval.json").read_text())["splits"]["test"]
     assert cells["All"]["games"] == cells["Score"]["games"] == 4
-    assert proxmo("eval", str(out), "--splits", "valid_seen").stderr == (
+    assert here("eval", str(out), "--splits", "valid_seen").stderr == (
         "proxmo: --splits must be of train, valid, test; got valid_seen\n"
     )
 

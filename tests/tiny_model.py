@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import jax
+from fresh import fresh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy import PolicyConfig
 from proxmo_jax.weights import save_weights
 
 TEMPLATE = (
@@ -37,6 +37,6 @@ def write_tiny_model(folder: Path, **shape) -> PolicyConfig:
             **shape,
         }
     )
-    save_weights(folder, init_params(config, jax.random.key(0)), config)
+    save_weights(folder, fresh(config), config)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258]}))
     return config

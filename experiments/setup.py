@@ -234,7 +234,7 @@ def check(config: Config) -> None:
         return
     for name in OF_A_MODEL:
         lacks = getattr(config, name) == getattr(Config, name)
-        need(lacks, f"{option(name)} needs a --model; the small policy has none of it")
+        need(lacks, f"{option(name)} needs a --model; a small policy does not read it")
     check_small_policy(config)
 
 
@@ -305,7 +305,8 @@ def check_small_policy(config: Config) -> None:
         shared % config.tensor == 0 and shape.intermediate_size % config.tensor == 0,
         f"--hidden-size must be a multiple of 32 x --tensor {config.tensor}, got {size}",
     )
-    if config.warm_start_from is None:
+    own = config.out / "warm_start" / "config.json"
+    if config.warm_start_from is None or own.is_file():  # a run that has taken it needs the other no more
         return
     path = config.warm_start_from / "warm_start" / "config.json"
     need(path.is_file(), f"--warm-start-from: {config.warm_start_from} holds no warm start")

@@ -146,9 +146,12 @@ def main(config: Config, console: Console | None = None) -> Path:
         console.print(
             f"Done in {went}: {config.out}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
             " episodes_after.txt, rollout.npz and checkpoints."
-            f" Longer, at the learning rate it has now: proxmo train --out {config.out} --resume"
-            f" --iterations {2 * config.iterations}"
         )
+        if config.final_rate:
+            console.print(
+                f"Longer, at the learning rate it has now: proxmo train --out {config.out} --resume"
+                f" --iterations {2 * config.iterations}"
+            )
     else:
         console.print(f"Stopped and saved after {went}. Go on with: proxmo train --out {config.out} --resume")
     return config.out

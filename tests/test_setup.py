@@ -113,6 +113,7 @@ def test_a_warm_start_of_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match="--layers must be 3, as --warm-start-from has it, got 2"):
         check(Config(warm_start_from=tmp_path))
     check(Config(warm_start_from=tmp_path, layers=3))
+    check(Config(out=tmp_path, warm_start_from=Path("/gone"), layers=3))  # it has been taken
 
 
 def test_batches_have_buckets_that_every_number_of_devices_divides():

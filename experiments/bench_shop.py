@@ -59,7 +59,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = measure(config, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -110,7 +110,7 @@ def recorded(prepared: Path, traces: Path) -> list[tuple[int, list[str]]]:
     """The recorded actions, each beside the goal of the same product (what a session does depends on no more)."""
     catalogue = Catalogue(prepared)
     goals = {catalogue.goal(i)["asin"]: i for i in range(catalogue.goal_count)}
-    episodes = json.loads(traces.read_text())
+    episodes = json.loads(traces.read_text(encoding="utf-8"))
     return [(goals.get(e["goal"]["asin"], 0), [s["action"] for s in e["steps"]]) for e in episodes]
 
 
@@ -157,8 +157,8 @@ def large_catalogue(folder: Path, prepared: Path, products: int) -> Path:
 def ask(request: dict) -> dict:
     """`shop_timing`'s answer. Raises UserError with what it said last."""
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.shop_timing"], input=json.dumps(request), capture_output=True, text=True,
-        cwd=ROOT, check=False,
+        [sys.executable, "-m", "experiments.shop_timing"], input=json.dumps(request), cwd=ROOT, check=False,
+        capture_output=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"timing the shop failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")

@@ -140,7 +140,7 @@ def stop_ids(folder: Path, tokenizer) -> tuple[int, ...]:
     found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
     if path.is_file():
-        also = json.loads(path.read_text()).get("eos_token_id")
+        also = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(also if isinstance(also, list) else [also]) - {None}
     if not found:
         raise UserError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")

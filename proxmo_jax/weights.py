@@ -102,7 +102,7 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     """
     path = Path(folder) / "config.json"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder}: holds no config.json") from error
     except ValueError as error:
@@ -224,7 +224,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{index}: is no index of weights ({error})") from error
     else:
@@ -287,7 +288,7 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n", encoding="utf-8")
     pending: dict[str, np.ndarray] = {}
     written: list[tuple[Path, list[str]]] = []
     total = 0
@@ -321,7 +322,7 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
         files.append(target)
         weight_map |= dict.fromkeys(names, target.name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     return files
 
 

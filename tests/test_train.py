@@ -33,6 +33,7 @@ from proxmo_jax.report import (
     wilson,
 )
 from proxmo_jax.steps_file import read_steps, steps_advantages
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -216,8 +217,9 @@ def test_bad_config_files(tmp_path, text, message):
 
 
 ODD_NAMES = (
-    "lr[1e-4]", "a*b", "a?b", "[!x]", "{a,b}", "run#1", "50%20", "a b", "~x", "-lead", "a[/b]", "[red]", ":heart:", "a\\b",
-    "gs:", "ünïcode 漢字 🍎", "a'b\"c", "$HOME", "x" * 250, "two\nlines", "\udcff",
+    "lr[1e-4]", "a*b", "a?b", "[!x]", "{a,b}", "run#1", "50%20", "a b", "~x", "-lead", "a[/b]", "[red]", ":heart:",
+    "a\\b", "gs:", "ünïcode 漢字 🍎", "a'b\"c", "$HOME", "x" * 250, "two\nlines",
+    "\udcff",
 )  # fmt: skip
 
 
@@ -236,6 +238,8 @@ def test_checkpoints_live_in_folders_of_any_name(tmp_path):
         restored, progress = checkpoints.restore(like)
         checkpoints.close()
         assert progress == {"iteration": number + 1}
+        build_word_tokenizer(["go to desk 1"], run / "tokenizer")
+        assert load_tokenizer(run / "tokenizer").vocab_size > 6
         for found in (load_params(run / "warm_start", like), restored):
             assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), found, state)), name
 
@@ -380,6 +384,9 @@ def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
 
 
 def test_a_damaged_run_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json: is damaged"):
+        load_tokenizer(tmp_path)
     for text in ("{", "[]", "{}", '{"iterations": 3, "colour": 1}'):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
         for arguments in (["train", "--resume", "--out", str(tmp_path)], ["eval", str(tmp_path)]):
@@ -411,7 +418,7 @@ def test_a_run_in_an_ascii_locale_and_an_odd_folder(tmp_path):
     options = ["--env", "shop", "--iterations", "1", *SMALL]
     done = proxmo("train", "--out", str(out), *options, environment=ASCII)
     assert done.returncode == 0, done.stderr
-    for phase in ("demonstrations: ", "warm start: 6 of 6", "held-out games: ", "training: 1 of 1"):
+    for phase in ("demonstrations: 24 of 24", "warm start: 6 of 6", "training: 1 of 1"):
         assert phase in done.stdout
     assert "—" in (out / "episodes_before.txt").read_text(encoding="utf-8")
     kinds = {key.rpartition("/")[2] for key in read_metrics(out / "metrics.jsonl")[0] if "success_rate/" in key}

@@ -256,15 +256,16 @@ def stored_config(config: Config) -> Config:
         raise UserError(f"--resume: {config.out} holds no run (no config.json)")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored["iterations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}); need the settings that the run has written") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); need the settings that the run has written") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{path}: holds no settings; need those that the run has written")
     paths = {"out", "config", "warm_start_from", "data", "webshop"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"{path}: has {', '.join(unknown)}, which is no setting of this version; need a run of its own")
-    iterations = max(values["iterations"], config.iterations)
+    iterations = max(values.get("iterations", config.iterations), config.iterations)
     return Config(**{**values, "out": config.out, "resume": True, "iterations": iterations})
 
 

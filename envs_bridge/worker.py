@@ -129,12 +129,12 @@ def word_counts(text: str) -> Counter:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")  # half a character becomes a question mark
     os.dup2(2, 1)
     worker = Worker(ENGINES[sys.argv[1]])
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
     for line in sys.stdin.buffer:
-        print(json.dumps(worker.answer(json.loads(line))), file=pipe, flush=True)
+        print(json.dumps(worker.answer(json.loads(line)), ensure_ascii=False), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

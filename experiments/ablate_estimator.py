@@ -327,7 +327,7 @@ def correlation(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
 
 def write(folder: Path, table: dict[str, np.ndarray]) -> None:
     np.savez(folder / "table.npz", **table)  # type: ignore[arg-type]
-    with (folder / "table.csv").open("w", newline="") as file:
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(table)
         for row in zip(*table.values(), strict=True):

@@ -94,7 +94,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = "\n".join(lines)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -293,7 +293,9 @@ def time_scaling(console: Console) -> list[str]:
         flags = f"--xla_force_host_platform_device_count={devices}"
         root = Path(__file__).resolve().parents[1]
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
+        )
         if done.returncode:
             raise UserError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         seconds = float(done.stdout.split()[-1])

@@ -93,7 +93,7 @@ def main(config: Config, console: Console | None = None) -> str:
         text += "\n\n" + bench_shop.measure(options, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -122,7 +122,8 @@ def ask_timing(python: str, request: dict) -> dict:
         [python, "-m", "experiments.engine_timing"],
         input=json.dumps(request),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=ROOT,
         check=False,
     )

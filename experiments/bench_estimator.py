@@ -80,7 +80,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = report(config, rows, kernel_memory(), million_steps() if config.million else None)
     console.print(text, highlight=False, markup=False)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -160,7 +160,7 @@ def time_official(config: Config, steps: dict[str, Any]) -> dict[str, float]:
         np.savez(source, **{**steps, "texts": np.array(steps["texts"])})
         command = [str(config.official_python), str(OFFICIAL), str(config.official), str(source), str(target)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"--official: the official code failed under {config.official_python}: {last}")
@@ -211,7 +211,7 @@ print(json.dumps({"steps": count * copies, "seconds": took, "gigabytes": peak}))
 
 def million_steps() -> dict[str, float]:
     """A million steps from raw texts, compilation included, in a process of its own; its time and peak memory."""
-    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"the run over a million steps failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -90,7 +90,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = report(config, request, ours, theirs)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -224,7 +224,8 @@ def time_tunix(python: Path, request: dict) -> dict:
         [str(python), str(HERE / "tunix_timing.py")],
         input=json.dumps(request),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env={**os.environ, **KEEP_FREED_MEMORY, "JAX_PLATFORMS": jax.default_backend()},
         check=False,
     )

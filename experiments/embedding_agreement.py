@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     steps = play(config.groups, config.seed, Console(stderr=True))
     worlds = {"household": (steps["texts"], steps["group"].tolist())}
     if config.shop_traces is not None:
-        episodes = json.loads(config.shop_traces.read_text())
+        episodes = json.loads(config.shop_traces.read_text(encoding="utf-8"))
         seen = [
             (step["observation"], episode["mode"])
             for episode in episodes

@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments import evaluate, players
 from proxmo_jax import adapters
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import plain_path
 from proxmo_jax.report import terminal
 from proxmo_jax.sharding import make_mesh, parameter_shardings
 from proxmo_jax.weights import load_weights, read_config, save_weights
@@ -43,13 +44,15 @@ def main(config: Config, console: Console | None = None) -> Path:
     shape = dataclasses.replace(player.config, lora_rank=0)
     if player.config.lora_rank:
         params = adapters.merge(params, player.config.lora_alpha / player.config.lora_rank)
-    files = save_weights(config.target, params, shape)
-    player.tokenizer.save_pretrained(config.target)
-    ends = {"eos_token_id": list(player.decoding.stop_ids), "pad_token_id": player.decoding.pad_id}
-    (config.target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-    del params
-    load_weights(config.target, read_config(config.target), parameter_shardings(player.mesh, shape))  # it can be read
-    size = sum(file.stat().st_size for file in files) / 2**20
+    config.target.mkdir(parents=True, exist_ok=True)
+    with plain_path(config.target) as plain:
+        files = save_weights(plain, params, shape)
+        player.tokenizer.save_pretrained(plain)
+        ends = {"eos_token_id": list(player.decoding.stop_ids), "pad_token_id": player.decoding.pad_id}
+        (plain / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+        size = sum(file.stat().st_size for file in files) / 2**20
+        del params
+        load_weights(plain, read_config(plain), parameter_shardings(player.mesh, shape))  # it can be read back
     console.print(
         f"{config.target}: iteration {iteration} of {config.run}, {size:.1f} MiB in {len(files)} file(s)",
         soft_wrap=True,

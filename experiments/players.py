@@ -26,7 +26,7 @@ from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import init_params
 from proxmo_jax.sampling import Decoding, stop_table
 from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
-from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer, save_tokenizer
 from proxmo_jax.weights import find_model, load_weights, read_config, weight_files
 
 
@@ -68,7 +68,7 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
         return load_tokenizer(folder)
     if config.warm_start_from:
         tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         return tokenizer
     texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
     if config.env in SHOPS:
@@ -133,7 +133,7 @@ def stop_ids(folder: Path, tokenizer) -> tuple[int, ...]:
     found = {tokenizer.eos_token_id} - {None}
     path = folder / "generation_config.json"
     if path.is_file():
-        also = json.loads(path.read_text()).get("eos_token_id")
+        also = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(also if isinstance(also, list) else [also]) - {None}
     if not found:
         raise UserError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")

@@ -333,9 +333,10 @@ def stored_config(config: Config) -> Config:
         raise UserError(f"--resume: {config.out} holds no run (no config.json)")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        stored["iterations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}); need the settings that the run has written") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); need the settings that the run has written") from error
+    if not isinstance(stored, dict) or not stored:
+        raise UserError(f"{path}: holds no settings; need those that the run has written")
     paths = {"out", "config", "warm_start_from", "data", "webshop"}
     values: dict[str, Any] = {k: Path(v) if k in paths and v is not None else v for k, v in stored.items()}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})

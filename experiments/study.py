@@ -82,7 +82,7 @@ def write(
     rollouts since the last one were like; summary.csv: each cell's measures and their differences from the cell it is
     compared with.
     """
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["cell", "seed", "iteration", "eval_success", *(f"train_{name}" for name in results.curves)])
         for c, seed, i in np.ndindex(results.eval.shape):
@@ -100,12 +100,12 @@ def write(
             names = (f"{name} difference", f"{name} difference low", f"{name} difference high")
             row |= zip(names, map(number, difference) if c != base else ("", "", ""), strict=True)
         rows.append(row)
-    with (folder / "summary.csv").open("w", newline="") as file:
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     figure(folder / "curves.png", study, results)
-    (folder / "report.md").write_text(page(study, results, rows, houses, quick, seconds))
+    (folder / "report.md").write_text(page(study, results, rows, houses, quick, seconds), encoding="utf-8")
 
 
 def number(value: float) -> str:

@@ -250,7 +250,7 @@ def warm_start(config: Config, player: Player, demos, params, console: Console, 
                     state, rows, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
                 )
                 step += 1
-                if step % 50 == 0:
+                if step % 50 == 0 or step == config.warm_start_steps:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
                 if step == until or stop:
                     break

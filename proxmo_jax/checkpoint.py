@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import LINK, linked, plain_path
 
-STATE, PROGRESS, LINK = "state", "progress", "folder"
+STATE, PROGRESS = "state", "progress"
 _STATUS = re.compile(r"[A-Z_]+: ")  # how TensorStore's errors begin: NOT_FOUND, RESOURCE_EXHAUSTED, ...
 
 
@@ -24,7 +24,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._holder = _linked(self._folder)
+        self._holder = linked(self._folder)
         self._plain = Path(self._holder.name) / LINK
         self._manager = ocp.CheckpointManager(
             self._plain, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
@@ -79,8 +79,8 @@ def save_params(folder: Path, params: Any, config: dict) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _linked(folder) as holder, ocp.StandardCheckpointer() as checkpointer:
-        path = Path(holder) / LINK / "params"
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer:
+        path = plain / "params"
         with _writing(folder):
             checkpointer.save(path, params, force=True)
             checkpointer.wait_until_finished()
@@ -94,19 +94,8 @@ def load_params(folder: Path, like: Any) -> Any:
     Raises UserError if there are none to be read.
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with _linked(Path(folder)) as holder, ocp.StandardCheckpointer() as checkpointer, _reading(Path(folder)):
-        return checkpointer.restore(Path(holder) / LINK / "params", target)
-
-
-def _linked(folder: Path) -> tempfile.TemporaryDirectory:
-    """A temporary folder with a link to `folder` in it, named LINK, whose path has plain characters alone.
-
-    Orbax and TensorStore read some characters of a path as patterns, separators or schemes: in a folder `lr[1e-4]`
-    they merge nothing, and `a*b` also means other folders.
-    """
-    holder = tempfile.TemporaryDirectory(prefix="proxmo-")
-    (Path(holder.name) / LINK).symlink_to(folder.resolve(), target_is_directory=True)
-    return holder
+    with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer, _reading(Path(folder)):
+        return checkpointer.restore(plain / "params", target)
 
 
 def _verify(path: Path, like: Any, named: Path) -> None:
@@ -122,24 +111,33 @@ def _verify(path: Path, like: Any, named: Path) -> None:
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """A disk's faults as a UserError; what Orbax logs of them is left out."""
+    try:
+        with _unlogged():
+            yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not _STATUS.match(str(error)):
+            raise
+        raise UserError(f"{folder}: a checkpoint cannot be written there ({_brief(error)})") from error
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without Orbax's log."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not _STATUS.match(str(error)):
-            raise
-        raise UserError(f"{folder}: a checkpoint cannot be written there ({_brief(error)})") from error
     finally:
         logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """What is missing, damaged or of another policy as a UserError."""
+    """What is missing, damaged or of another policy as a UserError; Orbax logs nothing of it."""
     try:
-        yield
+        with _unlogged():
+            yield
     except Exception as error:
         # Orbax raises a bare Exception where data are missing behind a whole index.
         if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):

@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import plain_path
 
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
 # A thing and its number are two words: all desks share one, and the numbers are read and copied alike for all things.
@@ -30,12 +31,24 @@ def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokeni
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    fast.save_pretrained(folder)
+    save_tokenizer(fast, folder)
     return fast
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a Hugging Face tokenizer to a folder of any name."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with plain_path(folder) as plain:
+        tokenizer.save_pretrained(plain)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder. Raises UserError if there is none."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{folder}: holds no tokenizer.json")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    with plain_path(folder) as plain:
+        try:
+            Tokenizer.from_file(str(plain / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{folder}/tokenizer.json: is damaged ({error})") from error
+        return PreTrainedTokenizerFast.from_pretrained(plain)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from envs_bridge.household.dataset import data_folder, survey
-from envs_bridge.household.game import TASK_TYPES
+from envs_bridge.household.game import TASK_TYPES, read_game_file
 from envs_bridge.household.generate import generate_games
+from envs_bridge.turn import Goal
 from experiments.worlds import evenly, kind_of
 
 
@@ -59,9 +60,40 @@ def test_what_alfworld_leaves_out_is_left_out(data):
     assert len(found.foreign) == 1
     assert "its grammar (hash" in found.foreign[0]
     assert sum(found.left_out.values()) == 3
-    assert "left out: 1 not known to be solvable" in str(found)
+    assert "left out: 1 not solvable" in str(found)
     assert "movable" in str(found)
     assert "not JSON" in str(found)
+
+
+def test_a_folder_without_a_playable_game_says_why(data):
+    """Every reason with its count, and the first of the files that cannot be read."""
+    games = survey(data).games["train"]
+    for game in games[:7]:
+        content = json.loads(Path(game).read_text(encoding="utf-8"))
+        del content["solvable"]
+        Path(game).write_text(json.dumps(content), encoding="utf-8")
+    for game in games[7:10]:
+        Path(game).write_bytes(b"\xff")
+    for game in games[10:]:
+        change(game, solvable=False)
+    with pytest.raises(ValueError, match="holds no playable game in train: ") as raised:
+        survey(data, ["train"])
+    said = str(raised.value)
+    assert "7 without 'solvable'" in said
+    assert "2 not solvable" in said
+    assert f"3 unreadable; the first: {games[7]}: cannot be read" in said
+
+
+def test_half_a_character_in_a_game_is_replaced(data):
+    game = survey(data).games["train"][0]
+    change(game, walkthrough=["look \ud83d"])
+    assert read_game_file(game)["walkthrough"] == ["look ?"]
+
+
+def test_a_folders_name_does_not_change_a_games_kind(tmp_path):
+    files = generate_games(tmp_path / "run#1" / "a#b#c", split="train", count=2, seed=0)
+    assert [kind_of(str(file)) for file in files] == list(TASK_TYPES[:2])
+    assert kind_of(Goal("runs/shop#2", 3, "garden # home")) == "garden # home"
 
 
 def test_wordings_are_told_apart(genuine_games):
@@ -90,7 +122,7 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds none of the folders train, valid_seen, valid_unseen"):
         data_folder(tmp_path)
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match="holds no playable game in train"):
+    with pytest.raises(ValueError, match=r"holds no playable game in train: there is no SPLIT/TASK/TRIAL/game.tw-pddl"):
         survey(tmp_path, ["train"])
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     assert data_folder(None) == tmp_path

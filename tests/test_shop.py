@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envs_bridge.pool import Pool
 from envs_bridge.shop import catalogue as shop
 from envs_bridge.shop.catalogue import Catalogue, CatalogueError, prepare, read_array
 from envs_bridge.shop.engine import Shop, Shopping
@@ -22,10 +24,12 @@ from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.shop.reward import colour_of, options_met, score, word_nouns
 from envs_bridge.shop.search import lossy_length, stem, terms
 from envs_bridge.shop.verify import verify
-from envs_bridge.turn import SEARCH_COMMAND
+from envs_bridge.text import load_json
+from envs_bridge.turn import SEARCH_COMMAND, Goal, clicks
 from proxmo_jax import cli
 
 GOLDEN = Path(__file__).parent / "golden" / "webshop"
+CASES = Path(__file__).parent / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,8 @@ def test_rewards_by_hand():
 def write(folder: Path, products, attributes=None, human=None) -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in zip(FILES, (products, attributes or {}, human or {}), strict=True):
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
@@ -229,12 +234,94 @@ PRODUCT = {
 
 
 @pytest.mark.parametrize(
+    ("label", "clickable"),
+    [("large", True), ("large [eu 42]", False), ("a]b", True), ("a[", True), ("[a]", False), ("a[b", False),
+     ("two\nlines", False), ('say "hi"', True), ("café | noir", True), ("100% cotton, soft", True), ("search", False),
+     ("", False), ("a\r", True), ("\u2028", True), ("i\u0307", True)],
+)  # fmt: skip
+def test_what_is_listed_is_what_a_click_does(label, clickable):
+    """By WebShop's own pattern for actions, which takes the last bracket that it can."""
+    theirs = re.match(r"(.+)\[(.+)\]", f"click[{label}]")
+    assert clickable == (theirs is not None and theirs.groups() == ("click", label) and label != "search")
+    assert clicks([label]) == ((f"click[{label}]",) if clickable else ())
+
+
+def test_every_command_that_is_listed_does_something(tmp_path):
+    """Options with brackets, quotes, bars, capitals, accents and a line break; every session goes on to its end."""
+    folder = prepare(CASES / "shop_brackets", cache=tmp_path)
+    with Pool(1, engine="shop") as pool:
+        for number in range(Catalogue(folder).goal_count):
+            ((seen, _),) = pool.reset([(0, Goal(str(folder), number, "fashion"))])
+            seen = pool.step([(0, "search[shirt]")])[0]
+            item = next(command for command in seen.admissible if command.startswith("click[b1"))
+            seen = pool.step([(0, item)])[0]
+            options = seen.admissible[seen.admissible.index("click[buy now]") + 1 :]
+            assert {'click[say "hi"]', "click[café  |  noir]", "click[red]", "click[a]b]"} <= set(options)
+            assert not any("eu 42" in option or "\n" in option for option in options)
+            world = Shopping.load(Goal(str(folder), number, "fashion"))
+            for command in ("search[shirt]", item, *options):
+                world.step(command)
+                if command in options:
+                    assert list(world._shop.options.values()) == [command[6:-1]]
+            notes = ShopNotes.start("", seen)
+            assert list(notes.options()) == ["size"]
+            assert len(notes.options()["size"]) == len(options)
+            assert pool.step([(0, "click[buy now]")])[0].done
+        assert pool.faults == 0
+    turns = demonstrate(Shopping.load(Goal(str(folder), 0, "fashion")), random.Random(0), 0.0, max_turns=10)
+    assert turns[-1][1] == "click[buy now]"
+
+
+def test_a_demonstrator_searches_without_brackets(invented):
+    world = Shopping(invented, {**invented.goal(0), "instruction_text": "i need a [soft] shirt [eu 42] in red"})
+    assert demonstrate(world, random.Random(0), 0.0, max_turns=1)[0][1] == "search[soft shirt eu 42]"
+    first = world.reset()
+    assert first.admits("search[soft shirt]")
+    assert not first.admits("search[a [b] c]")  # WebShop would look for an action `search[a `
+
+
+def test_half_a_character_is_replaced_when_it_is_read(tmp_path):
+    products = [{**PRODUCT, "name": "Lamp \ud83d!", "customization_options": {"size": [{"value": "a\udc00"}]}}]
+    said = {"instruction": "a lamp \ud83c.", "instruction_attributes": ["x"], "instruction_options": ["a\udc00"]}
+    data = write(tmp_path / "data", products, {"B1": {"attributes": ["x"]}}, {"B1": [said]})
+    found = Catalogue(prepare(data, cache=tmp_path))
+    assert (found.product("B1")["title"], found.product("B1")["options"]) == ("Lamp ?!", {"size": ["a?"]})
+    assert found.goal(0)["goal_options"] == ["a?"]
+    whole = {"name": "Lamp \U0001f34e", "asin": "\ud55c"}
+    assert load_json(json.dumps(whole)) == whole  # pairs and Hangul stay
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_names_what_helps(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("PROXMO_CACHE", raising=False)
+    monkeypatch.setenv("HOME", home)
+    data = write(tmp_path / "data", [PRODUCT])
+    with pytest.raises(CatalogueError, match="name a folder that can be written with PROXMO_CACHE"):
+        prepare(data)
+    with pytest.raises(CatalogueError, match="cannot keep the prepared catalogue") as raised:
+        prepare(data, cache=Path(home, "x"))
+    assert "PROXMO_CACHE" not in str(raised.value)
+
+
+def test_without_a_home_the_message_names_what_helps(tmp_path, monkeypatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PROXMO_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(CatalogueError, match=r"no home folder .* name one with PROXMO_CACHE"):
+        prepare(write(tmp_path / "data", [PRODUCT]))
+
+
+@pytest.mark.parametrize(
     ("products", "message"),
     [
         ('[{"asin": "B1", ', "items_shuffle.json: cut off or not JSON after 0 products"),
         ("{}", "need a JSON array of products, found '{}'"),
         ("[3]", "product 0 is int, need an object"),
         ([{**PRODUCT, "asin": 7}], "product 0 has no asin"),
+        ([{**PRODUCT, "asin": "é1"}], "product 0: asin must be of ASCII characters"),
+        (b"[\xff]", "is not UTF-8"),
         ([{**PRODUCT, "name": None}], "product B1: name must be a string, got None"),
         ([{**PRODUCT, "pricing": "five"}], "product B1: pricing must be like '$5.00'"),
         ([{**PRODUCT, "pricing": "$1.2.3"}], "product B1: pricing must be like '$5.00'"),

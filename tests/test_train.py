@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,29 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
+from rich.console import Console
+from rich.table import Table
 
 from proxmo_jax import cli
 from proxmo_jax.advantages import dr_grpo
-from proxmo_jax.report import Metrics, learning_curve, read_metrics, wilson
+from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
+from proxmo_jax.errors import UserError
+from proxmo_jax.report import (
+    Metrics,
+    ProgressLines,
+    learning_curve,
+    progress_bar,
+    read_metrics,
+    terminal,
+    wilson,
+)
 from proxmo_jax.steps_file import read_steps, steps_advantages
+from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -25,11 +43,19 @@ SMALL = (
 ).split()
 
 
-def proxmo(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def proxmo(*arguments: str, environment: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | (environment or {})
     command = [sys.executable, "-m", "proxmo_jax", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **kwargs
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+        check=False,
+        **kwargs,
     )
 
 
@@ -200,6 +226,220 @@ def test_bad_config_files(tmp_path, text, message):
     refused = here("train", "--config", str(path), "--out", str(tmp_path / "run"))
     assert refused.returncode == 2
     assert message in refused.stderr
+
+
+ODD_NAMES = (
+    "lr[1e-4]", "a*b", "a?b", "[!x]", "{a,b}", "run#1", "50%20", "a b", "~x", "-lead", "a[/b]", "[red]", ":heart:",
+    "a\\b", "gs:", "ünïcode 漢字 🍎", "a'b\"c", "$HOME", "x" * 250, "two\nlines",
+    "\udcff",
+)  # fmt: skip
+
+
+def test_checkpoints_live_in_folders_of_any_name(tmp_path):
+    """Also beside a folder that a pattern would find."""
+    like = {"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4, jnp.bfloat16)}}
+    other = jax.tree.map(lambda x: x + 7, like)
+    save_params(tmp_path / "axb" / "warm_start", other, {})
+    for number, name in enumerate(ODD_NAMES):
+        run, state = tmp_path / name, jax.tree.map(lambda x, number=number: x + number, like)
+        save_params(run / "warm_start", state, {})
+        checkpoints = Checkpoints(run / "checkpoints")
+        checkpoints.save(number + 1, state, {"iteration": number + 1})
+        checkpoints.close()
+        checkpoints = Checkpoints(run / "checkpoints")
+        restored, progress = checkpoints.restore(like)
+        checkpoints.close()
+        assert progress == {"iteration": number + 1}
+        build_word_tokenizer(["go to desk 1"], run / "tokenizer")
+        assert load_tokenizer(run / "tokenizer").vocab_size > 6
+        for found in (load_params(run / "warm_start", like), restored):
+            assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), found, state)), name
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_none(tmp_path, monkeypatch):
+    """What Orbax leaves where it merges nothing: no `config.json` says there are parameters, no iteration is listed."""
+    state = {"a": jnp.ones((2, 3))}
+    monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", nothing)
+    with pytest.raises(UserError, match="what was written is not what was to be saved"):
+        save_params(tmp_path / "warm_start", state, {})
+    assert not (tmp_path / "warm_start" / "config.json").exists()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="what was written is not what was to be saved"):
+        checkpoints.save(1, state, {})
+    assert checkpoints.steps() == []
+    checkpoints.close()
+
+
+async def nothing(*arguments, **options) -> None:
+    pass
+
+
+def test_a_disk_that_is_full_or_damaged_is_one_sentence(tmp_path):
+    state = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)}
+    save_params(tmp_path / "good", state, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"a checkpoint cannot be written there [(]File too large"):
+            save_params(tmp_path / "full", state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for like in ({"b": jnp.ones(2)}, {"a": jnp.ones((2, 2))}):
+        with pytest.raises(UserError, match="good: holds no checkpoint that can be read as this policy's"):
+            load_params(tmp_path / "good", like)
+    shutil.rmtree(next((tmp_path / "good" / "params").glob("ocdbt.process_*")))
+    for folder in ("good", "nowhere"):
+        with pytest.raises(UserError, match=f"{folder}: holds no checkpoint that can be read as this policy's"):
+            load_params(tmp_path / folder, state)
+
+
+def test_bugs_keep_their_traceback_and_mistakes_do_not(monkeypatch, capsys):
+    for error in (ValueError("ours"), RuntimeError("ours"), KeyError("ours"), AssertionError("ours")):
+        with pytest.raises(type(error), match="ours"):
+            main_that_raises(monkeypatch, error)
+    monkeypatch.setattr(cli, "_find_devices", lambda: None)
+    for error in (UserError("theirs"), OSError("theirs"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory, theirs")):
+        assert main_that_raises(monkeypatch, error) == 2
+        assert "theirs" in capsys.readouterr().err
+
+
+def main_that_raises(monkeypatch, error: Exception) -> int:
+    def raises(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", raises)
+    return cli.main(["train"])
+
+
+def test_a_platform_that_is_not_there_is_one_sentence():
+    for platform in ("cuda", "no_such"):
+        done = proxmo("train", "--out", "/nowhere/x", environment={"JAX_PLATFORMS": platform})
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"proxmo: JAX_PLATFORMS={platform}: JAX finds no such device")
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["a[/b]", "[red]x[/]", "[link=x]", ":heart:", "[not closed", "\\[x]"])
+def test_texts_are_printed_as_they_are(text):
+    """Names, notes, cells and titles: neither markup nor emoji, and nothing breaks."""
+    for kind in (terminal_of, log_of):
+        console = kind()
+        with progress_bar(console) as bar:
+            task = bar.add_task(text, total=2, note=text)
+            bar.update(task, completed=2, note=text)
+        grid = Table(title=text)
+        grid.add_column(text)
+        grid.add_row(text)
+        console.print(grid)
+        console.print(text)
+        assert console.file.getvalue().count(text) >= 5
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal_of() -> Console:
+    console = terminal()
+    return Console(file=Screen(), force_terminal=True, width=200, markup=console._markup, emoji=console._emoji,
+                   color_system=None)  # fmt: skip
+
+
+def log_of() -> Console:
+    console = terminal_of()
+    console.file = io.StringIO()
+    console._force_terminal = False
+    return console
+
+
+def test_a_log_has_a_line_now_and_then():
+    """One for every tenth or half a minute, at most one in three seconds, and one at the end; with the time left."""
+    now, console = [0.0], Console(file=io.StringIO(), width=40)
+    with ProgressLines(console, clock=lambda: now[0]) as bar:
+        task = bar.add_task("training", total=1000, completed=100, note="")
+        for step in range(101, 1001):
+            now[0] += 1.0
+            bar.update(task, completed=step, note="loss 0.5\nsecond line")
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "training: 130 of 1000, 14 min left, loss 0.5, second line"
+    assert lines[-1] == "training: 1000 of 1000, loss 0.5, second line"
+    assert len(lines) == 30
+    console.file = io.StringIO()
+    with ProgressLines(console, clock=lambda: now[0]) as bar:
+        task = bar.add_task("fast", total=100)
+        for step in range(1, 101):
+            bar.update(task, completed=step)
+        counting = bar.add_task("reading products", total=None)
+        bar.update(counting, completed=31)
+    assert console.file.getvalue().splitlines() == ["fast: 100 of 100", "reading products: 31"]
+
+
+def test_a_task_that_does_not_move_has_its_line_too():
+    console = Console(file=io.StringIO())
+    began = time.monotonic()
+    with ProgressLines(console, clock=lambda: 40 * (time.monotonic() - began)) as bar:
+        bar.add_task("compiling", total=5)
+        time.sleep(1.2)
+    assert console.file.getvalue().startswith("compiling: 0 of 5\n")
+
+
+def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
+    done = proxmo("bench", "日本", environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    code = "import sys; from proxmo_jax import cli; cli._dispatch = lambda a: print('日本'); sys.exit(cli.main(['x']))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, encoding="ascii", check=True
+    )
+    assert shown.stdout == "\\u65e5\\u672c\n"
+
+
+def test_a_damaged_run_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json: is damaged"):
+        load_tokenizer(tmp_path)
+    for text in ("{", "[]", "{}", '{"iterations": 3, "colour": 1}'):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        for arguments in (["train", "--resume", "--out", str(tmp_path)], ["eval", str(tmp_path)]):
+            assert cli.main(arguments) == 2
+            assert "config.json" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    assert cli.main(["train", "--out", str(file)]) == 2
+    assert f"--out: {file} is a file; name a new folder" in capsys.readouterr().err
+
+
+def test_eval_says_what_can_be_done_where_a_setting_is_missing(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"iterations": 1, "env": "shop"}), encoding="utf-8")
+    assert cli.main(["eval", str(tmp_path), "--env", "webshop"]) == 2
+    said = capsys.readouterr().err
+    assert "--env webshop needs --webshop DIR" in said
+    assert "--webshop, --engine, --python and --workers can be given here" in said
+    assert cli.main(["eval", str(tmp_path), "--env", "webshop", "--webshop", str(tmp_path)]) == 2
+    assert f"--webshop: {tmp_path} is no checkout of WebShop" in capsys.readouterr().err
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.slow
+def test_a_run_in_an_ascii_locale_and_an_odd_folder(tmp_path):
+    """Trained, evaluated and exported, all in words; the samples of episodes hold more than ASCII."""
+    out = tmp_path / "lr[1e-4]" / "run#1 [/b] ü"
+    options = ["--env", "shop", "--iterations", "1", *SMALL]
+    done = proxmo("train", "--out", str(out), *options, environment=ASCII)
+    assert done.returncode == 0, done.stderr
+    for phase in ("demonstrations: 24 of 24", "warm start: 6 of 6", "training: 1 of 1"):
+        assert phase in done.stdout
+    assert "—" in (out / "episodes_before.txt").read_text(encoding="utf-8")
+    kinds = {key.rpartition("/")[2] for key in read_metrics(out / "metrics.jsonl")[0] if "success_rate/" in key}
+    assert kinds <= {"beauty", "electronics", "fashion", "garden", "grocery"}
+    done = proxmo("eval", str(out), "--games", "2", environment=ASCII)
+    assert done.returncode == 0, done.stderr
+    done = proxmo("export", str(out), str(tmp_path / "policy[1]"), environment=ASCII)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "policy[1]" / "model.safetensors").is_file()
 
 
 def test_metrics_survive_a_line_cut_off(tmp_path):

@@ -11,6 +11,7 @@ import jax
 from envs_bridge.household.dataset import data_folder
 from envs_bridge.household.generate import LEVELS
 from envs_bridge.shop.catalogue import GOALS
+from experiments.chat import template_arguments
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.errors import UserError
@@ -145,6 +146,8 @@ class Config:
     """Probability of the likeliest tokens among which answers are drawn; 1: all."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer of a --model, such as '</action>', besides its own end of text."""
+    chat_template_args: tuple[str, ...] = ()
+    """Arguments of a --model's chat template, name=value: enable_thinking=false. In a recipe a table of them."""
     hidden_size: int = 64
     layers: int = 2
     max_prompt_tokens: int = 128
@@ -215,6 +218,8 @@ def check(config: Config) -> None:
         need(0 <= value <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
     need(config.top_k >= 0 and 0 < config.top_p <= 1, "--top-k must be at least 0 and --top-p in (0, 1]")
     need(all(config.stop), "--stop strings must not be empty")
+    need(bool(config.model) or not config.chat_template_args, "--chat-template-args needs a --model with a template")
+    template_arguments(config.chat_template_args)
     need(config.temperature > 0, f"--temperature must be > 0, got {config.temperature}")
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(

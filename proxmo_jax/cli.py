@@ -293,6 +293,10 @@ def _defaults(arguments: list[str], cls):
         raise UserError(f"--config: {name} is not TOML ({error})") from error
     known = {f.name: f for f in cls.__dataclass_fields__.values()}
     values = {k.replace("-", "_"): v for k, v in values.items()}
+    if isinstance(table := values.get("chat_template_args"), dict):
+        from experiments.chat import settings_of
+
+        values["chat_template_args"] = settings_of(table)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")

@@ -1,7 +1,6 @@
 """The policy of a run: a small one made for it, or a language model, and how it reads and answers."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from envs_bridge.actions import ALFWORLD_TAIL, WEBSHOP_TAIL, spelled
+from envs_bridge.actions import ALFWORLD_TAIL, TAGS, WEBSHOP_TAIL, spelled
 from envs_bridge.collect import Example, Limits, Player
 from envs_bridge.household import lexicon
 from envs_bridge.prompts import ANSWER_START, readable
+from experiments.chat import answer_start, chat, template_arguments, turn_end
 from experiments.setup import SHOPS, Config, small_policy
 from experiments.worlds import memory_of
 from proxmo_jax import adapters
@@ -26,8 +26,8 @@ from proxmo_jax.learner import TrainState, make_optimizer
 from proxmo_jax.policy import init_params
 from proxmo_jax.sampling import Decoding, stop_table
 from proxmo_jax.sharding import parameter_shardings, place_optimizer, replicate
-from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer, save_tokenizer
-from proxmo_jax.weights import find_model, load_weights, read_config, weight_files
+from proxmo_jax.tokenizer import build_word_tokenizer, load_model_tokenizer, load_tokenizer, save_tokenizer, token_count
+from proxmo_jax.weights import find_model, load_weights, read_config, read_json, weight_files
 
 
 def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
@@ -89,30 +89,23 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     policy = read_config(folder, attention=attention, **{name: getattr(config, name) for name in names})
     weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
     parameter_shardings(mesh, policy)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"--model: {config.model} holds no tokenizer (tokenizer.json)")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(f"--model: {config.model} holds no tokenizer ({str(error).strip().splitlines()[0]})") from error
-    if len(tokenizer) > policy.vocab_size:
-        raise UserError(
-            f"--model: {config.model}: its tokenizer has {len(tokenizer)} tokens, need at most the {policy.vocab_size}"
-            " of its vocab_size"
-        )
+    tokenizer = load_model_tokenizer(folder, policy.vocab_size)
+    arguments = template_arguments(config.chat_template_args)
     longest = config.max_prompt_tokens + config.max_response_tokens
     if longest > policy.max_position_embeddings:
         raise UserError(
             f"--max-prompt-tokens and --max-response-tokens add up to {longest}, need at most the model's"
             f" {policy.max_position_embeddings}"
         )
-    stops = stop_ids(folder, tokenizer)
+    begun = answer_start(tokenizer, **arguments)
+    stops = stop_ids(folder, tokenizer, **arguments)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     table = None
     if config.stop:
         # Ids past the tokenizer's, which pad the embedding, say nothing.
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+        texts = tokenizer.batch_decode([[i] for i in range(token_count(tokenizer))], skip_special_tokens=False)
         table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.stop))
+    known = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # some tokenizers call the tags of an answer special
     return Player(
         tokenizer,
         policy,
@@ -122,30 +115,37 @@ def language_player(config: Config, mesh: Mesh) -> Player:
         table,
         config.decode_rows,
         start=memory_of(config),
-        render=partial(chat, tokenizer),
-        skip_special_tokens=True,
+        render=partial(chat, tokenizer, **arguments),
+        answer_start=begun,
+        skip_special_tokens=not any(added.special and added.content in TAGS for added in known.values()),
         tail=tail_of(config),
     )
 
 
-def stop_ids(folder: Path, tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's and the generation config's. Raises UserError if there are none."""
-    found = {tokenizer.eos_token_id} - {None}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        also = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(also if isinstance(also, list) else [also]) - {None}
-    if not found:
-        raise UserError(f"{folder}: neither tokenizer nor generation_config.json names an eos token")
-    return tuple(sorted(found))
+def stop_ids(folder: Path, tokenizer, **arguments: Any) -> tuple[int, ...]:
+    """Tokens that end an answer.
+
+    The tokenizer's, the one that the chat template (rendered with `arguments`) ends a turn with, and those of
+    `generation_config.json`, or of `config.json` where that names none. Raises UserError if there are none, naming the
+    file if it has ids that are none.
+    """
+    found = {tokenizer.eos_token_id, turn_end(tokenizer, **arguments)} - {None}
+    size = read_json(folder / "config.json")["vocab_size"]
+    named = _named_stops(folder / "generation_config.json", size) or _named_stops(folder / "config.json", size)
+    if not found.union(named):
+        raise UserError(
+            f"{folder}: neither tokenizer, chat template, generation_config.json nor config.json ends a text"
+        )
+    return tuple(sorted(found.union(named)))
 
 
-def chat(tokenizer, prompt: str) -> str:
-    """The prompt as the user's turn, by the tokenizer's own template where it has one."""
-    if not tokenizer.chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def _named_stops(path: Path, vocab_size: int) -> list[int]:
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise UserError(f"{path}: has the eos_token_id {token!r}, need token ids below its vocab_size {vocab_size}")
+    return ids
 
 
 def limits_of(config: Config) -> Limits:

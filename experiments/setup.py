@@ -12,6 +12,7 @@ import jax
 from envs_bridge.household.dataset import data_folder
 from envs_bridge.household.generate import LEVELS
 from envs_bridge.shop.catalogue import GOALS
+from experiments.chat import template_arguments
 from proxmo_jax.advantages import PRESETS
 from proxmo_jax.attention import BLOCK
 from proxmo_jax.errors import UserError
@@ -148,6 +149,8 @@ class Config:
     """Probability of the likeliest tokens among which answers are drawn; 1: all."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer of a --model, such as '</action>', besides its own end of text."""
+    chat_template_args: tuple[str, ...] = ()
+    """Arguments of a --model's chat template, name=value: enable_thinking=false. In a recipe a table of them."""
     hidden_size: int = 64
     layers: int = 2
     max_prompt_tokens: int = 128
@@ -218,6 +221,8 @@ def check(config: Config) -> None:
     if config.env == "webshop":
         need(config.webshop is not None, "--env webshop needs --webshop DIR, a checkout of WebShop")
     check_numbers(config)
+    need(bool(config.model) or not config.chat_template_args, "--chat-template-args needs a --model with a template")
+    template_arguments(config.chat_template_args)
     longest = config.max_prompt_tokens + config.max_response_tokens
     need(
         config.row_length >= longest,

@@ -330,6 +330,10 @@ def _recipe(arguments: list[str], cls, *, named: bool = False) -> dict[str, Any]
         raise UserError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {name} is not TOML ({error})") from error
+    if isinstance(table := values.get("chat_template_args"), dict):
+        from experiments.chat import settings_of
+
+        values["chat_template_args"] = list(settings_of(table))
     kinds = get_type_hints(cls)
     unknown = sorted(key for key in values if key.replace("-", "_") not in kinds)
     if unknown:

@@ -14,6 +14,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from proxmo_jax.learner import (
     row_log_probs,
 )
 from proxmo_jax.losses import LossSettings, token_mean
-from proxmo_jax.proximity import similar_anchors
+from proxmo_jax.packing import similar_anchors
 from proxmo_jax.report import Metrics, learning_curve, progress_bar, read_metrics, wilson, write_episodes
 from proxmo_jax.sharding import make_mesh, replicate, split
 from proxmo_jax.steps_file import write_steps
@@ -328,7 +329,7 @@ class Loop:
         jax.block_until_ready(rollout.buffer)
         played = time.time()
 
-        if self.settings.similarity_threshold is not None:
+        if self.settings.aggregation == "similar":
             self.let_similar_texts_share_anchors(rollout)
         texts = min(bucket(rollout.texts), config.members * config.max_turns)
         answer = estimate(
@@ -411,12 +412,11 @@ class Loop:
         texts = [rollout.transcripts[e][t][0] for e, t in at]
         group = np.array([e // self.config.members for e, _ in at])
         anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
-        threshold = self.settings.similarity_threshold or 1.0
-        anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
+        anchor[tuple(np.array(at).T)] = similar_anchors(texts, group)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
 
 
-def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
+def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
     """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
     assert rollout.buffer is not None
     reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
@@ -429,7 +429,7 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
         "reward": reward[episode, turn],
         "success": rollout.won[episode],
         "action_valid": valid[episode, turn],
-        "texts": np.array([rollout.transcripts[e][t][0] for e, t in at]),
+        "texts": [rollout.transcripts[e][t][0] for e, t in at],
     }
 
 

@@ -228,7 +228,7 @@ def test_grpo_equals_the_official_one(official, std, over_steps):
     last = np.where(mask, np.arange(mask.shape[2]), -1).max(2)[..., None] == np.arange(mask.shape[2])
     group = Group(score * last, mask, np.zeros(mask.shape[:2], bool), valid)
     settings = Settings(
-        modulation_range=0.0, aggregation="none", episode_std=bool(std),
+        modulation_range=0.0, aggregation="none", episode_std=bool(std), lone_step="official",
         episode_over="steps" if over_steps else "trajectories",
     )  # fmt: skip
     mine = packing.unpack(jax.vmap(advantages, (0, None))(group, settings).joint)

@@ -100,7 +100,7 @@ def test_bad_input_is_one_sentence_and_leaves_the_target_alone(change, options, 
         ("3\n", "line 1 is int, need an object"),
         ('{"group": 1}\n{"step": 1}\n', "line 2 and the first differ in group, step"),
         ("\n", "holds no step"),
-        ('{"reward": "x"}\n{"reward": 1}\n', "reward mixes or has str"),
+        ('{"reward": "x"}\n{"reward": 1}\n', "group is missing"),
     ],
 )
 def test_bad_lines_are_named(content, message, tmp_path, capsys):

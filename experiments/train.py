@@ -412,7 +412,7 @@ class Loop:
         texts = [rollout.transcripts[e][t][0] for e, t in at]
         group = np.array([e // self.config.members for e, _ in at])
         anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
-        anchor[tuple(np.array(at).T)] = similar_anchors(texts, group)
+        anchor[tuple(np.array(at, int).reshape(-1, 2).T)] = similar_anchors(texts, group)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
 
 
@@ -420,8 +420,8 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
     """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
     assert rollout.buffer is not None
     reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
-    at = np.array([(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))])
-    episode, turn = at.T
+    at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
+    episode, turn = np.array(at, int).reshape(-1, 2).T
     return {
         "group": episode // members,
         "trajectory": episode,

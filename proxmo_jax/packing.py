@@ -129,17 +129,15 @@ def finite(values: Any, name: str, ndim: int = 1) -> np.ndarray:
     if len(odd):
         value = values[tuple(odd[0])]
         most = np.finfo(np.float32).max
-        need = f"numbers of at most {most:.2g} (float32)" if np.isfinite(value) else "finite numbers"
+        need = f"numbers from -{most:.2g} to {most:.2g} (float32)" if np.isfinite(value) else "finite numbers"
         raise UserError(f"{name}: row {odd[0][0]} has {value}, need {need}")
     return single
 
 
 def _as_float(value: float) -> float:
     """A Python number as a float; an int that is too large is as large as a float can be."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.copysign(np.finfo(np.float64).max, value)
+    most = float(np.finfo(np.float64).max)
+    return float(min(max(value, -most), most))
 
 
 def flags(values: Any, name: str) -> np.ndarray:

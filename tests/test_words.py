@@ -56,6 +56,20 @@ def test_missing_rows_have_no_words():
     assert words.counts.sum(-1).tolist() == [[2, 0]]
 
 
+def test_a_cut_keeps_the_words_that_are_commonest_in_the_batch():
+    """Ties go to the smaller word; a text that is seen twice counts twice; other texts of the memo count nowhere."""
+    vocabulary = Vocabulary()
+    vocabulary.rows(["zz zz zz zz"])
+    rows = vocabulary.rows(["bb aa cc dd", "dd ee", "dd ee", "cc aa", ""])
+    cut = vocabulary.cut(rows, 3)
+    words = cut.gather(rows)
+    kept = [as_words(cut, ids, counts) for ids, counts in zip(words.ids, words.counts, strict=True)]
+    assert kept == [{"aa": 1, "cc": 1, "dd": 1}, {"dd": 1}, {"dd": 1}, {"aa": 1, "cc": 1}, {}]
+    assert vocabulary.cut(rows, 4) is vocabulary
+    whole = vocabulary.gather(rows)
+    assert as_words(vocabulary, whole.ids[0], whole.counts[0]) == {"aa": 1, "bb": 1, "cc": 1, "dd": 1}
+
+
 def test_too_many_words_for_the_width():
     with pytest.raises(ValueError, match="a text has 3 different words, need at most 2"):
         Vocabulary().counts(["aa bb cc"], width=2)

@@ -32,16 +32,16 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.proximity import similarity
 from proxmo_jax.report import progress_bar, terminal
 from proxmo_jax.steps_file import needed, read_steps
-from proxmo_jax.types import Group, Settings
+from proxmo_jax.types import LARGEST, Group, Settings
 
 # Axis: the settings' field and what its values may be.
 AXES = {
-    "temperature": ("temperature", 1e-6, np.inf),
-    "alpha": ("alpha", 0.0, np.inf),
-    "omega": ("step_weight", 0.0, np.inf),
+    "temperature": ("temperature", 1e-6, LARGEST),
+    "alpha": ("alpha", 1e-6, LARGEST),
+    "omega": ("step_weight", 0.0, LARGEST),
     "range": ("modulation_range", 0.0, 1.0),
     "discount": ("discount", 0.0, 1.0),
-    "penalty": ("invalid_penalty", 0.0, np.inf),
+    "penalty": ("invalid_penalty", 0.0, LARGEST),
 }
 CHOICES = {"modulation": ("on", "off"), "aggregation": ("none", "hard", "soft")}
 # What changes nothing there is not repeated there.
@@ -79,8 +79,8 @@ def main(config: Config, console: Console | None = None) -> Path:
         raise UserError(f"--chunk must be at least 1, got {config.chunk}")
     steps = read_steps(config.rollout)
     try:
-        group, _ = Group.from_steps(**needed(steps, texts=True))
-    except ValueError as error:
+        group, _ = Group.from_steps(**needed(steps, texts=True), max_features=proxmo().max_features)
+    except UserError as error:
         raise UserError(f"{config.rollout}: {error}") from error
     chunk = fitting(group, config.chunk, config.memory)
     began = time.time()
@@ -137,8 +137,8 @@ def numbers(name: str, values: str) -> list[float]:
         raise UserError(f"--grid: {name}={values} is neither a,b,c nor from:to:count with numbers") from None
     _, least, most = AXES[name]
     for value in found:
-        if not (np.isfinite(value) and least <= value <= most):
-            limits = f"at least {least:g}" if most == np.inf else f"between {least:g} and {most:g}"
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most == LARGEST else f"between {least:g} and {most:g}"
             raise UserError(f"--grid: {name} must be {limits}, got {value:g}")
     return list(dict.fromkeys(found))
 
@@ -174,8 +174,7 @@ def fitting(group: Group, chunk: int, memory: float) -> int:
     """At most `chunk` settings at a time, as many as fit. Raises UserError if not even one does."""
     groups, members, turns = group.reward.shape
     texts = group.words.ids.shape[1] if group.words is not None else 1
-    anchors = (members * turns) ** 2  # exact matching compares all steps of a group
-    one = 4 * groups * (2 * texts * texts + 16 * members * turns) + groups * anchors
+    one = 4 * groups * (2 * texts * texts + 16 * members * turns)
     most = int(memory * 2**30 / one)
     if most < 1:
         raise UserError(
@@ -200,7 +199,10 @@ def estimate(
         alphabetical=jax.device_put(words.alphabetical, whole),
     )  # fmt: skip
     padded = dataclasses.replace(padded, words=words)
-    reference = rank(_joint(padded, proxmo()).reshape(-1), padded.mask.reshape(-1))
+    joint = _joint(padded, proxmo())
+    if not jnp.isfinite(joint).all():
+        raise UserError("reward: the advantages are not finite; need rewards that can be added up in float32")
+    reference = rank(joint.reshape(-1), padded.mask.reshape(-1))
     rows: list[dict] = []
     for settings, points in grid:
         count = len(points)
@@ -294,8 +296,7 @@ def neighbours(group: Group, alike: jax.Array, settings: Settings) -> jax.Array:
     if settings.aggregation == "none":
         return jnp.zeros(shape)
     if settings.aggregation == "hard":
-        same = (row[:, :, None] == row[:, None, :]) & flat[:, None, :]
-        return same.sum(2).astype(jnp.float32).reshape(shape)
+        return jax.vmap(lambda row, mask: jnp.zeros(row.shape[0]).at[row].add(mask)[row])(row, flat).reshape(shape)
 
     def one(alike, row, mask):
         count = jnp.zeros(alike.shape[0]).at[row].add(mask)

@@ -11,7 +11,7 @@ was. `study.write` says what is left behind.
 import dataclasses
 import hashlib
 import importlib
-import inspect
+import importlib.util
 import json
 import os
 import time
@@ -28,15 +28,19 @@ from rich.console import Console
 
 from envs_bridge.household.game import TASK_TYPES, build_game
 from envs_bridge.household.generate import LEVELS, make_game
-from experiments import vector_agent
 from experiments import vector_household as vh
 from experiments.study import CURVES, Cell, Results, Study, write
 from experiments.vector_agent import Knobs, Spec, make_run
-from proxmo_jax import advantages, proximity
 from proxmo_jax.errors import UserError
 from proxmo_jax.report import progress_bar, terminal
 from proxmo_jax.types import Settings
 
+# What the results of a run depend on. Named, not imported: `proxmo_jax.advantages` is a function and a module.
+SOURCES = (
+    "experiments.vector_agent", "experiments.vector_household", "proxmo_jax.advantages", "proxmo_jax.losses",
+    "proxmo_jax.proximity", "proxmo_jax.types", "envs_bridge.household.engine", "envs_bridge.household.game",
+    "envs_bridge.household.generate", "envs_bridge.household.lexicon",
+)  # fmt: skip
 STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise")
 
 
@@ -236,8 +240,8 @@ def run_chunk(
 
 
 def fingerprint(config: Config, study: Study, spec: Spec, part: list[tuple[int, int]]) -> str:
-    """A name for a chunk's results by what they depend on: the settings, and the source of the code that a study's
-    author would change. Other modules and JAX itself are left out: remove `chunks` when those have changed."""
+    """A name for a chunk's results by what they depend on: the settings, and the source of `SOURCES`. Other modules and
+    JAX itself are left out: remove `chunks` when those have changed."""
     cells = [(dataclasses.asdict(study.cells[c]) | {"label": "", "baseline": ""}, s) for c, s in part]
     what = [str(spec), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -245,9 +249,22 @@ def fingerprint(config: Config, study: Study, spec: Spec, part: list[tuple[int, 
 
 @cache
 def source() -> str:
-    """A hash of the code of the agent, its household and the estimator."""
-    modules = (vector_agent, vh, advantages, proximity)
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+    """A hash of the code of the agent, its household, the estimator and the loss."""
+    return hash_of([source_file(name) for name in SOURCES])
+
+
+def source_file(module: str) -> Path:
+    """The file a module is read from."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    assert spec.origin is not None, module
+    return Path(spec.origin)
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """One hash of the contents of files."""
+    each = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256(" ".join(each).encode()).hexdigest()
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:

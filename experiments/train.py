@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ from proxmo_jax.learner import (
     row_log_probs,
 )
 from proxmo_jax.losses import LossSettings, token_mean
-from proxmo_jax.proximity import similar_anchors
+from proxmo_jax.packing import similar_anchors
 from proxmo_jax.report import (
     Metrics,
     learning_curve,
@@ -359,7 +360,7 @@ class Loop:
         jax.block_until_ready(rollout.buffer)
         played = time.time()
 
-        if self.settings.similarity_threshold is not None:
+        if self.settings.aggregation == "similar":
             self.let_similar_texts_share_anchors(rollout)
         assert rollout.buffer is not None
         texts = min(bucket(rollout.texts), rollout.buffer.word_ids.shape[1])
@@ -434,8 +435,7 @@ class Loop:
         texts = [rollout.transcripts[e][t][0] for e, t in at]
         group = np.array([e // self.config.members for e, _ in at])
         anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
-        threshold = self.settings.similarity_threshold or 1.0
-        anchor[tuple(np.array(at).T)] = similar_anchors(texts, group, threshold)
+        anchor[tuple(np.array(at, int).reshape(-1, 2).T)] = similar_anchors(texts, group)
         rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
 
 
@@ -457,12 +457,12 @@ def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
+def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
     """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
     assert rollout.buffer is not None
     reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
-    at = np.array([(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))])
-    episode, turn = at.T
+    at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
+    episode, turn = np.array(at, int).reshape(-1, 2).T
     return {
         "group": episode // members,
         "trajectory": episode,
@@ -470,7 +470,7 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, np.ndarray]:
         "reward": reward[episode, turn],
         "success": rollout.won[episode],
         "action_valid": valid[episode, turn],
-        "texts": np.array([rollout.transcripts[e][t][0] for e, t in at]),
+        "texts": [rollout.transcripts[e][t][0] for e, t in at],
     }
 
 

@@ -17,8 +17,8 @@ from proxmo_jax.advantages import (
 )
 from proxmo_jax.batch import batch_advantages, pmapped_advantages, sharded_advantages
 from proxmo_jax.embeddings import tfidf, token_counts
-from proxmo_jax.packing import Packing
-from proxmo_jax.proximity import proximity_weights, similar_anchors
+from proxmo_jax.packing import Packing, similar_anchors
+from proxmo_jax.proximity import proximity_weights
 from proxmo_jax.types import Advantages, Group, Settings, sweep
 from proxmo_jax.words import Vocabulary, WordCounts
 

@@ -9,8 +9,9 @@ Source: ProxMO (arXiv 2602.19225); where the official code departs from the pape
 import jax
 import jax.numpy as jnp
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.proximity import hard_advantage, proximity_weights, soft_advantage
-from proxmo_jax.types import Advantages, Group, Settings, masked_mean
+from proxmo_jax.types import Advantages, Group, Settings, masked_mean, masked_std, positive
 
 
 def discounted_returns(reward: jax.Array, mask: jax.Array, discount: jax.Array | float) -> jax.Array:
@@ -51,7 +52,7 @@ def group_success_rate(group: Group) -> jax.Array:
 def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:
     """S_i - mean(S) over the group; optionally / (unbiased std + epsilon), or leaving S_i out of the mean.
 
-    score, mask [M, T] -> [M, T] float32. As in the official code a group of one sample has mean 0 and std 1.
+    score, mask [M, T] -> [M, T] float32. A group of one sample gets 0, or by the settings the score (mean 0, std 1).
     """
     if settings.episode_over == "trajectories":
         # A trajectory's steps differ by the penalty alone; the official code takes the first one's score for it.
@@ -61,15 +62,16 @@ def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> 
         sample, counted = score, mask
     count = counted.sum().astype(jnp.float32)
     alone = count <= 1
-    mean = jnp.where(alone, 0.0, masked_mean(sample, counted))
+    mean = masked_mean(sample, counted)
     advantage = score - mean
     if settings.leave_one_out:
-        advantage = advantage * jnp.where(alone, 1.0, count / jnp.maximum(count - 1.0, 1.0))
+        advantage = advantage * (count / jnp.maximum(count - 1.0, 1.0))
     if settings.episode_std:
-        square = jnp.where(counted, (sample - mean) ** 2, 0.0).sum()
-        std = jnp.where(alone, 1.0, jnp.sqrt(square / jnp.maximum(count - 1.0, 1.0)))
-        advantage = advantage / (std + settings.epsilon)
-    return jnp.where(mask, advantage, 0.0)
+        advantage = advantage / positive(masked_std(sample - mean, counted) + settings.epsilon)
+    lone = jnp.zeros_like(score)
+    if settings.lone_step == "official":
+        lone = score / (1.0 + settings.epsilon) if settings.episode_std else score
+    return jnp.where(mask, jnp.where(alone, lone, advantage), 0.0)
 
 
 def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Array:
@@ -77,7 +79,7 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
     if settings.aggregation == "none":
         return jnp.zeros_like(score)
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
-    if settings.aggregation == "hard":
+    if settings.aggregation in ("hard", "similar"):
         anchor = group.anchor.reshape(-1)
         step = hard_advantage(flat, anchor, mask, std=settings.step_std, epsilon=settings.epsilon)
     else:
@@ -104,8 +106,8 @@ def advantages(group: Group, settings: Settings, *, with_proximity: bool = False
     Scores: S_i = episode return - c (1 - valid_i), Q_i = discounted return - c (1 - valid_i). Then the episode
     advantage of S, modulated; the step advantage of Q; joint = episode + omega * step. Gradients are stopped:
     an advantage is data to the policy loss. `with_proximity` also returns the weights of the soft baseline
-    [M * T, M * T]. Raises ValueError for arrays of the wrong rank (a missing vmap) and for an aggregation whose input
-    (anchor, embedding) is absent.
+    [M * T, M * T]. Raises ValueError for arrays of the wrong rank (a missing vmap), masks that are not bool and an
+    aggregation whose input (anchor, embedding) is absent; UserError for "similar" on anchors of equal texts.
     """
     _check(group, settings)
     group, settings = jax.lax.stop_gradient((group, settings))
@@ -154,13 +156,20 @@ def _check(group: Group, settings: Settings) -> None:
     needed: dict[str, tuple] = {"mask": shape, "action_valid": shape, "success": shape[:1]}
     embedding = None if group.embedding is None else jnp.shape(group.embedding)
     distinct = embedding is not None and len(embedding) == 2
-    if settings.aggregation == "hard" or (settings.aggregation == "soft" and distinct):
+    if settings.aggregation in ("hard", "similar") or (settings.aggregation == "soft" and distinct):
         needed["anchor"] = shape
+    if settings.aggregation == "similar" and group.anchored_by == "equal texts":
+        raise UserError(
+            "anchor: numbered by equal texts, gigpo_similarity needs them by similar ones; give a similarity_threshold"
+            " to Group.from_steps, or use gigpo"
+        )
     for name, want in needed.items():
         value = getattr(group, name)
         if value is None or jnp.shape(value) != want:
             got = "nothing" if value is None else f"shape {jnp.shape(value)}"
             raise ValueError(f"{name}: got {got}, need {want} as reward has; {hint}")
+        if name != "anchor" and value.dtype != bool:  # a mask of floats could hold NaN
+            raise ValueError(f"{name}: got {value.dtype}, need bool")
     if settings.aggregation == "soft" and not distinct and (embedding is None or embedding[:-1] != shape):
         if embedding is None and group.words is not None:
             hint = "batch_advantages() makes it of the word counts"
@@ -190,8 +199,11 @@ def gigpo(**knobs) -> Settings:
 
 
 def gigpo_similarity(**knobs) -> Settings:
-    """GiGPO whose step groups are of similar texts (difflib ratio >= 0.95), not only of equal ones."""
-    return Settings(**{"modulation_range": 0.0, "aggregation": "hard", "similarity_threshold": 0.95, **knobs})
+    """GiGPO whose step groups are of similar texts, not only of equal ones.
+
+    They are told where anchors are numbered: `Group.from_steps(..., similarity_threshold=0.95)`.
+    """
+    return Settings(**{"modulation_range": 0.0, "aggregation": "similar", **knobs})
 
 
 def proxmo(**knobs) -> Settings:
@@ -210,8 +222,9 @@ def proxmo_without_proximity(**knobs) -> Settings:
 
 
 def official(**knobs) -> Settings:
-    """ProxMO by the official code's rules: p is the clamped mean penalised score over steps."""
-    return Settings(**{"success_rate": "official", **knobs})
+    """ProxMO by the official code's rules: p is the clamped mean penalised score over steps; a lone step keeps its
+    score."""
+    return Settings(**{"success_rate": "official", "lone_step": "official", **knobs})
 
 
 PRESETS = {

@@ -126,10 +126,12 @@ class AdvantagesOptions:
     episode_over: str | None = None
     leave_one_out: bool | None = None
     success_rate: str | None = None
+    lone_step: str | None = None
     exclude_self: bool | None = None
     kernel: str | None = None
     max_features: int | None = None
     similarity_threshold: float | None = None
+    """difflib ratio from which on texts share an anchor; with gigpo_similarity 0.95 where it is not given."""
 
 
 def _advantages(arguments: list[str]) -> int:
@@ -140,9 +142,10 @@ def _advantages(arguments: list[str]) -> int:
     _find_devices()
     knobs = {name: value for name, value in vars(options).items() if value is not None}
     source, target, preset = (knobs.pop(name) for name in ("source", "target", "preset"))
+    threshold = knobs.pop("similarity_threshold", None)
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    count = advantages_of_file(source, target, PRESETS[preset](**knobs))
+    count = advantages_of_file(source, target, PRESETS[preset](**knobs), similarity_threshold=threshold)
     print(f"{target}: advantages of {count} steps by {preset}")
     return 0
 

@@ -6,14 +6,12 @@ block of it, and `pallas_kernel` is the same block by block on a TPU. Keys may b
 steps each, which is exact and much cheaper: equal observations have equal weights.
 """
 
-import difflib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from proxmo_jax.types import masked_mean
+from proxmo_jax.types import masked_mean, positive
 
 
 class Partial(NamedTuple):
@@ -165,36 +163,22 @@ def hard_advantage(
 ) -> jax.Array:
     """GiGPO: A_i = Q_i - mean of Q over the steps with the same anchor id; `std` divides by their unbiased std.
 
-    score [N], anchor int [N], mask [N] -> [N] float32; a step alone with its anchor gets 0.
+    score [N], anchor int [N] (any ids), mask [N] -> [N] float32; a step alone with its anchor gets 0. Sums are by
+    anchor: time and memory grow with N, not with its square.
     """
-    same = (anchor[:, None] == anchor[None, :]) & mask[:, None] & mask[None, :]
-    count = jnp.maximum(same.sum(axis=1), 1).astype(jnp.float32)
-    score = jnp.where(mask, score - masked_mean(score, mask), 0.0)
-    mean = jnp.where(same, score[None, :], 0.0).sum(axis=1) / count
-    advantage = score - mean
-    if std:
-        square = jnp.where(same, (score[None, :] - mean[:, None]) ** 2, 0.0).sum(axis=1)
-        advantage = advantage / (jnp.sqrt(square / jnp.maximum(count - 1.0, 1.0)) + epsilon)
-    return jnp.where(mask & (count > 1), advantage, 0.0)
+    place = jnp.searchsorted(jnp.sort(anchor), anchor)  # equal ids, equal places; below N, whatever the ids are
 
+    def total(values):
+        return jnp.zeros_like(score).at[place].add(jnp.where(mask, values, 0.0))[place]
 
-def similar_anchors(texts: list[str], group: np.ndarray, threshold: float = 0.95) -> np.ndarray:
-    """Anchor ids by similarity instead of identity (GiGPO's `similar` variant), on the host.
-
-    First fit in file order inside each group: a step joins the first cluster whose first text has a difflib
-    ratio >= threshold with its own, else founds one. texts N, group [N] -> int32 [N].
-    """
-    anchor = np.empty(len(texts), np.int32)
-    clusters: dict[object, list[tuple[str, int]]] = {}
-    founded = 0
-    for i, (text, owner) in enumerate(zip(texts, np.asarray(group).tolist(), strict=True)):
-        mine = clusters.setdefault(owner, [])
-        for representative, cluster in mine:
-            if difflib.SequenceMatcher(None, text, representative).ratio() >= threshold:
-                anchor[i] = cluster
-                break
-        else:
-            anchor[i] = founded
-            mine.append((text, founded))
-            founded += 1
-    return anchor
+    score = score.astype(jnp.float32)
+    count = total(jnp.ones_like(score))
+    mean = total(score) / jnp.maximum(count, 1.0)
+    mean = mean + total(score - mean) / jnp.maximum(count, 1.0)  # the second pass removes the rounding of the first
+    advantage = jnp.where(mask & (count > 1), score - mean, 0.0)
+    if std:  # relative to the largest, as in `masked_std`
+        peak = jnp.zeros_like(score).at[place].max(jnp.abs(advantage))[place]
+        square = total(jnp.square(advantage / positive(peak)))
+        deviation = peak * jnp.sqrt(square / jnp.maximum(count - 1.0, 1.0))
+        advantage = advantage / positive(deviation + epsilon)
+    return advantage

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from proxmo_jax.batch import batch_advantages
 from proxmo_jax.errors import UserError
-from proxmo_jax.proximity import similar_anchors
+from proxmo_jax.packing import SIMILAR, column, is_flag, shape_of, shown
 from proxmo_jax.types import Group, Settings
 
 NEEDED = ("group", "trajectory", "step", "reward", "success", "action_valid")
@@ -25,127 +26,167 @@ ANSWERS = {
 }
 
 
-def advantages_of_file(source: Path, target: Path, settings: Settings, *, chunk: int = 64) -> int:
+def advantages_of_file(
+    source: Path, target: Path, settings: Settings, *, chunk: int = 64, similarity_threshold: float | None = None
+) -> int:
     """Read steps, compute their advantages, write them in the same order; returns the number of steps.
 
     source, `.npz` or `.jsonl`: per step `group, trajectory, step, reward, success, action_valid`, and `texts` (the
     anchor observations) if the settings compare steps; `response_mask` [N, L] or a list a line is optional. target:
-    `discounted_return, episode_advantage, step_advantage, advantage`, [N] float32, or [N, L] under the response mask
-    (all but the return). The file appears whole or not at all. `chunk` groups are computed at a time.
-    Raises UserError naming the file and the array.
+    `discounted_return, episode_advantage, step_advantage, advantage`, [N] float32, or under the response mask (all but
+    the return) as many numbers as the step's mask has, in an `.npz` with zeros up to the longest. The file appears
+    whole or not at all. `chunk` groups are computed at a time; `similarity_threshold` as in `steps_advantages`.
+    Raises UserError naming the file, the array and the row.
     """
     steps = read_steps(source)
     try:
-        answer = steps_advantages(steps, settings, chunk=chunk)
+        answer: dict[str, Any] = dict(
+            steps_advantages(steps, settings, chunk=chunk, similarity_threshold=similarity_threshold)
+        )
         if "response_mask" in steps:
             answer = _per_token(answer, steps["response_mask"])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{source}: {error}") from error
     write_steps(target, answer)
     return len(answer["advantage"])
 
 
 def steps_advantages(
-    steps: Mapping[str, Any], settings: Settings, *, chunk: int | None = None
+    steps: Mapping[str, Any],
+    settings: Settings,
+    *,
+    chunk: int | None = None,
+    similarity_threshold: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The four answers [N] float32 of steps given as arrays, in their order."""
-    fields = needed(steps, texts=settings.aggregation != "none")
-    if "texts" in fields and settings.similarity_threshold is not None:
-        texts = fields.pop("texts")
-        if len(texts) != len(steps["group"]):
-            raise UserError(f"texts: got {len(texts)} rows, need {len(steps['group'])}, one per step")
-        fields["anchor"] = similar_anchors(texts, steps["group"], settings.similarity_threshold)
-    batch, packing = Group.from_steps(**fields)
+    """The four answers [N] float32 of steps given as arrays or lists, in their order.
+
+    similarity_threshold: from which on texts share an anchor; None: 0.95 under "similar", else only equal ones do.
+    Raises UserError for steps that cannot be used, and for rewards so large that an answer is not finite.
+    """
+    if settings.aggregation == "similar" and similarity_threshold is None:
+        similarity_threshold = SIMILAR
+    if similarity_threshold is not None and settings.aggregation not in ("hard", "similar"):
+        raise UserError(
+            f"similarity_threshold: aggregation {settings.aggregation!r} has no anchors; need 'similar' (the preset"
+            " gigpo_similarity)"
+        )
+    batch, packing = Group.from_steps(
+        **needed(steps, texts=settings.aggregation != "none"),
+        similarity_threshold=similarity_threshold, max_features=settings.max_features,
+    )  # fmt: skip
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
-    answer = _compiled(batch, settings, chunk=chunk)
-    return {name: packing.unpack(getattr(answer, ours)) for name, ours in ANSWERS.items()}
+    found = _compiled(batch, settings, chunk=chunk)
+    answer = {name: packing.unpack(getattr(found, ours)) for name, ours in ANSWERS.items()}
+    for name, values in answer.items():
+        odd = ~np.isfinite(values)
+        if odd.any():
+            row = int(odd.argmax())
+            group = shown(column(steps["group"])[row])
+            raise UserError(
+                f"{name}: row {row} is {values[row]}; the rewards of group {group} are too large for float32"
+            )
+    return answer
 
 
 def needed(steps: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
-    """What `Group.from_steps` takes of steps, with their texts or without. Raises UserError for what is missing and
-    for texts that are none."""
+    """What `Group.from_steps` takes of steps, with their texts or without. Raises UserError for what is missing."""
     names = (*NEEDED, "texts") if texts else NEEDED
     for name in names:
         if name not in steps:
             raise UserError(f"{name} is missing; need {', '.join(NEEDED)} and, to compare steps, texts")
-    fields = {name: steps[name] for name in names}
-    if texts:
-        if isinstance(fields["texts"], np.ndarray):
-            fields["texts"] = fields["texts"].tolist()
-        odd = next((text for text in fields["texts"] if not isinstance(text, str)), None)
-        if odd is not None:
-            raise UserError(f"texts: need strings, got {odd!r}")
-    return fields
+    return {name: steps[name] for name in names}
 
 
 _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 
-def _per_token(answer: dict[str, np.ndarray], response_mask: Any) -> dict[str, np.ndarray]:
-    mask = np.asarray(response_mask)
+def _per_token(answer: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
+    """The answers but the return times each step's mask: float32 [N, L], or N of them as long as the step's own."""
     count = len(answer["advantage"])
-    if mask.dtype.kind not in "fiub" or mask.ndim != 2 or len(mask) != count:
-        raise UserError(f"response_mask: got shape {mask.shape}, need ({count}, L), one row per step")
-    return {
-        name: value if name == "discounted_return" else value[:, None] * mask.astype(np.float32)
-        for name, value in answer.items()
-    }
+    masks = column(response_mask)
+    if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
+        raise UserError(f"response_mask: got shape {shape_of(masks)}, need ({count}, L), one row per step")
+    if isinstance(masks, np.ndarray):
+        odd = np.argwhere((masks != 0) & (masks != 1))
+        if len(odd):
+            row, at = odd[0].tolist()
+            raise UserError(f"response_mask: row {row} has {shown(masks[row, at])} at place {at}, need 0 or 1")
+        spread: dict[str, Any] = {name: values[:, None] * masks.astype(np.float32) for name, values in answer.items()}
+    else:
+        masks = [_token_mask(mask, row) for row, mask in enumerate(masks)]
+        spread = {name: [v * mask for v, mask in zip(values, masks, strict=True)] for name, values in answer.items()}
+    return {**spread, "discounted_return": answer["discounted_return"]}
 
 
-def read_steps(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file or the fields of a .jsonl one. Raises UserError naming the file and the line."""
+def _token_mask(mask: Any, row: int) -> np.ndarray:
+    """The mask of one step, float32 [L]. Raises UserError for anything but a list of 0 and 1."""
+    if not isinstance(mask, (list, tuple)):
+        raise UserError(f"response_mask: row {row} has {shown(mask)}, need a list of 0 and 1")
+    odd = next((at for at, value in enumerate(mask) if not is_flag(value)), None)
+    if odd is not None:
+        raise UserError(f"response_mask: row {row} has {shown(mask[odd])} at place {odd}, need 0 or 1")
+    return np.array(mask, np.float32)
+
+
+def read_steps(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz file or the fields of a .jsonl one, lists. Raises UserError naming the file and the line.
+
+    An array `NAME.json` of an .npz holds UTF-8 JSON, a list that comes back as `NAME` (see `write_steps`).
+    """
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                return {name: data[name] for name in data.files}
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            hint = (
-                "it holds Python objects; store strings as np.array(list of str)" if "pickle" in str(error) else error
-            )
-            raise UserError(f"{path}: not a readable .npz file ({hint})") from error
+        return _read_arrays(path)
     if path.suffix == ".jsonl":
         return _read_lines(path)
     raise UserError(f"{path}: need a name that ends in .npz or .jsonl")
 
 
-def _read_lines(path: Path) -> dict[str, np.ndarray]:
-    rows: list[dict] = []
-    with path.open(encoding="utf-8") as file:
+def _read_arrays(path: Path) -> dict[str, Any]:
+    try:
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise UserError(f"{path}: holds one array, need an .npz file of several")
+        with data:
+            arrays = {name: data[name] for name in data.files}
+        return {
+            name.removesuffix(".json"): json.loads(bytes(x)) if name.endswith(".json") else x
+            for name, x in arrays.items()
+        }
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        hint = "it holds Python objects; store strings as np.array(list of str)" if "pickle" in str(error) else error
+        raise UserError(f"{path}: not a readable .npz file ({hint})") from error
+
+
+def _read_lines(path: Path) -> dict[str, list]:
+    steps: dict[str, list] = {}
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is {type(row).__name__}, need an object")
-            if rows and row.keys() != rows[0].keys():
-                odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+            steps = steps or {name: [] for name in row}
+            if row.keys() != steps.keys():
+                odd = ", ".join(sorted(row.keys() ^ steps.keys()))
                 raise UserError(f"{path}: line {number} and the first differ in {odd}; need the same names on all")
-            rows.append(row)
-    if not rows:
+            for name, value in row.items():
+                steps[name].append(value)
+    if not steps:
         raise UserError(f"{path}: holds no step")
-    steps = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if name == "response_mask":
-            width = max((len(v) for v in values if isinstance(v, list)), default=0)
-            if not all(isinstance(v, list) for v in values):
-                raise UserError(f"{path}: response_mask must be a list on every line")
-            values = [v + [0] * (width - len(v)) for v in values]
-        kinds = {type(value) for value in values} - {int, float} if name != "success" else {type(v) for v in values}
-        if len(kinds) > 1 or (name in ("reward", "step") and kinds):
-            found = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise UserError(f"{path}: {name} mixes or has {found}; need one kind, and numbers for reward and step")
-        steps[name] = np.array(values)
     return steps
 
 
-def write_steps(path: Path, answer: dict[str, np.ndarray]) -> None:
-    """An .npz or .jsonl of arrays with a row for each step. Raises UserError for another ending.
+def write_steps(path: Path, answer: Mapping[str, Any]) -> None:
+    """An .npz or .jsonl of arrays or lists with a row for each step. Raises UserError for another ending.
 
-    Written beside the target first, then moved over it: what was there is kept until the new file is whole.
+    Rows are numbers, strings or arrays [L]. In an .npz, L is the longest one's and zeros fill; strings are an array
+    `NAME.json` of bytes, as an array of strings is as wide as its longest. Written beside the target first, then moved
+    over it: what was there is kept until the new file is whole.
     """
     if path.suffix not in (".npz", ".jsonl"):
         raise UserError(f"{path}: need a name that ends in .npz or .jsonl")
@@ -153,16 +194,33 @@ def write_steps(path: Path, answer: dict[str, np.ndarray]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             if path.suffix == ".npz":
-                np.savez(file, **answer)  # type: ignore[arg-type]
+                np.savez(file, **dict(_stored(name, values) for name, values in answer.items()))  # type: ignore[arg-type]
             else:
                 for i in range(len(next(iter(answer.values())))):
-                    row = {name: values[i].tolist() for name, values in answer.items()}
-                    file.write((json.dumps(row) + "\n").encode())
+                    row = {name: _plain(values[i]) for name, values in answer.items()}
+                    file.write((json.dumps(row, allow_nan=False) + "\n").encode())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
+    """The name and the array that an .npz holds the values as."""
+    values = column(values)
+    if isinstance(values, np.ndarray):
+        return name, values
+    if values and isinstance(values[0], str):
+        return f"{name}.json", np.frombuffer(json.dumps(values).encode(), np.uint8)
+    rectangle = np.zeros((len(values), max(map(len, values), default=0)), np.float32)
+    for row, own in zip(rectangle, values, strict=True):
+        row[: len(own)] = own
+    return name, rectangle
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ Knows texts and NumPy, not devices. Counting is the estimator's largest cost, so
 every text is counted once, however often it is seen.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -126,6 +127,28 @@ class Vocabulary:
     def longest(self, rows: np.ndarray) -> int:
         """The most distinct words of the texts numbered `rows`, int64 [N]."""
         return int((self._starts[rows + 1] - self._starts[rows]).max(initial=0))
+
+    def cut(self, rows: np.ndarray, most: int) -> "Vocabulary":
+        """The vocabulary with only the `most` commonest words of the texts numbered `rows`, int64 [N], in those texts.
+
+        Those are the ones TF-IDF keeps (ties: the smaller word). Itself if no text has more than so many.
+        """
+        used, repeats = np.unique(rows, return_counts=True)
+        length = self._starts[used + 1] - self._starts[used]
+        if length.max(initial=0) <= most:
+            return self
+        text = np.repeat(np.arange(len(used)), length)
+        source = np.arange(len(text)) + np.repeat(self._starts[used] - (np.cumsum(length) - length), length)
+        ids, counts = self._flat_ids[source], self._flat_counts[source]
+        frequency = np.bincount(ids, counts * repeats[text], len(self))
+        order = np.lexsort((self.alphabetical()[: len(self)], -frequency))
+        kept = np.isin(ids, order[:most])
+        cut = copy.copy(self)
+        cut._flat_ids, cut._flat_counts = ids[kept], counts[kept]
+        lengths = np.zeros(used[-1] + 1, np.int64)
+        lengths[used] = np.bincount(text[kept], minlength=len(used))
+        cut._starts = np.concatenate([[0], np.cumsum(lengths)])
+        return cut
 
     def gather(self, rows: np.ndarray, width: int | None = None) -> WordCounts:
         """Counts of the texts numbered `rows` [...] (-1: none) as `[..., K]`, K a power of two or `width`.

@@ -275,3 +275,24 @@ def test_cells_that_differ_in_numbers_are_of_one_kind():
     assert ablation.choices_of(gigpo()) != ablation.choices_of(proxmo())
     numbers = ablation.numbers_of(gigpo(temperature=0.3))
     assert (numbers.temperature, numbers.aggregation) == (0.3, "soft")
+
+
+def test_a_chunk_is_named_after_the_files_its_results_depend_on(tmp_path, monkeypatch):
+    """A changed file of the estimator, the agent or the household gives another name."""
+    files = [ablation.source_file(name) for name in ablation.SOURCES]
+    assert {"advantages.py", "proximity.py", "types.py", "losses.py", "vector_agent.py"} <= {f.name for f in files}
+    assert all(f.is_relative_to(ROOT) for f in files)
+    copies = [tmp_path / f"{i}.py" for i in range(len(files))]
+    for copy, file in zip(copies, files, strict=True):
+        copy.write_bytes(file.read_bytes())
+    assert ablation.hash_of(copies) == ablation.source()
+
+    def name() -> str:
+        monkeypatch.setattr(ablation, "source", lambda: ablation.hash_of(copies))
+        return ablation.fingerprint(Config(), SMALL, SPEC, [(0, 0)])
+
+    names = [name()]
+    for copy in copies:
+        copy.write_text(copy.read_text() + "\n")
+        names.append(name())
+    assert len(set(names)) == len(names)

@@ -16,7 +16,8 @@ from proxmo_jax.advantages import (
     modulation_weight,
     proxmo,
 )
-from proxmo_jax.types import Group, Packing, Settings
+from proxmo_jax.errors import UserError
+from proxmo_jax.types import Group, Packing, Settings, sweep
 
 
 def random_group(seed: int, members=4, turns=5, features=6, texts=4) -> Group:
@@ -228,9 +229,87 @@ def test_grpo_equals_the_official_one(official, std, over_steps):
     last = np.where(mask, np.arange(mask.shape[2]), -1).max(2)[..., None] == np.arange(mask.shape[2])
     group = Group(score * last, mask, np.zeros(mask.shape[:2], bool), valid)
     settings = Settings(
-        modulation_range=0.0, aggregation="none", episode_std=bool(std),
+        modulation_range=0.0, aggregation="none", episode_std=bool(std), lone_step="official",
         episode_over="steps" if over_steps else "trajectories",
     )  # fmt: skip
     mine = packing.unpack(jax.vmap(advantages, (0, None))(group, settings).joint)
     wanted = data[f"adv_std{std}_cross{over_steps}"][:, 0]
     np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+WITHOUT_EPSILON = {
+    "grpo": PRESETS["grpo"](epsilon=0.0),
+    "gigpo": gigpo(discount=1.0, episode_std=True, step_std=True, epsilon=0.0),
+    "rloo": PRESETS["rloo"](episode_std=True, epsilon=0.0),
+}
+ONE_GROUP = jax.jit(advantages)
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.integers(0, 1000), st.sampled_from(sorted(WITHOUT_EPSILON)))
+def test_equal_scores_give_exactly_zero_without_an_epsilon(score, seed, preset):
+    lengths = np.random.default_rng(seed).integers(0, 7, 5)
+    mask = np.arange(6) < lengths[:, None]
+    last = np.arange(6) == lengths[:, None] - 1
+    group = Group(np.float32(score) * last, mask, np.ones(5, bool), mask, np.zeros((5, 6), np.int32))
+    answer = ONE_GROUP(group, WITHOUT_EPSILON[preset])
+    assert not np.asarray(answer.episode).any()
+    assert not np.asarray(answer.step).any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("std", [{"aggregation": "none"}, {"aggregation": "hard", "step_std": True}])
+def test_scores_over_their_deviation_do_not_depend_on_their_size(size, std):
+    """Squares of such scores are beyond float32, above or below."""
+    group = random_group(6)
+    reward = np.random.default_rng(0).normal(size=group.mask.shape).astype(np.float32)
+    settings = Settings(episode_std=True, epsilon=0.0, invalid_penalty=0.0, **std)
+    one, other = (
+        ONE_GROUP(Group(**{**group.__dict__, "reward": reward * np.float32(s)}), settings) for s in (1.0, size)
+    )
+    assert np.abs(one.joint).max() > 0.5
+    np.testing.assert_allclose(other.joint, one.joint, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lone_step_has_nothing_to_be_compared_with():
+    mask = np.ones((1, 1), bool)
+    group = Group(
+        10.0 * mask.astype(np.float32), mask, np.ones(1, bool), mask, np.zeros((1, 1), np.int32), np.ones((1, 1, 2))
+    )
+    for preset in sorted(set(PRESETS) - {"official"}):
+        answer = advantages(group, PRESETS[preset]())
+        assert float(answer.joint[0, 0]) == 0.0, preset
+        assert float(answer.returns[0, 0]) == 10.0
+    by_the_official_code = advantages(group, PRESETS["official"](modulation_range=0.0))
+    assert float(by_the_official_code.joint[0, 0]) == 10.0
+    lone = Group(np.array([[0.0, 10.0]]), np.ones((1, 2), bool), np.ones(1, bool), np.ones((1, 2), bool))
+    assert not np.asarray(advantages(lone, PRESETS["rloo"]()).joint).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("discount", (-0.1, 1.1, np.nan, np.inf)), ("invalid_penalty", (-1, np.nan, 1e39)), ("alpha", (0, -2.0)),
+        ("modulation_range", (-0.1, 1.5, np.nan)), ("temperature", (0, -1, 1e-45, np.inf, np.float32(np.nan))),
+        ("step_weight", (-1, np.inf, 10**400)), ("epsilon", (-1e-9, np.nan)),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_setting_can_have(name, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} must be "):
+            Settings(**{name: value})
+    with pytest.raises(UserError, match=f"^{name} must be "):
+        sweep(proxmo(), **{name: [0.5, values[0]]})
+
+
+def test_settings_are_a_tree_of_anything():
+    """Arrays are taken as they are, and so is what JAX puts in their place."""
+    settings = jax.tree.map(jnp.shape, Settings(temperature=jnp.zeros(3)))
+    assert settings.temperature == (3,)
+    assert jax.tree.map(lambda _: None, Settings()).alpha is None
+
+
+def test_masks_are_bool():
+    group = random_group(0)
+    mask = np.where(group.mask, 1.0, np.nan)
+    with pytest.raises(ValueError, match="mask: got float64, need bool"):
+        advantages(Group(**{**group.__dict__, "mask": mask}), grpo())

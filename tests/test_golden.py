@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from proxmo_jax.batch import batch_advantages
-from proxmo_jax.proximity import similar_anchors
 from proxmo_jax.types import Group, Settings
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -20,9 +19,8 @@ def batch(data, case):
     names = ("group", "trajectory", "step", "reward", "success", "action_valid")
     steps = {name: data[name] for name in names}
     texts = [str(text) for text in data["texts"]]
-    if case["similarity_grouping"]:
-        return Group.from_steps(**steps, anchor=similar_anchors(texts, data["group"], case["similarity_threshold"]))
-    return Group.from_steps(**steps, texts=texts)
+    threshold = case["similarity_threshold"] if case["similarity_grouping"] else None
+    return Group.from_steps(**steps, texts=texts, similarity_threshold=threshold)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -38,10 +36,11 @@ def test_agrees_with_the_official_code(name):
         temperature=case["temperature"],
         step_weight=case["omega"],
         epsilon=case["epsilon"],
-        aggregation="soft" if soft else "hard",
+        aggregation="soft" if soft else "similar" if case["similarity_grouping"] else "hard",
         episode_std=std,
         step_std=std,
         success_rate="official",
+        lone_step="official",
         max_features=case["max_features"],
     )
     answer = jax.jit(batch_advantages)(group, settings)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.pallas_kernel import pallas
-from proxmo_jax.proximity import blockwise, dense, proximity_weights, soft_advantage
+from proxmo_jax.proximity import blockwise, dense, hard_advantage, proximity_weights, soft_advantage
 
 
 def steps(seed: int, count: int, texts: int, features: int = 5):
@@ -85,6 +85,40 @@ def test_blockwise_memory_is_flat_in_turns_squared():
     assert large < 6 * small
     assert temporaries(dense, 4096) > 10 * temporaries(dense, 1024)
     assert large < temporaries(dense, 4096) / 10
+
+
+MATCHED = jax.jit(hard_advantage, static_argnames="std")
+
+
+@given(st.integers(0, 999), st.booleans(), st.sampled_from([1.0, 1e-20, 1e15]))
+def test_exact_matching_agrees_with_loops(seed, std, size):
+    """Anchors are any int32, the extremes too; scores of very different sizes stand in one group."""
+    rng = np.random.default_rng(seed)
+    ids = np.array([-(2**31), 2**31 - 1, 0, -1, 7], np.int32)
+    count = 40
+    anchor, mask = rng.choice(ids, count), rng.random(count) < rng.random()
+    score = (rng.normal(size=count) * np.where(anchor == 7, size, 1.0)).astype(np.float32)
+    wanted, scale = np.zeros(count), np.ones(count)
+    for i in np.flatnonzero(mask):
+        same = score[mask & (anchor == anchor[i])].astype(np.float64)
+        if len(same) > 1:
+            wanted[i] = score[i] - same.mean()
+            scale[i] = same.std(ddof=1) if std else np.abs(same).max()
+            wanted[i] /= scale[i]
+    found = np.asarray(MATCHED(score, anchor, mask, std=std, epsilon=0.0), np.float64)
+    np.testing.assert_allclose(found if std else found / scale, wanted, atol=1e-4 if std else 1e-6)
+
+
+def test_exact_matching_grows_with_the_steps():
+    """Temporaries of the compiled program, in a batch as well: four times the steps, about four times the memory."""
+
+    def temporaries(count):
+        kinds = (jnp.float32, jnp.int32, jnp.bool_)
+        arguments = [jax.ShapeDtypeStruct((3, count), kind) for kind in kinds]
+        run = jax.jit(jax.vmap(lambda *steps: hard_advantage(*steps, std=True)))
+        return run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16_384) < 6 * temporaries(4096) < 6 * 4096 * 3 * 100
 
 
 def test_the_kernel_maps_over_groups():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,11 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from rich.console import Console
 from rich.table import Table
 
+from envs_bridge.collect import Rollout
+from experiments.train import Loop, steps_of
 from proxmo_jax import cli
 from proxmo_jax.advantages import dr_grpo
+from proxmo_jax.buffers import Buffer
 from proxmo_jax.checkpoint import Checkpoints, load_params, save_params
 from proxmo_jax.errors import UserError
 from proxmo_jax.report import (
@@ -33,7 +37,8 @@ from proxmo_jax.report import (
     terminal,
     wilson,
 )
-from proxmo_jax.steps_file import read_steps, steps_advantages
+from proxmo_jax.sharding import make_mesh
+from proxmo_jax.steps_file import read_steps, steps_advantages, write_steps
 from proxmo_jax.tokenizer import build_word_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -502,3 +507,41 @@ def test_a_shop_that_cannot_be_is_refused(tmp_path, capsys, options, message):
     assert cli.main(["train", "--out", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def played() -> Rollout:
+    """Two groups of two episodes, the third of them lost before its first turn; two texts alike."""
+    seen = [
+        ["You see a red lamp on desk 1. " * 3, "Nothing happens."],
+        ["Nothing happens."],
+        [],
+        ["You are at bed 1."],
+    ]
+    seen[1].append(seen[0][0].replace("desk 1", "desk 2", 1))
+    buffer = Buffer.empty(2, 2, 3, prompt=4, response=4, words=4)
+    lengths = np.zeros((4, 3), np.int32)
+    return Rollout(
+        buffer, lengths, lengths, won=np.array([True, False, False, True]), score=np.zeros(4),
+        transcripts=[[(text, "look") for text in texts] for texts in seen], tasks=[""] * 4,
+    )  # fmt: skip
+
+
+def test_steps_of_a_rollout_are_those_that_happened(tmp_path):
+    steps = steps_of(played(), 2)
+    assert steps["group"].tolist() == [0, 0, 0, 0, 1]
+    assert steps["trajectory"].tolist() == [0, 0, 1, 1, 3]
+    assert steps["step"].tolist() == [0, 1, 0, 1, 0]
+    write_steps(tmp_path / "rollout.npz", steps)
+    assert read_steps(tmp_path / "rollout.npz")["texts"] == [
+        seen for turns in played().transcripts for seen, _ in turns
+    ]
+    assert len(steps_advantages(read_steps(tmp_path / "rollout.npz"), dr_grpo())["advantage"]) == 5
+
+
+def test_similar_texts_share_an_anchor_of_the_buffer():
+    loop = SimpleNamespace(config=SimpleNamespace(members=2), mesh=make_mesh())
+    rollout = played()
+    Loop.let_similar_texts_share_anchors(loop, rollout)
+    anchor = np.asarray(rollout.buffer.anchor)
+    assert anchor[0, 0] == anchor[1, 1]
+    assert anchor[0, 1] == anchor[1, 0] != anchor[0, 0]

@@ -75,6 +75,20 @@ def test_what_is_kept_is_what_counting_says(texts, width):
         assert as_words(vocabulary, ids, counts) == dict(ordered[:width])
 
 
+def test_a_cut_keeps_the_words_that_are_commonest_in_the_batch():
+    """Ties go to the smaller word; a text that is seen twice counts twice; other texts of the memo count nowhere."""
+    vocabulary = Vocabulary()
+    vocabulary.rows(["zz zz zz zz"])
+    rows = vocabulary.rows(["bb aa cc dd", "dd ee", "dd ee", "cc aa", ""])
+    cut = vocabulary.cut(rows, 3)
+    words = cut.gather(rows)
+    kept = [as_words(cut, ids, counts) for ids, counts in zip(words.ids, words.counts, strict=True)]
+    assert kept == [{"aa": 1, "cc": 1, "dd": 1}, {"dd": 1}, {"dd": 1}, {"aa": 1, "cc": 1}, {}]
+    assert vocabulary.cut(rows, 4) is vocabulary
+    whole = vocabulary.gather(rows)
+    assert as_words(vocabulary, whole.ids[0], whole.counts[0]) == {"aa": 1, "bb": 1, "cc": 1, "dd": 1}
+
+
 @given(st.lists(st.lists(st.text(max_size=30), max_size=6), max_size=4), st.booleans())
 def test_counts_of_a_worker_serve_as_well_as_ours(batches, some_missing):
     """What a worker process counts, which may not import this package, is what we would have counted."""

@@ -24,14 +24,14 @@ from typing import Any
 from envs_bridge.turn import SAID_AT_MOST, Environment, Game, Goal, Observation
 
 VERSION = 4
-WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.words` counts, which this process must not import
+WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.estimator.words` counts, which this process must not import
 
 
 def load_fast(path: str) -> Environment:
     """Our household engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
     from envs_bridge.household.dialect import ForeignGame
     from envs_bridge.household.engine import Household
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     try:
         return Household.load(path)
@@ -44,14 +44,14 @@ def load_fast(path: str) -> Environment:
 
 def load_textworld(path: str) -> Environment:
     """ALFWorld's own engine, its repeated work remembered."""
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     return GenuineHousehold.load(path)
 
 
 def load_textworld_stock(path: str) -> Environment:
     """ALFWorld's own engine as it is."""
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     return GenuineHousehold.load_stock(path)
 
@@ -65,7 +65,7 @@ def load_shop(game: Goal) -> Environment:
 
 def load_webshop(game: Goal) -> Environment:
     """WebShop itself."""
-    from envs_bridge.shop.genuine import GenuineShop
+    from envs_bridge.shop.upstream import GenuineShop
 
     return GenuineShop.load(Goal(*game))
 

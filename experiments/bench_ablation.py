@@ -33,10 +33,12 @@ from rich.console import Console
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import TASK_TYPES, Game, build_game
 from envs_bridge.household.generate import make_game
-from experiments import ablate_estimator, ablation, bench_estimator
-from experiments import vector_household as vh
+from experiments import bench_estimator
 from experiments.timing import timed
-from experiments.vector_agent import (
+from proxmo_jax.ablation import grid as ablate_estimator
+from proxmo_jax.ablation import runner as ablation
+from proxmo_jax.ablation import vector_household as vh
+from proxmo_jax.ablation.vector_agent import (
     Knobs,
     Rollout,
     Scores,
@@ -47,11 +49,11 @@ from experiments.vector_agent import (
     make_run,
     make_update,
 )
-from proxmo_jax.advantages import proxmo
+from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import terminal
-from proxmo_jax.steps_file import needed
-from proxmo_jax.types import Group
+from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.steps_file import needed
+from proxmo_jax.estimator.types import Group
 
 GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
 OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps, where no checkout is given (BENCHMARKS.md, Estimator)
@@ -310,7 +312,7 @@ def time_scaling(console: Console) -> list[str]:
 
 def time_runs(runs: int) -> None:
     """Print the median seconds of ten iterations of so many runs, split over this process's devices."""
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     spec = Spec(iterations=10, eval_every=10)

@@ -31,8 +31,8 @@ from envs_bridge.household.generate import generate_games
 from envs_bridge.household.verify import command_for
 from envs_bridge.pool import Pool
 from experiments import bench_shop
+from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import terminal, watched
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {

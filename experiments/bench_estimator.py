@@ -30,12 +30,12 @@ from rich.console import Console
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.household.generate import generate_games
-from proxmo_jax.advantages import official, proxmo
-from proxmo_jax.batch import batch_advantages
+from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import terminal, watched
-from proxmo_jax.steps_file import steps_advantages
-from proxmo_jax.types import Group
+from proxmo_jax.estimator.batch import batch_advantages
+from proxmo_jax.estimator.estimator import official, proxmo
+from proxmo_jax.estimator.steps_file import steps_advantages
+from proxmo_jax.estimator.types import Group
 
 OFFICIAL = Path(__file__).with_name("official_timing.py")
 
@@ -189,8 +189,8 @@ import json, resource, sys, time
 import numpy as np
 from rich.console import Console
 from experiments.bench_estimator import play
-from proxmo_jax.advantages import proxmo
-from proxmo_jax.steps_file import steps_advantages
+from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.steps_file import steps_advantages
 steps = play(128, 1, Console(stderr=True))
 copies = -(-1_000_000 // len(steps["texts"]))
 count = len(steps["texts"])

@@ -23,18 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from envs_bridge.collect import demonstrations
 from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
 from experiments.timing import timed
+from proxmo_jax.agent.report import terminal
+from proxmo_jax.agent.rollout import demonstrations
 from proxmo_jax.errors import UserError
-from proxmo_jax.learner import Rows, TrainState, make_optimizer, pack_turns, policy_step
-from proxmo_jax.losses import LossSettings
-from proxmo_jax.policy import PolicyConfig, init_params
-from proxmo_jax.report import terminal
-from proxmo_jax.sampling import Decoding, sample
-from proxmo_jax.sharding import keep_freed_memory
+from proxmo_jax.policy.decoder import PolicyConfig, init_params
+from proxmo_jax.policy.sampling import Decoding, sample
+from proxmo_jax.policy.sharding import keep_freed_memory
+from proxmo_jax.training.losses import LossSettings
+from proxmo_jax.training.update import Rows, TrainState, make_optimizer, pack_turns, policy_step
 
 HERE = Path(__file__).resolve().parent
 # glibc's names for what `keep_freed_memory` sets, so that the peer has it, too.

@@ -29,8 +29,8 @@ from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.expert import demonstrate
 from envs_bridge.shop.generate import KINDS, generate_catalogue
 from envs_bridge.shop.search import build_index
+from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.errors import UserError
-from proxmo_jax.report import progress_bar, terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 GENUINE = 80  # steps a second at best

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from proxmo_jax.report import learning_curve, read_metrics, wilson
+from proxmo_jax.agent.report import learning_curve, read_metrics, wilson
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = None) -> None:

@@ -20,8 +20,8 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 
 from experiments.bench_estimator import play
-from proxmo_jax.embeddings import tfidf, token_counts
-from proxmo_jax.words import Vocabulary, WordCounts
+from proxmo_jax.estimator.embeddings import tfidf, token_counts
+from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
 NEAREST = 5
 

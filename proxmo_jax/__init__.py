@@ -1,6 +1,8 @@
 """ProxMO for multi-turn language-model agents, natively in JAX: the public door."""
 
-from proxmo_jax.advantages import (
+from proxmo_jax.estimator.batch import batch_advantages, pmapped_advantages, sharded_advantages
+from proxmo_jax.estimator.embeddings import tfidf, token_counts
+from proxmo_jax.estimator.estimator import (
     PRESETS,
     advantages,
     discounted_returns,
@@ -15,12 +17,10 @@ from proxmo_jax.advantages import (
     proxmo_without_proximity,
     rloo,
 )
-from proxmo_jax.batch import batch_advantages, pmapped_advantages, sharded_advantages
-from proxmo_jax.embeddings import tfidf, token_counts
-from proxmo_jax.packing import Packing, similar_anchors
-from proxmo_jax.proximity import proximity_weights
-from proxmo_jax.types import Advantages, Group, Settings, sweep
-from proxmo_jax.words import Vocabulary, WordCounts
+from proxmo_jax.estimator.packing import Packing, similar_anchors
+from proxmo_jax.estimator.proximity import proximity_weights
+from proxmo_jax.estimator.types import Advantages, Group, Settings, sweep
+from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
 __all__ = [
     "PRESETS",

@@ -135,8 +135,8 @@ class AdvantagesOptions:
 
 
 def _advantages(arguments: list[str]) -> int:
-    from proxmo_jax.advantages import PRESETS
-    from proxmo_jax.steps_file import advantages_of_file
+    from proxmo_jax.estimator.estimator import PRESETS
+    from proxmo_jax.estimator.steps_file import advantages_of_file
 
     options = tyro.cli(AdvantagesOptions, args=arguments, prog="proxmo advantages")
     _find_devices()
@@ -167,7 +167,7 @@ class VerifyOptions:
 def _verify_household(arguments: list[str]) -> int:
     from envs_bridge.household.verify import lockstep, playable
     from envs_bridge.pool import Pool
-    from proxmo_jax.report import progress_bar, terminal
+    from proxmo_jax.agent.report import progress_bar, terminal
 
     options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
     files = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
@@ -227,7 +227,7 @@ def _verify_shop(arguments: list[str]) -> int:
 
 def _check_model(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from experiments import check_model
+    from proxmo_jax.policy import check_model
 
     options = tyro.cli(check_model.Config, args=arguments, prog="proxmo check-model", description=check_model.__doc__)
     _find_devices()
@@ -239,7 +239,7 @@ def _bench(name: str, *arguments: str) -> int:
 
     bench = importlib.import_module(f"experiments.bench_{name}")
     if name == "ablation":
-        from experiments.ablation import use_every_core
+        from proxmo_jax.ablation.runner import use_every_core
 
         use_every_core()
     options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
@@ -251,11 +251,11 @@ def _bench(name: str, *arguments: str) -> int:
 def _ablate(name: str, *arguments: str) -> int:
     import importlib
 
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     module = importlib.import_module(
-        {"estimator": "experiments.ablate_estimator", "train": "experiments.ablation"}[name]
+        {"estimator": "proxmo_jax.ablation.grid", "train": "proxmo_jax.ablation.runner"}[name]
     )
     if name == "train":
         module.use_every_core()
@@ -266,11 +266,12 @@ def _ablate(name: str, *arguments: str) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no PyTorch
-    from experiments import setup, train
+    from proxmo_jax.agent import settings as setup
+    from proxmo_jax.agent import train
 
     def parse(default):
         return tyro.cli(setup.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
@@ -291,11 +292,13 @@ def _train(arguments: list[str]) -> int:
 def _with_run(command: str, arguments: list[str]) -> int:
     import importlib
 
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    module = importlib.import_module({"eval": "experiments.evaluate", "export": "experiments.export"}[command])
+    module = importlib.import_module(
+        {"eval": "proxmo_jax.agent.evaluate", "export": "proxmo_jax.agent.export"}[command]
+    )
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo {command}", description=module.__doc__)
     _find_devices()
     module.main(options)
@@ -334,7 +337,7 @@ def _recipe(arguments: list[str], cls, *, named: bool = False) -> dict[str, Any]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {name} is not TOML ({error})") from error
     if isinstance(table := values.get("chat_template_args"), dict):
-        from experiments.chat import settings_of
+        from proxmo_jax.agent.chat import settings_of
 
         values["chat_template_args"] = list(settings_of(table))
     kinds = get_type_hints(cls)

@@ -2,12 +2,12 @@
 
 import jax
 
-from envs_bridge.collect import Limits, Player
 from envs_bridge.turn import Observation
-from proxmo_jax.policy import PolicyConfig
-from proxmo_jax.sampling import Decoding
-from proxmo_jax.sharding import make_mesh
-from proxmo_jax.tokenizer import build_word_tokenizer
+from proxmo_jax.agent.rollout import Limits, Player
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import make_mesh
+from proxmo_jax.policy.tokenizer import build_word_tokenizer
 
 
 class ScriptedPool:

@@ -12,6 +12,7 @@ from test_language_model import spoil
 from tiny_model import TEMPLATE, write_tiny_model
 
 from envs_bridge.actions import project
+from experiments import check_model
 from experiments.chat import chat, settings_of, template_arguments
 from experiments.players import language_player
 from experiments.setup import Config, check
@@ -399,6 +400,8 @@ def test_a_generation_config_that_is_none_is_named(model, content):
     (model / "generation_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"generation_config\.json: (not JSON|holds)"):
         player_of(model)
+    with pytest.raises(ValueError, match=r"generation_config\.json: (not JSON|holds)"):
+        check_model.main(check_model.Config(str(model)))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from proxmo_jax.estimator.proximity import Partial
+from proxmo_jax.estimator.partial_sums import Partial
 
 BLOCK = 128
 

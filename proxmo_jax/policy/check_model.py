@@ -18,8 +18,9 @@ from rich.console import Console
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import Policy, PolicyConfig
-from proxmo_jax.policy.sampling import Decoding, sample
-from proxmo_jax.policy.weights import find_model, load_weights, parameter_count, read_config
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.weights import find_model, load_weights, parameter_count, read_config, read_json
 
 CURE = "install torch (its CPU build is enough) in this environment"
 
@@ -52,6 +53,8 @@ def main(config: Config, console: Console | None = None) -> bool:
     for name in ("prompts", "length", "new_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if (generation := folder / "generation_config.json").is_file():
+        read_json(generation)  # transformers reads it, too, and stumbles over one that is none
     params = load_weights(folder, shape)
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"check-model compares with transformers on torch, which is not installed; {CURE}")

@@ -12,6 +12,7 @@ from test_language_model import spoil
 from tiny_model import TEMPLATE, write_tiny_model
 
 from envs_bridge.actions import project
+from proxmo_jax.agent import check_model
 from proxmo_jax import cli
 from proxmo_jax.agent.chat import chat, settings_of, template_arguments
 from proxmo_jax.agent.player import language_player
@@ -400,6 +401,8 @@ def test_a_generation_config_that_is_none_is_named(model, content):
     (model / "generation_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"generation_config\.json: (not JSON|holds)"):
         player_of(model)
+    with pytest.raises(ValueError, match=r"generation_config\.json: (not JSON|holds)"):
+        check_model.main(check_model.Config(str(model)))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe"])

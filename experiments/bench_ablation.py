@@ -51,7 +51,7 @@ from proxmo_jax.ablation.vector_agent import (
 )
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.steps_file import needed
 from proxmo_jax.estimator.types import Group
 

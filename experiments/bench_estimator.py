@@ -33,7 +33,7 @@ from envs_bridge.household.generate import generate_games
 from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.estimator import official, proxmo
+from proxmo_jax.estimator.presets import official, proxmo
 from proxmo_jax.estimator.steps_file import steps_advantages
 from proxmo_jax.estimator.types import Group
 

@@ -31,10 +31,12 @@ from proxmo_jax.agent.report import terminal
 from proxmo_jax.agent.rollout import demonstrations
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import PolicyConfig, init_params
-from proxmo_jax.policy.sampling import Decoding, sample
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import keep_freed_memory
 from proxmo_jax.training.losses import LossSettings
-from proxmo_jax.training.update import Rows, TrainState, make_optimizer, pack_turns, policy_step
+from proxmo_jax.training.rows import Rows, pack_turns
+from proxmo_jax.training.update import TrainState, make_optimizer, policy_step
 
 HERE = Path(__file__).resolve().parent
 # glibc's names for what `keep_freed_memory` sets, so that the peer has it, too.

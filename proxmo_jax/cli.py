@@ -135,7 +135,7 @@ class AdvantagesOptions:
 
 
 def _advantages(arguments: list[str]) -> int:
-    from proxmo_jax.estimator.estimator import PRESETS
+    from proxmo_jax.estimator.presets import PRESETS
     from proxmo_jax.estimator.steps_file import advantages_of_file
 
     options = tyro.cli(AdvantagesOptions, args=arguments, prog="proxmo advantages")
@@ -227,7 +227,7 @@ def _verify_shop(arguments: list[str]) -> int:
 
 def _check_model(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from proxmo_jax.policy import check_model
+    from proxmo_jax.agent import check_model
 
     options = tyro.cli(check_model.Config, args=arguments, prog="proxmo check-model", description=check_model.__doc__)
     _find_devices()

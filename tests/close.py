@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.sampling import Samples
+from proxmo_jax.policy.decoding import Samples
 
 EPS = float(np.finfo(np.float32).eps)
 

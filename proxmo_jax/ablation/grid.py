@@ -29,8 +29,8 @@ from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages, pad_groups, text_repeats
 from proxmo_jax.estimator.embeddings import documents, unit_vectors
-from proxmo_jax.estimator.estimator import proxmo
-from proxmo_jax.estimator.proximity import similarity
+from proxmo_jax.estimator.partial_sums import similarity
+from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.steps_file import needed, read_steps
 from proxmo_jax.estimator.types import LARGEST, Group, Settings
 

@@ -37,10 +37,18 @@ from proxmo_jax.estimator.types import Settings
 
 # What the results of a run depend on. Named, not imported: `proxmo_jax.estimator.estimator` is a function and a module.
 SOURCES = (
-    "proxmo_jax.ablation.vector_agent", "proxmo_jax.ablation.vector_household", "proxmo_jax.estimator.estimator", "proxmo_jax.training.losses",
-    "proxmo_jax.estimator.proximity", "proxmo_jax.estimator.types", "envs_bridge.household.engine", "envs_bridge.household.game",
-    "envs_bridge.household.generate", "envs_bridge.household.lexicon",
-)  # fmt: skip
+    "proxmo_jax.ablation.vector_agent",
+    "proxmo_jax.ablation.vector_household",
+    "proxmo_jax.estimator.estimator",
+    "proxmo_jax.estimator.partial_sums",
+    "proxmo_jax.estimator.proximity",
+    "proxmo_jax.estimator.types",
+    "proxmo_jax.training.losses",
+    "envs_bridge.household.engine",
+    "envs_bridge.household.game",
+    "envs_bridge.household.generate",
+    "envs_bridge.household.lexicon",
+)
 STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise")
 
 

@@ -18,7 +18,8 @@ from envs_bridge.turn import Game, Observation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import Vocabulary, bucket
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.sampling import Decoding, sample
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import batch_bucket, split
 from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
 
@@ -67,7 +68,7 @@ class Rollout:
 class Player:
     """The policy as the loop sees it: prompts in, sampled tokens out.
 
-    decoding, table, slots: how answers are drawn and end, how many side by side (`proxmo_jax.policy.sampling`). start: begins
+    decoding, table, slots: how answers are drawn and end, how many side by side (`policy.sampling`). start: begins
     the memory of an episode from its task and first observation, which is how prompts are written. render: a prompt as
     the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
     policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out. spell: a

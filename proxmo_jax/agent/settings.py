@@ -14,7 +14,7 @@ from envs_bridge.household.generate import LEVELS
 from envs_bridge.shop.catalogue import GOALS
 from proxmo_jax.agent.chat import template_arguments
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import PRESETS
+from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.policy.attention import BLOCK
 from proxmo_jax.policy.decoder import REMAT, PolicyConfig
 from proxmo_jax.training.losses import AGGREGATIONS, KL

@@ -41,8 +41,8 @@ from proxmo_jax.agent.rollout import Example, Player, Rollout, collect, demonstr
 from proxmo_jax.agent.settings import SHOPS, Config, check, extended, micro_batches, open_folder, stored_config
 from proxmo_jax.agent.tasks import demonstrated, kind_of, make_games, make_pool, memory_of, shop_folder
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import PRESETS
 from proxmo_jax.estimator.packing import similar_anchors
+from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.estimator.steps_file import write_steps
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
@@ -50,17 +50,8 @@ from proxmo_jax.policy.sharding import make_mesh, replicate, split
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.checkpoint import Checkpoints, load_params, save_params
 from proxmo_jax.training.losses import LossSettings, token_mean
-from proxmo_jax.training.update import (
-    Rows,
-    TrainState,
-    cloning_step,
-    estimate,
-    gather_rows,
-    make_optimizer,
-    pack_turns,
-    policy_step,
-    row_log_probs,
-)
+from proxmo_jax.training.rows import Rows, gather_rows, pack_turns
+from proxmo_jax.training.update import TrainState, cloning_step, estimate, make_optimizer, policy_step, row_log_probs
 
 
 def main(config: Config, console: Console | None = None) -> Path:

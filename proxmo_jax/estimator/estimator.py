@@ -175,23 +175,3 @@ def _check(group: Group, settings: Settings) -> None:
             hint = "batch_advantages() makes it of the word counts"
         got = "nothing" if embedding is None else f"shape {embedding}"
         raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}, or (U, 'D') of distinct observations; {hint}")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

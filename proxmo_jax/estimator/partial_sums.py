@@ -1,11 +1,12 @@
-"""The softmax-weighted sums of the soft baseline, as an algebra: sums over parts of the keys combine with `|`.
+"""The softmax-weighted sums of the soft baseline; sums over different keys combine with `|`.
 
-Three ways to compute them: `dense` (all pairs at once), `blockwise` (memory flat in turns) and `pallas` (a TPU kernel)."""
+Two ways to compute them: `dense` (all pairs at once) and `blockwise` (memory flat in turns); a third is in
+`pallas_kernel`."""
 
 from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from proxmo_jax.estimator.types import masked_mean, positive
 
 
 class Partial(NamedTuple):
@@ -84,5 +85,3 @@ def blockwise(query, key, count, score, temperature, *, skip_own: bool, block: i
 
     sums = jax.lax.map(one_block_of_queries, (jnp.arange(len(query)), query))
     return Partial(*(x.reshape(-1)[:queries] for x in sums))
-
-

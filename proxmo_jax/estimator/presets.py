@@ -1,10 +1,6 @@
 """Published estimators as settings, by name."""
 
-import jax
-import jax.numpy as jnp
-from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.proximity import hard_advantage, proximity_weights, soft_advantage
-from proxmo_jax.estimator.types import Advantages, Group, Settings, masked_mean, masked_std, positive
+from proxmo_jax.estimator.types import Settings
 
 
 def grpo(**knobs) -> Settings:
@@ -68,5 +64,3 @@ PRESETS = {
     "proxmo_without_proximity": proxmo_without_proximity,
     "official": official,
 }
-
-

@@ -6,24 +6,11 @@ block of it, and `pallas_kernel` is the same block by block on a TPU. Keys may b
 steps each, which is exact and much cheaper: equal observations have equal weights.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from proxmo_jax.estimator.partial_sums import Partial, blockwise, dense, similarity
 from proxmo_jax.estimator.types import masked_mean, positive
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:

@@ -116,9 +116,9 @@ def sample(
 ) -> Samples:
     """Sample a response to each prompt. Compiled once per (N, P).
 
-    With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that a
-    long response delays no other. Random numbers belong to prompts and tokens: a response depends neither on `slots` nor on
-    the other prompts of the batch.
+    With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that
+    a long response delays no other. Random numbers belong to prompts and tokens: a response depends neither on `slots`
+    nor on the other prompts of the batch.
 
     Args:
         params: the policy's parameters.
@@ -133,8 +133,8 @@ def sample(
         mesh: devices over which rows are split; `N` and `slots` are multiples of them.
 
     Returns:
-        The responses; their log-probs are those of `draw`, so that they can be the old log-probs of a policy update at the
-        same temperature.
+        The responses; their log-probs are those of `draw`, so that they can be the old log-probs of a policy update
+        at the same temperature.
     """
     count = prompts.shape[0]
     rows = count if not 0 < slots < count else slots
@@ -185,6 +185,7 @@ def _prefill(job: _Job, prompt: jax.Array, cache: Cache) -> tuple[jax.Array, jax
     positions = jnp.maximum(places[None, : job.width] - start[:, None], 0)
     last = jnp.full((len(prompt), 1), job.width - 1)
     model = Policy(job.config)
+    read_in: Any
     logits, read_in = model.apply({"params": job.params}, job.prompts[read], positions, mask, cache, 0, last)
     return logits[:, -1], start, read_in
 

@@ -2,17 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.policy.decoder import Cache, Policy, PolicyConfig
-from proxmo_jax.policy.sharding import cache_sharding
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,14 @@ reinforcement learning."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.types import Advantages, Group, Settings, pytree
-from proxmo_jax.estimator.words import WordCounts
-from proxmo_jax.policy import adapters
-from proxmo_jax.policy.attention import splash
-from proxmo_jax.policy.decoder import Policy, PolicyConfig, dense_attention
+
+from proxmo_jax.estimator.types import pytree
 from proxmo_jax.training.buffers import Buffer
-from proxmo_jax.training.losses import LossSettings, PolicyLoss, policy_loss, token_log_probs, token_weights
 
 
 @pytree
@@ -132,5 +127,3 @@ def gather_rows(
         reference=jnp.zeros(places.shape, jnp.float32),
         turn_tokens=jnp.where(mask, response_lengths.reshape(-1)[target[0]], 0),
     )
-
-

@@ -4,25 +4,22 @@ Turns are short and differ in length, so several share one row, kept apart by se
 and one compiled shape for warm start and reinforcement alike.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.types import Advantages, Group, Settings, pytree
+from proxmo_jax.estimator.types import Advantages, Group, Settings
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import splash
 from proxmo_jax.policy.decoder import Policy, PolicyConfig, dense_attention
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.losses import LossSettings, PolicyLoss, policy_loss, token_log_probs, token_weights
-
-
+from proxmo_jax.training.rows import Rows
 
 
 class TrainState(NamedTuple):
@@ -30,10 +27,6 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
-
-
-
-
 
 
 def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from proxmo_jax import cli
 from proxmo_jax.ablation import grid as grid
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.types import Group
 
 

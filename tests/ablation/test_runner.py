@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import ROOT
 
 from proxmo_jax import cli
 from proxmo_jax.ablation import runner as ablation
@@ -30,8 +30,10 @@ from proxmo_jax.ablation.vector_agent import (
     paraphrased,
 )
 from proxmo_jax.estimator.embeddings import tfidf
-from proxmo_jax.estimator.estimator import dr_grpo, gigpo, proxmo
+from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 from proxmo_jax.estimator.words import WordCounts
+
+ROOT = Path(__file__).parents[2]
 
 SPEC = Spec(groups=4, members=4, turns=16, iterations=5, eval_every=1, hidden=8)
 SMALL = Study(
@@ -280,7 +282,7 @@ def test_cells_that_differ_in_numbers_are_of_one_kind():
 def test_a_chunk_is_named_after_the_files_its_results_depend_on(tmp_path, monkeypatch):
     """A changed file of the estimator, the agent or the household gives another name."""
     files = [ablation.source_file(name) for name in ablation.SOURCES]
-    assert {"advantages.py", "proximity.py", "types.py", "losses.py", "vector_agent.py"} <= {f.name for f in files}
+    assert {"estimator.py", "proximity.py", "types.py", "losses.py", "vector_agent.py"} <= {f.name for f in files}
     assert all(f.is_relative_to(ROOT) for f in files)
     copies = [tmp_path / f"{i}.py" for i in range(len(files))]
     for copy, file in zip(copies, files, strict=True):

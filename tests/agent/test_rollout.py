@@ -21,7 +21,7 @@ from proxmo_jax.agent.rollout import TRIES, Example, Limits, Player, collect, de
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.agent.train import Evaluation, rollout_row
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.policy.decoder import PolicyConfig, init_params
 from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh, replicate

@@ -34,7 +34,7 @@ from proxmo_jax.agent.report import (
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.train import Loop, steps_of
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import dr_grpo
+from proxmo_jax.estimator.presets import dr_grpo
 from proxmo_jax.estimator.steps_file import read_steps, steps_advantages, write_steps
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.policy.tokenizer import build_word_tokenizer, load_tokenizer

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages, pad_groups, pmapped_advantages, sharded_advantages
 from proxmo_jax.estimator.embeddings import tfidf
-from proxmo_jax.estimator.estimator import PRESETS, gigpo, proxmo
 from proxmo_jax.estimator.packing import Packing
+from proxmo_jax.estimator.presets import PRESETS, gigpo, proxmo
 from proxmo_jax.estimator.steps_file import ANSWERS, steps_advantages
 from proxmo_jax.estimator.types import Group, Settings, sweep
 from proxmo_jax.estimator.words import WordCounts

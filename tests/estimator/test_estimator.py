@@ -7,16 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.estimator import (
-    PRESETS,
-    advantages,
-    discounted_returns,
-    dr_grpo,
-    gigpo,
-    grpo,
-    modulation_weight,
-    proxmo,
-)
+from proxmo_jax.estimator.estimator import advantages, discounted_returns, modulation_weight
+from proxmo_jax.estimator.presets import PRESETS, dr_grpo, gigpo, grpo, proxmo
 from proxmo_jax.estimator.types import Group, Packing, Settings, sweep
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.estimator.pallas_kernel import pallas
-from proxmo_jax.estimator.proximity import blockwise, dense, hard_advantage, proximity_weights, soft_advantage
+from proxmo_jax.estimator.partial_sums import blockwise, dense
+from proxmo_jax.estimator.proximity import hard_advantage, proximity_weights, soft_advantage
 
 
 def steps(seed: int, count: int, texts: int, features: int = 5):

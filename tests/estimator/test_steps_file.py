@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from proxmo_jax.cli import main
-from proxmo_jax.estimator.estimator import PRESETS, proxmo
+from proxmo_jax.estimator.presets import PRESETS, proxmo
 from proxmo_jax.estimator.steps_file import ANSWERS, NEEDED, read_steps, steps_advantages, write_steps
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,8 @@ from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, split
-from proxmo_jax.training.update import Rows, row_log_probs, row_logits
+from proxmo_jax.training.rows import Rows
+from proxmo_jax.training.update import row_log_probs, row_logits
 
 DENSE = PolicyConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxmo_jax.policy.decoder import Policy, PolicyConfig
-from proxmo_jax.policy.sampling import Decoding, sample, stop_table
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sampling import draw as draw_token
 
 CONFIG = PolicyConfig(vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.3)

@@ -10,10 +10,12 @@ from close import EPS, roundings, same_answers, same_gradient
 from fresh import fresh
 
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.sampling import Decoding, sample
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, place_optimizer, split
 from proxmo_jax.training.losses import LossSettings
-from proxmo_jax.training.update import Rows, TrainState, make_optimizer, policy_step
+from proxmo_jax.training.rows import Rows
+from proxmo_jax.training.update import TrainState, make_optimizer, policy_step
 
 CONFIG = PolicyConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8,

@@ -11,22 +11,15 @@ from hypothesis import strategies as st
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.agent.train import batches
-from proxmo_jax.estimator.estimator import dr_grpo, gigpo, proxmo
+from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.sampling import Decoding, sample
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, place_optimizer
 from proxmo_jax.training.buffers import Buffer, clear, write
 from proxmo_jax.training.losses import AGGREGATIONS, LossSettings
-from proxmo_jax.training.update import (
-    TrainState,
-    cloning_step,
-    estimate,
-    gather_rows,
-    make_optimizer,
-    pack_turns,
-    policy_step,
-    row_log_probs,
-)
+from proxmo_jax.training.rows import gather_rows, pack_turns
+from proxmo_jax.training.update import TrainState, cloning_step, estimate, make_optimizer, policy_step, row_log_probs
 
 CONFIG = PolicyConfig(vocab_size=24, hidden_size=32, intermediate_size=48, head_dim=8, initializer_range=0.2)
 TERMS = roundings(CONFIG, 24)

@@ -4,7 +4,7 @@ python -m proxmo_jax.ablation.studies.components --quick     # whether it runs; 
 """
 
 from proxmo_jax.ablation.runner import Cell, Study, from_command_line
-from proxmo_jax.estimator.estimator import (
+from proxmo_jax.estimator.presets import (
     dr_grpo,
     gigpo,
     grpo,

@@ -4,7 +4,7 @@ python -m proxmo_jax.ablation.studies.modulation --quick
 """
 
 from proxmo_jax.ablation.runner import Cell, Study, from_command_line
-from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.presets import proxmo
 
 STUDY = Study(
     "modulation",

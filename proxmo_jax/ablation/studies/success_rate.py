@@ -4,7 +4,7 @@ python -m proxmo_jax.ablation.studies.success_rate --quick
 """
 
 from proxmo_jax.ablation.runner import Cell, Study, from_command_line
-from proxmo_jax.estimator.estimator import official, proxmo
+from proxmo_jax.estimator.presets import official, proxmo
 
 STUDY = Study(
     "success_rate",

@@ -4,7 +4,7 @@ python -m proxmo_jax.ablation.studies.temperature --quick
 """
 
 from proxmo_jax.ablation.runner import Cell, Study, from_command_line
-from proxmo_jax.estimator.estimator import dr_grpo, gigpo, proxmo
+from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 STUDY = Study(
     "temperature",

@@ -12,8 +12,8 @@ from test_language_model import spoil
 from tiny_model import TEMPLATE, write_tiny_model
 
 from envs_bridge.actions import project
-from proxmo_jax.agent import check_model
 from proxmo_jax import cli
+from proxmo_jax.agent import check_model
 from proxmo_jax.agent.chat import chat, settings_of, template_arguments
 from proxmo_jax.agent.player import language_player
 from proxmo_jax.agent.settings import Config, check

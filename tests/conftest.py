@@ -11,9 +11,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="proxmo-programs-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), *(str(HERE / room) for room in ("policy", "agent", "ablation"))]  # they share helpers
 
 import jax
 import pytest
@@ -27,6 +28,18 @@ settings.load_profile("repeatable")
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 ALFWORLD = REFERENCE / "alfworld"
+
+
+SLOWEST = (
+    "train language_model update runner batch sharding decoder weights attention grid bench embeddings golden proximity"
+    " bench_estimator adapters estimator bench_ablation vector_household"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no process is left with one at the end."""
+    rank = {f"test_{name}": at for at, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="module")

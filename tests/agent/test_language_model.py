@@ -54,7 +54,7 @@ def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_p
     if options is ADAPTERS:
         assert moved["embedding"] == moved["layers"]["query"]["bias"] == 0
         assert moved["layers"]["query"]["kernel"] > 0
-    again = proxmo("eval", str(out), "--games", "1", "--greedy")
+    again = proxmo("eval", str(out), "--games", "2")  # the program that training evaluated with
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "eval.json").read_text())["iteration"] == 2
     assert cli.main(["export", str(out), str(tmp_path / "policy")]) == 2

@@ -1,14 +1,17 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxmo_jax.estimator.embeddings import tfidf, token_counts
+from proxmo_jax.estimator.embeddings import tfidf as eager_tfidf
+from proxmo_jax.estimator.embeddings import token_counts
 from proxmo_jax.estimator.words import Vocabulary
 
 sklearn_text = pytest.importorskip("sklearn.feature_extraction.text", reason="scikit-learn is the reference here")
 
+tfidf = jax.jit(eager_tfidf, static_argnames="max_features")  # one program a shape; eagerly, one for each operation
 ROOMS = ["You arrive at desk 1. On the desk 1, you see a pen 2.", "Nothing happens.", "You open the fridge 1."]
 
 

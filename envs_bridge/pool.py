@@ -46,8 +46,18 @@ class Pool:
         block: int = 8,
         timeout: float = 60.0,
     ):
-        """`engine`: a name in `envs_bridge.worker.ENGINES`, whose packages `python` must have. `block`: so many slots
-        in a row share a worker, as the members of a group should. `timeout` in seconds."""
+        """Start the workers.
+
+        Args:
+            workers: processes.
+            python: their interpreter, which has the packages of the engine.
+            engine: a name in `envs_bridge.worker.ENGINES`, or `module:function`.
+            block: slots in a row that share a worker, as the members of a group should.
+            timeout: seconds after which a worker that does not answer is replaced.
+
+        Raises:
+            WorkerError: if no worker can be started.
+        """
         if workers < 1 or block < 1:
             raise ValueError(f"workers and block must be at least 1, got {workers} and {block}")
         self.timeout, self.faults, self.fault = timeout, 0, ""

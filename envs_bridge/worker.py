@@ -12,6 +12,7 @@ Runs under Python 3.8 to 3.12, whatever the engine's packages need; an engine is
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -127,11 +128,19 @@ def word_counts(text: str) -> Counter:
     return Counter(WORD.findall(text.lower()))
 
 
+def loader(name: str) -> Callable[[Any], Environment]:
+    """What loads an environment: one of `ENGINES`, or `module:function`."""
+    if name in ENGINES:
+        return ENGINES[name]
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")  # half a character becomes a question mark
     os.dup2(2, 1)
-    worker = Worker(ENGINES[sys.argv[1]])
+    worker = Worker(loader(sys.argv[1]))
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
     for line in sys.stdin.buffer:
         print(json.dumps(worker.answer(json.loads(line)), ensure_ascii=False), file=pipe, flush=True)

@@ -90,7 +90,7 @@ def load(name: str) -> Study:
     """A study by its name. Raises UserError for one there is not."""
     if name not in STUDIES:
         raise UserError(f"--study must be one of {', '.join(STUDIES)}; got {name!r}")
-    return importlib.import_module(f"experiments.ablation_{name}").STUDY
+    return importlib.import_module(f"proxmo_jax.ablation.studies.{name}").STUDY
 
 
 def check(config: Config, study: Study) -> None:
@@ -116,6 +116,9 @@ def use_every_core() -> None:
         os.environ["XLA_FLAGS"] = (
             f"{flags} --xla_force_host_platform_device_count={min(os.cpu_count() or 1, 8)}".strip()
         )
+
+
+prepare = use_every_core  # what the command line calls before JAX starts
 
 
 def remember_programs(folder: Path) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from envs_bridge.household.game import TASK_TYPES
+from proxmo_jax.agent.report import bootstrap
 from proxmo_jax.estimator.types import Settings
 
 # Of the training rollouts: success, share of groups with wins and losses, turns, log-probability of the commands given.
@@ -52,13 +53,6 @@ class Results:
     eval: np.ndarray
     by_kind: np.ndarray
     curves: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """(mean, low, high): the mean over seeds [S] and its 95% percentile bootstrap interval."""
-    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
 
 
 def measures(results: Results) -> dict[str, np.ndarray]:

@@ -265,7 +265,7 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
         logits: Any = score(at, flat.seen, bag.reshape(*flat.mask.shape, -1))
         parts = policy_loss(
             logits, flat.command, flat.mask, advantage.reshape(flat.mask.shape), flat.log_prob,
-            flat.log_prob, LossSettings(kl_weight=0.0, entropy_weight=0.0),
+            flat.log_prob, LossSettings(kl_coef=0.0, entropy_coef=0.0),
         )  # fmt: skip
         return parts.policy - entropy * parts.entropy
 

@@ -26,17 +26,19 @@ from rich.table import Table
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
-from proxmo_jax.ablation.study import bootstrap
-from proxmo_jax.agent import player as players
-from proxmo_jax.agent import settings as setup
-from proxmo_jax.agent import tasks as worlds
-from proxmo_jax.agent.report import progress_bar, terminal, wilson
+from proxmo_jax.agent.player import fresh_params, make_player, new_state, pretrained_params, run_optimizer
+from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
 from proxmo_jax.agent.rollout import Player, collect
+from proxmo_jax.agent.run_files import stored_config
+from proxmo_jax.agent.settings import Config as TrainConfig
+from proxmo_jax.agent.settings import check
+from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.training.checkpoint import Checkpoints, load_params
 
+PLACES = ("data", "webshop", "engine", "python", "workers")
 COLUMNS = dict(zip(TASK_TYPES, ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"), strict=True))  # the paper's names
 
 
@@ -79,24 +81,27 @@ def main(config: Config, console: Console | None = None) -> dict:
     console = console or terminal()
     stored = run_settings(config)
     games = held_out_games(config, stored, console)
-    mesh = make_mesh(0, stored.fsdp, stored.tensor)
-    player = players.make_player(stored, mesh)
+    mesh = make_mesh(0, stored.mesh.fsdp, stored.mesh.tensor)
+    player = make_player(stored, mesh)
     player.decoding = dataclasses.replace(player.decoding, greedy=config.greedy)
     player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
-    with worlds.make_pool(stored) as pool:
+    with make_pool(stored) as pool:
         results = {split: play(config, player, params, pool, games[split], split, console) for split in games}
     answer = {
         "run": str(config.run),
         "iteration": iteration,
         "temperature": temperature,
         "seed": config.seed,
-        "env": stored.env,
-        "engine": stored.engine,
+        "env": stored.env.name,
+        "engine": stored.env.engine,
         "seconds": round(time.time() - began, 1),
-        "splits": {split: rates(games[split], *result) for split, result in results.items()},
+        "splits": {
+            split: rates([environment(stored).kind(game) for game in games[split]], *result)
+            for split, result in results.items()
+        },
     }
     console.print(table(answer))
     target = config.out or config.run / "eval.json"
@@ -107,7 +112,7 @@ def main(config: Config, console: Console | None = None) -> dict:
     return answer
 
 
-def run_settings(config: Config) -> setup.Config:
+def run_settings(config: Config) -> TrainConfig:
     """The run's settings with what is asked for here in their place. Raises UserError for what cannot be."""
     if not (config.run / "config.json").is_file():
         raise UserError(f"{config.run} holds no run (no config.json)")
@@ -115,46 +120,47 @@ def run_settings(config: Config) -> setup.Config:
         raise UserError(f"--batch must be at least 1 and --games at least 0, got {config.batch} and {config.games}")
     if config.temperature <= 0:
         raise UserError(f"--temperature must be > 0, got {config.temperature} (--greedy takes the likeliest token)")
-    stored = setup.stored_config(setup.Config(out=config.run))
-    asked = {name: getattr(config, name) for name in ("env", "data", "webshop", "engine", "python", "workers")}
-    stored = dataclasses.replace(stored, **{name: value for name, value in asked.items() if value is not None})
-    known = worlds.SPLITS_OF[stored.env]
-    if unknown := sorted(set(config.splits) - set(known)):
-        raise UserError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
+    stored = stored_config(config.run)
+    asked = {"name": config.env, **{name: getattr(config, name) for name in PLACES}}
     try:
-        setup.check(stored)
+        env = dataclasses.replace(stored.env, **{name: value for name, value in asked.items() if value is not None})
+        stored = dataclasses.replace(stored, env=env)
+        check(stored)
     except UserError as error:
         takes = "--env, --data, --webshop, --engine, --python and --workers"
         raise UserError(f"{config.run}: {error} ({takes} can be given here; the rest is in its config.json)") from error
+    known = environment(stored).splits
+    if unknown := sorted(set(config.splits) - set(known)):
+        raise UserError(f"--splits must be of {', '.join(known)}; got {', '.join(unknown)}")
     return stored
 
 
-def held_out_games(config: Config, stored: setup.Config, console: Console) -> dict[str, list[Game]]:
+def held_out_games(config: Config, stored: TrainConfig, console: Console) -> dict[str, list[Game]]:
     """Games by split. Raises UserError if there are none."""
-    splits = config.splits or worlds.HELD_OUT[stored.env]
-    games = worlds.stored_games(stored, dict.fromkeys(splits, config.games or sys.maxsize), console)
+    splits = config.splits or environment(stored).held_out
+    games = tasks_of(stored, dict.fromkeys(splits, config.games or sys.maxsize), console)
     chosen = {split: files for split, files in games.items() if files}
     if not chosen:
         raise UserError(f"{config.run}: no game in {', '.join(splits)}")
     return chosen
 
 
-def trained_params(config: Config, stored: setup.Config, player: Player):
+def trained_params(config: Config, stored: TrainConfig, player: Player):
     """(parameters, iteration) of a checkpoint, or of the warm start for iteration 0."""
     checkpoints = Checkpoints(config.run / "checkpoints")
     try:
         steps = checkpoints.steps()
         wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
         if wanted == 0:
-            if stored.model:
-                return players.pretrained_params(stored, player), 0
-            return load_params(config.run / "warm_start", players.fresh_params(player, jax.random.key(0))), 0
+            if stored.model.path:
+                return pretrained_params(stored, player), 0
+            return load_params(config.run / "warm_start", fresh_params(player, jax.random.key(0))), 0
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
             raise UserError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")
         key = jax.random.key(0)
-        start = players.pretrained_params(stored, player) if stored.lora_rank else players.fresh_params(player, key)
-        state = players.new_state(player, start, players.run_optimizer(stored))
+        start = pretrained_params(stored, player) if stored.model.lora_rank else fresh_params(player, key)
+        state = new_state(player, start, run_optimizer(stored))
         learned = checkpoints.restore(state, wanted)[0].params
         return adapters.join(adapters.split(start)[0], learned), wanted
     finally:
@@ -184,14 +190,14 @@ def play(
     return won, finished, score
 
 
-def rates(games: list[Game], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
+def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
     """Wins, games, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score;
     games that could not be played are left out."""
-    kinds = np.array([worlds.kind_of(game) for game in games])
+    kinds = np.array(kind_of)
     household = set(kinds) <= set(COLUMNS)
     names = COLUMNS if household else {kind: kind for kind in sorted(set(kinds))}
     answer: dict[str, dict] = {}
-    for name, chosen in [*((name, kinds == kind) for kind, name in names.items()), ("All", np.ones(len(games), bool))]:
+    for name, chosen in [*((name, kinds == kind) for kind, name in names.items()), ("All", np.ones(len(kinds), bool))]:
         wins, count = int(won[chosen & finished].sum()), int((chosen & finished).sum())
         low, high = wilson(wins, count)
         answer[name] = {

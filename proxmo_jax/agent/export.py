@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from proxmo_jax.agent import evaluate
-from proxmo_jax.agent import player as players
+from proxmo_jax.agent.player import make_player
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import plain_path
@@ -40,7 +40,7 @@ def main(config: Config, console: Console | None = None) -> Path:
         raise UserError(f"{config.target} is in use; name a new folder")
     asked = evaluate.Config(run=config.run, checkpoint=config.checkpoint)
     stored = evaluate.run_settings(asked)
-    player = players.make_player(stored, make_mesh(0, stored.fsdp, stored.tensor))
+    player = make_player(stored, make_mesh(0, stored.mesh.fsdp, stored.mesh.tensor))
     params, iteration = evaluate.trained_params(asked, stored, player)
     shape = dataclasses.replace(player.config, lora_rank=0)
     if player.config.lora_rank:

@@ -12,13 +12,12 @@ import optax
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from envs_bridge.actions import ALFWORLD_TAIL, TAGS, WEBSHOP_TAIL, spelled
-from envs_bridge.household import lexicon
+from envs_bridge.actions import TAGS, spelled
 from envs_bridge.prompts import ANSWER_START, readable
 from proxmo_jax.agent.chat import answer_start, chat, template_arguments, turn_end
 from proxmo_jax.agent.rollout import Example, Limits, Player
-from proxmo_jax.agent.settings import SHOPS, Config, small_policy
-from proxmo_jax.agent.tasks import memory_of
+from proxmo_jax.agent.settings import Config, small_policy
+from proxmo_jax.agent.tasks import environment, memory_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import BLOCK
@@ -41,7 +40,7 @@ def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = 
 
     Raises UserError for a model that is not there, is not supported, or does not fit the run.
     """
-    player = language_player(config, mesh) if config.model else small_player(config, mesh, demonstrations)
+    player = language_player(config, mesh) if config.model.path else small_player(config, mesh, demonstrations)
     player.check_room()
     return player
 
@@ -56,48 +55,47 @@ def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) 
         limits_of(config),
         mesh,
         Decoding(
-            config.max_response_tokens, (tokenizer.eos_token_id,), tokenizer.pad_token_id, config.top_k, config.top_p
+            config.rollout.max_response_length,
+            (tokenizer.eos_token_id,),
+            tokenizer.pad_token_id,
+            config.rollout.top_k,
+            config.rollout.top_p,
         ),
-        slots=config.decode_rows,
+        slots=config.rollout.max_num_seqs,
         start=memory_of(config),
         render=lambda prompt: prompt + ANSWER_START,
         answer_start=ANSWER_START,
         spell=spelled,
-        tail=tail_of(config),
+        tail=environment(config).tail,
     )
 
 
 def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
     """The run's tokenizer; built the first time from the demonstrations' prompts, and names or numbers they lack."""
-    folder = config.out / "tokenizer"
+    folder = config.output.dir / "tokenizer"
     if folder.exists():
         return load_tokenizer(folder)
-    if config.warm_start_from:
-        tokenizer = load_tokenizer(config.warm_start_from / "tokenizer")
+    if config.warm_start.from_run:
+        tokenizer = load_tokenizer(config.warm_start.from_run / "tokenizer")
         save_tokenizer(tokenizer, folder)
         return tokenizer
     texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
-    if config.env in SHOPS:
-        more = " ".join(f"{number:02d}" for number in range(100))
-    else:
-        words = {*lexicon.HOLDS, *(thing for things in lexicon.OBJECTS.values() for thing in things)}
-        more = " ".join([*sorted(words), *map(str, range(1, 31))])
-    return build_word_tokenizer(map(readable, [*texts, more]), folder)
+    return build_word_tokenizer(map(readable, [*texts, environment(config).words]), folder)
 
 
 def language_player(config: Config, mesh: Mesh) -> Player:
     """A Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
-    folder = find_model(config.model)
+    folder = find_model(config.model.path)
     names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
-    attention = config.attention
+    attention = config.model.attention
     if attention == "auto":
-        attention = "splash" if jax.default_backend() == "tpu" and config.row_length % BLOCK == 0 else "dense"
-    policy = read_config(folder, attention=attention, **{name: getattr(config, name) for name in names})
+        attention = "splash" if jax.default_backend() == "tpu" and config.optimizer.row_length % BLOCK == 0 else "dense"
+    policy = read_config(folder, attention=attention, **{name: getattr(config.model, name) for name in names})
     weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
     parameter_shardings(mesh, policy)
     tokenizer = load_model_tokenizer(folder, policy.vocab_size)
-    arguments = template_arguments(config.chat_template_args)
-    longest = config.max_prompt_tokens + config.max_response_tokens
+    arguments = template_arguments(config.model.chat_template_args)
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if longest > policy.max_position_embeddings:
         raise UserError(
             f"--max-prompt-tokens and --max-response-tokens add up to {longest}, need at most the model's"
@@ -107,24 +105,24 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     stops = stop_ids(folder, tokenizer, **arguments)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     table = None
-    if config.stop:
+    if config.rollout.stop:
         # Ids past the tokenizer's, which pad the embedding, say nothing.
         texts = tokenizer.batch_decode([[i] for i in range(token_count(tokenizer))], skip_special_tokens=False)
-        table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.stop))
+        table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.rollout.stop))
     known = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # some tokenizers call the tags of an answer special
     return Player(
         tokenizer,
         policy,
         limits_of(config),
         mesh,
-        Decoding(config.max_response_tokens, stops, pad, config.top_k, config.top_p),
+        Decoding(config.rollout.max_response_length, stops, pad, config.rollout.top_k, config.rollout.top_p),
         table,
-        config.decode_rows,
+        config.rollout.max_num_seqs,
         start=memory_of(config),
         render=partial(chat, tokenizer, **arguments),
         answer_start=begun,
         skip_special_tokens=not any(added.special and added.content in TAGS for added in known.values()),
-        tail=tail_of(config),
+        tail=environment(config).tail,
     )
 
 
@@ -155,12 +153,7 @@ def _named_stops(path: Path, vocab_size: int) -> list[int]:
 
 
 def limits_of(config: Config) -> Limits:
-    return Limits(config.max_turns, config.max_prompt_tokens, config.max_response_tokens)
-
-
-def tail_of(config: Config) -> int:
-    """How much of an answer without action tags is taken for its command."""
-    return WEBSHOP_TAIL if config.env in SHOPS else ALFWORLD_TAIL
+    return Limits(config.rollout.max_turns, config.rollout.max_prompt_length, config.rollout.max_response_length)
 
 
 def fresh_params(player: Player, key: jax.Array) -> Any:
@@ -172,7 +165,7 @@ def fresh_params(player: Player, key: jax.Array) -> Any:
 def pretrained_params(config: Config, player: Player) -> Any:
     """The parameters of --model, where they are to lie, with fresh adapters if it has some."""
     plain = dataclasses.replace(player.config, lora_rank=0)
-    params = load_weights(find_model(config.model), plain, parameter_shardings(player.mesh, plain))
+    params = load_weights(find_model(config.model.path), plain, parameter_shardings(player.mesh, plain))
     if not player.config.lora_rank:
         return params
     _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
@@ -183,11 +176,11 @@ def pretrained_params(config: Config, player: Player) -> Any:
 def run_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimiser of a run's reinforcement."""
     return make_optimizer(
-        config.learning_rate,
-        config.weight_decay,
-        config.max_grad_norm,
+        config.optimizer.learning_rate,
+        config.optimizer.weight_decay,
+        config.optimizer.max_grad_norm,
         warmup=5,
-        moments_dtype=config.moments_dtype,
+        moments_dtype=config.optimizer.moments_dtype,
     )
 
 

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
@@ -194,3 +195,10 @@ def write_episodes(
             parts.append("".join(f"    {line}\n" for line in seen.splitlines() if line.strip()) + f"> {answer}\n")
         parts.append("\n")
     path.write_text("".join(parts), encoding="utf-8", errors="replace")
+
+
+def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean, low, high): the mean over seeds [S] and its 95% percentile bootstrap interval."""
+    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)

@@ -159,13 +159,13 @@ class Settings:
     max_features      words TF-IDF keeps (1024)
     """
 
-    discount: Any = 0.95
-    invalid_penalty: Any = 0.1
-    alpha: Any = 4.0
-    modulation_range: Any = 0.05
-    temperature: Any = 0.1
-    step_weight: Any = 1.0
-    epsilon: Any = 1e-6
+    discount: float = 0.95
+    invalid_penalty: float = 0.1
+    alpha: float = 4.0
+    modulation_range: float = 0.05
+    temperature: float = 0.1
+    step_weight: float = 1.0
+    epsilon: float = 1e-6
     aggregation: str = static("soft")
     episode_std: bool = static(False)
     step_std: bool = static(False)

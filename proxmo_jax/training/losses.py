@@ -110,8 +110,8 @@ class LossSettings:
     clip: float = 0.2
     clip_high: float | None = None
     dual_clip: float = 3.0
-    kl_weight: float = 0.01
-    entropy_weight: float = 0.001
+    kl_coef: float = 0.01
+    entropy_coef: float = 0.001
     kl: str = "low_var_kl"
     aggregation: str = "token_mean"
     longest_response: int = 1
@@ -129,7 +129,7 @@ def policy_loss(
     weight: jax.Array | None = None,
     total: jax.Array | None = None,
 ) -> PolicyLoss:
-    """Sum of weight * [surrogate + kl_weight * KL - entropy_weight * entropy] over the response tokens.
+    """Sum of weight * [surrogate + kl_coef * KL - entropy_coef * entropy] over the response tokens.
 
     logits [..., V]; the others [...]: sampled tokens, response mask, advantage, log-probs at rollout and of the
     reference; `weight` as from `token_weights` (default: the token mean). `total` as in `token_mean`.
@@ -149,7 +149,7 @@ def policy_loss(
     kl = summed(KL[settings.kl](log_prob, jnp.where(mask, reference, log_prob)))
     entropy = summed(entropy)
     return PolicyLoss(
-        loss=policy + settings.kl_weight * kl - settings.entropy_weight * entropy,
+        loss=policy + settings.kl_coef * kl - settings.entropy_coef * entropy,
         policy=policy,
         kl=kl,
         entropy=entropy,

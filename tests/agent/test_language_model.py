@@ -117,7 +117,7 @@ def test_recipes_are_loaded_by_name(env, turns, prompt, size, tmp_path, monkeypa
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     config = cli._defaults(["--config", f"{env}_qwen2.5_{size}"], Config)
     assert (config.groups, config.members, config.max_turns, config.iterations) == (16, 8, turns, 150)
-    assert (config.learning_rate, config.final_rate, config.kl_weight, config.clip) == (1e-6, 1.0, 0.01, 0.2)
+    assert (config.learning_rate, config.final_rate, config.kl_coef, config.clip) == (1e-6, 1.0, 0.01, 0.2)
     assert (config.max_prompt_tokens, config.max_response_tokens, config.history) == (prompt, 512, 2)
     assert config.model == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     check(config)  # on the tests' eight devices

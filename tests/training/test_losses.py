@@ -40,7 +40,7 @@ def test_tokens_outside_the_mask_are_inert_in_value_and_gradient():
     logits = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
     tokens, mask = jnp.array([1, 2, 3, 4]), jnp.array([True, True, False, False])
     advantage, old = jnp.ones(4), token_log_probs(logits, tokens)[0]
-    settings = LossSettings(kl_weight=0.1, entropy_weight=0.01)
+    settings = LossSettings(kl_coef=0.1, entropy_coef=0.01)
 
     def loss(logits, old, reference):
         return policy_loss(logits, tokens, mask, advantage, old, reference, settings).loss

@@ -144,7 +144,7 @@ def test_padding_rows_change_nothing():
 
 def test_update_moves_towards_positive_advantage():
     rows, _ = rows_of(*played())
-    better = step(rows, kl_weight=0.0, entropy_weight=0.0, rate=0.1)[0].params
+    better = step(rows, kl_coef=0.0, entropy_coef=0.0, rate=0.1)[0].params
     before, after = row_log_probs((fresh(CONFIG), better), rows, jnp.float32(1.0), config=CONFIG)
     gain = jnp.where(rows.mask, (after - before) * rows.advantage, 0).sum()
     assert float(gain) > 0
@@ -227,7 +227,7 @@ def test_the_loop_learns_a_corridor(settings):
         rows = gather_rows(buffer, prompt_lengths, answered, advantage, at, offsets, row_answers=2)
         rows = rows.__class__(**{**rows.__dict__, "reference": rows.old})
         state, _ = policy_step(
-            state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_weight=0.0)
+            state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_coef=0.0)
         )
     assert np.mean(rates[:2]) < 0.6
     assert np.mean(rates[-3:]) > 0.9

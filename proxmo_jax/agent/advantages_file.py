@@ -1,0 +1,54 @@
+"""Advantages of another trainer's steps, from a file to a file.
+
+proxmo advantages steps.jsonl advantages.jsonl --preset gigpo
+proxmo advantages steps.npz advantages.npz --temperature 0.2
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.presets import PRESETS, proxmo
+from proxmo_jax.estimator.steps_file import advantages_of_file
+from proxmo_jax.estimator.types import Settings
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to read, what to write, and the estimator. Where an option is not given, the preset's value holds."""
+
+    source: tyro.conf.Positional[Path]
+    """.npz or .jsonl with, per step: group, trajectory, step, reward, success, action_valid, texts, and response_mask
+    (may be left out)."""
+    target: tyro.conf.Positional[Path]
+    """.npz or .jsonl to write: discounted_return, episode_advantage, step_advantage, advantage, in the same order."""
+    preset: str = "proxmo"
+    """grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo, proxmo_without_modulation, proxmo_without_proximity or
+    official."""
+    similarity_threshold: float | None = None
+    """Smallest difflib ratio of texts that share an anchor, with gigpo_similarity (default: 0.95)."""
+    estimator: Annotated[Settings, tyro.conf.OmitArgPrefixes] = field(default_factory=proxmo)
+
+
+def default(arguments: list[str]) -> Config:
+    """The settings of the preset that the arguments name. Raises UserError for one there is not."""
+
+    @dataclass(frozen=True)
+    class Early:
+        preset: str = "proxmo"
+
+    early, _ = tyro.cli(Early, args=arguments, return_unknown_args=True, add_help=False)
+    if early.preset not in PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {early.preset!r}")
+    return Config(tyro.MISSING, tyro.MISSING, early.preset, None, PRESETS[early.preset]())
+
+
+def main(config: Config) -> None:
+    """Read, estimate, write. Raises UserError naming the row for steps that cannot be used."""
+    count = advantages_of_file(
+        config.source, config.target, config.estimator, similarity_threshold=config.similarity_threshold
+    )
+    print(f"{config.target}: advantages of {count} steps by {config.preset}")

@@ -1,0 +1,30 @@
+"""Mini-batches of packed rows from a rollout."""
+
+import numpy as np
+
+from proxmo_jax.agent.rollout import Rollout
+from proxmo_jax.agent.settings import Config
+from proxmo_jax.policy.sharding import split
+from proxmo_jax.training.rows import gather_rows, pack_turns
+
+
+def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
+    """Shuffled mini-batches of packed rows from a rollout, as few as can be and equally full; one shape, which empty
+    rows fill up: they change nothing."""
+    lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
+    answers = rollout.response_lengths.reshape(-1)
+    room = response_room(config)
+    order = rng.permutation(np.flatnonzero(lengths))
+    turns, offsets = pack_turns(lengths, answers, order, row_length=config.optimizer.row_length, row_answers=room)
+    size = config.optimizer.rows_per_batch
+    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
+        short = ((0, size - len(chosen)), (0, 0))
+        part = split(mesh, (np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)))
+        yield gather_rows(
+            rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage, *part, row_answers=room
+        )
+
+
+def response_room(config: Config) -> int:
+    """Response tokens a row can hold: a share of its tokens, and a whole turn's in any case."""
+    return max(round(config.optimizer.row_length * config.optimizer.response_share), config.rollout.max_response_length)

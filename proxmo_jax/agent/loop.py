@@ -1,0 +1,243 @@
+"""One iteration of training: collect, estimate, update, report. What is large stays on the device."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs_bridge.pool import Pool
+from envs_bridge.turn import Game
+from proxmo_jax.agent.batches import batches
+from proxmo_jax.agent.rollout import Player, Rollout, collect
+from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
+from proxmo_jax.agent.tasks import environment
+from proxmo_jax.estimator.packing import similar_anchors
+from proxmo_jax.estimator.words import bucket
+from proxmo_jax.policy import adapters
+from proxmo_jax.policy.sharding import replicate
+from proxmo_jax.training.buffers import Buffer
+from proxmo_jax.training.losses import token_mean
+from proxmo_jax.training.rows import Rows
+from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
+
+
+class Loop:
+    """What the iterations share: the policy, the workers, the buffer, and the success rate of each kind of task."""
+
+    def __init__(
+        self, config: Config, player: Player, pool: Pool, games: list[Game], mesh, optimizer, reference, last: dict
+    ):  # fmt: skip
+        """`last` is the metrics row of the iteration before the next one."""
+        self.config, self.player, self.pool, self.games = config, player, pool, games
+        kind = environment(config).kind
+        self.kind_names, self.kinds = np.unique([kind(game) for game in games], return_inverse=True)
+        self.solved = np.array([last.get(f"train/success_rate/{kind}", 0.5) for kind in self.kind_names])
+        self.mesh, self.optimizer, self.reference = mesh, optimizer, reference
+        self.frozen, _ = adapters.split(reference)
+        self.micro_batches = micro_batches(config)
+        self.settings, self.loss = config.estimator, loss_settings(config)
+        limits = player.limits
+        empty = Buffer.empty(
+            config.rollout.num_groups, config.rollout.group_size, limits.turns,
+            prompt=limits.prompt, response=limits.response, words=limits.words,
+        )  # fmt: skip
+        self.buffer = replicate(mesh, empty)
+        self.played: Rollout | None = None  # the last one
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """This iteration's games: task types of middling success more often, as their groups have more to say."""
+        weight = np.sqrt(self.solved * (1 - self.solved)) + 0.1
+        weight = weight[self.kinds] / np.bincount(self.kinds, minlength=len(weight))[self.kinds]
+        count = self.config.rollout.num_groups
+        return rng.choice(len(self.games), count, replace=len(self.games) < count, p=weight / weight.sum())
+
+    def iteration(self, state: TrainState, iteration: int, key: jax.Array) -> tuple[TrainState, dict]:
+        """Play, estimate and update once.
+
+        Args:
+            state: what is trained, donated.
+            iteration: its number, from 1.
+            key: random key of the rollout.
+
+        Returns:
+            The new state, and the iteration's row of metrics.
+        """
+        rng = np.random.default_rng([self.config.seed, iteration])
+        chosen, times = self.draw(rng), [time.time()]
+        params = adapters.join(self.frozen, state.params)
+        rollout = self.collect(params, chosen, key)
+        times.append(time.time())
+        advantage = self.estimate(rollout)
+        times.append(time.time())
+        state, losses = self.update(state, params, rollout, advantage, iteration, rng)
+        times.append(time.time())
+        self.buffer, self.played = rollout.buffer, rollout
+        self.note_success(chosen, rollout)
+        return state, self.report(rollout, advantage, losses, times)
+
+    def collect(self, params: Any, chosen: np.ndarray, key: jax.Array) -> Rollout:
+        """Play the chosen tasks, `group_size` times each, into the buffer."""
+        config = self.config
+        rollout = collect(
+            self.player,
+            params,
+            self.pool,
+            [self.games[i] for i in chosen for _ in range(config.rollout.group_size)],
+            key,
+            temperature=config.rollout.temperature,
+            buffer=self.buffer,
+            reward_scale=config.env.reward_scale,
+            reward_score=config.env.reward == "score",
+            penalise_inadmissible=config.rollout.penalise_inadmissible,
+        )
+        jax.block_until_ready(rollout.buffer)
+        return rollout
+
+    def estimate(self, rollout: Rollout) -> jax.Array:
+        """Joint advantages of a rollout: float32 [E, T]."""
+        if self.settings.aggregation == "similar":
+            self.number_similar_texts(rollout)
+        assert rollout.buffer is not None
+        texts = min(bucket(rollout.texts), rollout.buffer.word_ids.shape[1])
+        alphabetical = self.player.vocabulary.alphabetical()
+        result = estimate(rollout.buffer, rollout.won, alphabetical, self.settings, texts=texts)
+        return jax.block_until_ready(result.joint).reshape(rollout.prompt_lengths.shape)
+
+    def update(
+        self,
+        state: TrainState,
+        params: Any,
+        rollout: Rollout,
+        advantage: jax.Array,
+        iteration: int,
+        rng: np.random.Generator,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Policy updates on the rollout's packed rows; the new state, and the mean of what the loss reports."""
+        config = self.config
+        with_log_probs = [
+            self.with_log_probs(rows, params) for rows in batches(config, self.mesh, rollout, advantage, rng)
+        ]
+        rate = jnp.float32(learning_rate_share(config, iteration))
+        parts = []
+        for _ in range(config.optimizer.num_iterations):
+            for rows, _ in with_log_probs:
+                state, part = policy_step(
+                    state,
+                    rows,
+                    jnp.float32(config.rollout.temperature),
+                    rate,
+                    self.frozen,
+                    config=self.player.config,
+                    optimizer=self.optimizer,
+                    settings=self.loss,
+                    micro_batches=self.micro_batches,
+                )
+                parts.append(part)
+        jax.block_until_ready(state)
+        mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
+        losses = {f"loss/{name}": value for name, value in mean._asdict().items()}
+        mismatch = float(parts[0].gap)
+        if config.loss.old_log_probs == "trainer":
+            mismatch = float(jnp.stack([gap for _, gap in with_log_probs]).mean())
+        return state, {**losses, "loss/steps": len(parts), "loss/sampler_mismatch": mismatch}
+
+    def note_success(self, chosen: np.ndarray, rollout: Rollout) -> None:
+        """Follow the success rate of each kind of task, by which tasks are drawn."""
+        solved, tried = (x.reshape(self.config.rollout.num_groups, -1).sum(1) for x in (rollout.won, rollout.finished))
+        for game, wins, attempts in zip(chosen, solved, tried, strict=True):
+            if attempts:
+                self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
+
+    def report(self, rollout: Rollout, advantage: jax.Array, losses: dict, times: list[float]) -> dict[str, float]:
+        """The iteration's row of metrics; `times` are the seconds at which its parts began and ended."""
+        seconds = dict(zip(("rollout", "estimator", "update"), np.diff(times).tolist(), strict=True))
+        return {
+            **rollout_row(self.config, rollout),
+            "train/advantage_size": float(jnp.abs(advantage).sum() / (rollout.prompt_lengths > 0).sum()),
+            **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
+            **losses,
+            **{f"time/{name}": value for name, value in seconds.items()},
+            "time/iteration": times[-1] - times[0],
+        }
+
+    def with_log_probs(self, rows: Rows, params) -> tuple[Rows, jax.Array]:
+        """The rows with log-probs of the reference and, where asked for, of the trainer, in one pass; and how far
+        sampler and trainer are apart, if that is known. With no weight on the KL it is to the rollout's policy."""
+        config, old, reference = self.config, rows.old, rows.old
+        wanted = {"reference": self.reference} if config.loss.kl_coef else {}
+        wanted |= {"old": params} if config.loss.old_log_probs == "trainer" else {}
+        if wanted:
+            found = row_log_probs(
+                tuple(wanted.values()), rows, jnp.float32(config.rollout.temperature), config=self.player.config,
+                micro_batches=self.micro_batches,
+            )  # fmt: skip
+            named = dict(zip(wanted, found, strict=True))
+            reference, old = named.get("reference", old), named.get("old", old)
+        gap = token_mean(jnp.abs(old - rows.old), rows.mask)
+        return dataclasses.replace(rows, old=old, reference=reference), gap
+
+    def number_similar_texts(self, rollout: Rollout) -> None:
+        """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""
+        assert rollout.buffer is not None
+        at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
+        texts = [rollout.transcripts[e][t][0] for e, t in at]
+        group = np.array([e // self.config.rollout.group_size for e, _ in at])
+        anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
+        anchor[tuple(np.array(at, int).reshape(-1, 2).T)] = similar_anchors(texts, group)
+        rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
+
+
+def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
+    """What the metrics say of a rollout; episodes that stayed lost, and groups of nothing else, count nowhere."""
+    played = rollout.finished
+    turns = (rollout.prompt_lengths > 0).sum(1)
+    rewarded = rollout.score if config.env.reward == "score" else rollout.won
+    solved, tried = (x.reshape(-1, config.rollout.group_size).sum(1) for x in (rollout.won & played, played))
+    return {
+        "train/success_rate": float(rollout.won[played].mean()),
+        "train/reward": float(config.env.reward_scale * rewarded[played].mean()),
+        **({"train/score": float(rollout.score[played].mean())} if environment(config).scored else {}),
+        "train/lost_episodes": rollout.lost,
+        "train/valid_action_rate": rollout.valid,
+        "train/admissible_rate": rollout.admissible,
+        "train/turns": float(turns[played].mean()),
+        "train/mixed_groups": float(((solved > 0) & (solved < tried))[tried > 0].mean()),
+    }
+
+
+def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
+    """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
+    assert rollout.buffer is not None
+    reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
+    at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
+    episode, turn = np.array(at, int).reshape(-1, 2).T
+    return {
+        "group": episode // members,
+        "trajectory": episode,
+        "step": turn,
+        "reward": reward[episode, turn],
+        "success": rollout.won[episode],
+        "action_valid": valid[episode, turn],
+        "texts": [rollout.transcripts[e][t][0] for e, t in at],
+    }
+
+
+def learning_rate_share(config: Config, iteration: int) -> float:
+    """Cosine from 1 at the first iteration to `final_rate` at the last one planned, and that from then on."""
+    end, last = config.optimizer.final_rate, config.optimizer.decay_iterations or config.iterations
+    progress = min((iteration - 1) / max(last - 1, 1), 1.0)
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def note(row: dict) -> str:
+    """The progress line's measurements."""
+    total = row["time/iteration"]
+    shares = " ".join(f"{name} {row[f'time/{name}'] / total:.1%}" for name in ("rollout", "estimator", "update"))
+    return (
+        f"success {row['train/success_rate']:.0%} reward {row['train/reward']:.1f}"
+        f" valid {row['train/valid_action_rate']:.0%}\n{shares}"
+    )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         rloo,
     )
     from proxmo_jax.estimator.proximity import proximity_weights
-    from proxmo_jax.estimator.types import Advantages, Group, Settings, sweep
+    from proxmo_jax.estimator.types import Advantages, Batch, Group, Settings, sweep
     from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
 _MODULES = ("types", "presets", "estimator", "batch", "embeddings", "packing", "proximity", "words")
@@ -32,6 +32,7 @@ _MODULES = ("types", "presets", "estimator", "batch", "embeddings", "packing", "
 __all__ = [
     "PRESETS",
     "Advantages",
+    "Batch",
     "Group",
     "Packing",
     "Settings",

@@ -1,9 +1,10 @@
-"""The estimator's public door: `advantages(group, settings)` for one group; `jax.vmap` it over the batch.
+"""The estimator of one group: `advantages(group, settings)`. `jax.vmap` extends it to a batch.
 
-    batched = jax.vmap(advantages, in_axes=(0, None))            # [G, M, T] in, [G, M, T] out
+    batched = jax.vmap(advantages, in_axes=(0, None))            # [G, M, T] -> [G, M, T]
     swept = jax.vmap(batched, in_axes=(None, 0))                 # and over settings
 
-Source: ProxMO (arXiv 2602.19225); where the official code departs from the paper the paper is the default.
+Source: ProxMO (arXiv 2602.19225). Where the official code differs from the paper, the paper is the default
+(docs/method.md).
 """
 
 import jax
@@ -15,26 +16,44 @@ from proxmo_jax.estimator.types import Advantages, Group, Settings, masked_mean,
 
 
 def discounted_returns(reward: jax.Array, mask: jax.Array, discount: jax.Array | float) -> jax.Array:
-    """G_t = r_t + gamma * G_{t+1} inside each trajectory. reward, mask [M, T] -> [M, T] float32, 0 on padding."""
+    """Discounted returns within each trajectory: G_t = r_t + gamma * G_{t+1}.
 
-    def back(following, turn):
+    Args:
+        reward: float [M, T].
+        mask: bool [M, T], turns that happened.
+        discount: gamma.
+
+    Returns:
+        float32 [M, T], 0 on padding.
+    """
+
+    def step_back(following, turn):
         r, happened = turn
         value = jnp.where(happened, r + discount * following, following)
         return value, jnp.where(happened, value, 0.0)
 
     start = jnp.zeros_like(reward[:, 0], dtype=jnp.float32)
-    _, returns = jax.lax.scan(back, start, (reward.T.astype(jnp.float32), mask.T), reverse=True)
+    _, returns = jax.lax.scan(step_back, start, (reward.T.astype(jnp.float32), mask.T), reverse=True)
     return returns.T
 
 
 def modulation_weight(
     success_rate: jax.Array, success: jax.Array, *, alpha: jax.Array | float, modulation_range: jax.Array | float
 ) -> jax.Array:
-    """Success-rate-aware modulation: how much an outcome says, given how hard the task is for this policy.
+    """Success-rate-aware modulation (ProxMO, arXiv 2602.19225).
 
-    success: w = 1 + beta (s((1-p)^alpha) - 1/2); failure: w = 1 + beta (s(-p^alpha) - 1/2), s the sigmoid,
-    beta = range / (s(1) - 1/2), so w lies in [1 - range, 1 + range]: a rare success is amplified, a failure in
-    a mostly solved group attenuated. success_rate [] in [0, 1], success bool [...] -> [...] float32.
+    With s the sigmoid and beta = range / (s(1) - 1/2), a success weighs 1 + beta (s((1-p)^alpha) - 1/2) and a failure
+    1 + beta (s(-p^alpha) - 1/2), so that weights lie in [1 - range, 1 + range]. A success in a group that mostly fails
+    is amplified; a failure in a group that mostly succeeds is attenuated.
+
+    Args:
+        success_rate: float [], p in [0, 1].
+        success: bool [...].
+        alpha: exponent, above 0.
+        modulation_range: largest distance of a weight from 1.
+
+    Returns:
+        float32 [...], of the shape of `success`.
     """
     beta = modulation_range / (jax.nn.sigmoid(1.0) - 0.5)
     won = jax.nn.sigmoid((1.0 - success_rate) ** alpha)
@@ -43,19 +62,33 @@ def modulation_weight(
 
 
 def group_success_rate(group: Group) -> jax.Array:
-    """p = successful trajectories / trajectories with at least one turn. -> [] float32."""
+    """p = successful trajectories / trajectories with at least one turn.
+
+    Args:
+        group: success [M], mask [M, T].
+
+    Returns:
+        float32 [].
+    """
     attempted = group.mask.any(axis=1)
     wins = (group.success & attempted).sum().astype(jnp.float32)
     return wins / jnp.maximum(attempted.sum(), 1).astype(jnp.float32)
 
 
 def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:
-    """S_i - mean(S) over the group; optionally / (unbiased std + epsilon), or leaving S_i out of the mean.
+    """S_i minus the mean of S over the group; optionally over the unbiased std + epsilon, or with S_i left out of the
+    mean.
 
-    score, mask [M, T] -> [M, T] float32. A group of one sample gets 0, or by the settings the score (mean 0, std 1).
+    Args:
+        score: float32 [M, T], episode scores S.
+        mask: bool [M, T].
+        settings: episode_over, episode_std, leave_one_out, lone_step and epsilon are used.
+
+    Returns:
+        float32 [M, T], 0 on padding. A group with a single sample gets 0, or its score under lone_step "official".
     """
     if settings.episode_over == "trajectories":
-        # A trajectory's steps differ by the penalty alone; the official code takes the first one's score for it.
+        # The scores of a trajectory's steps differ only by the penalty; the official code uses that of the first step.
         sample = jnp.take_along_axis(score, jnp.argmax(mask, axis=1)[:, None], axis=1)[:, 0]
         counted = mask.any(axis=1)
     else:
@@ -75,7 +108,16 @@ def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> 
 
 
 def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Array:
-    """Q_i minus the baseline of comparable steps, by the settings' aggregation. score [M, T] -> [M, T] float32."""
+    """Q_i minus the baseline of comparable steps, by the aggregation of the settings.
+
+    Args:
+        score: float32 [M, T], step scores Q.
+        group: the group, with `anchor` or `embedding` as the aggregation needs.
+        settings: aggregation, step_std, epsilon, temperature, exclude_self and kernel are used.
+
+    Returns:
+        float32 [M, T], 0 on padding.
+    """
     if settings.aggregation == "none":
         return jnp.zeros_like(score)
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
@@ -94,20 +136,32 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
 
 
 def _step_embedding(group: Group) -> tuple[jax.Array, jax.Array | None]:
-    """Unit vectors [N, D] of the steps and no row; or [U, D] of distinct observations and each step's row."""
+    """(vectors [N, D] of the steps, None), or (vectors [U, D] of distinct observations, the index of each step's
+    [N])."""
     if jnp.ndim(group.embedding) == 3:
         return group.embedding.reshape(-1, group.embedding.shape[-1]), None
     return group.embedding, group.anchor.reshape(-1)
 
 
 def advantages(group: Group, settings: Settings, *, with_proximity: bool = False) -> Advantages:
-    """Everything the estimator knows of one group (spec: 'The estimator', steps 1 to 6).
+    """Compute the advantages of one group (ProxMO, arXiv 2602.19225; equations in docs/method.md).
 
-    Scores: S_i = episode return - c (1 - valid_i), Q_i = discounted return - c (1 - valid_i). Then the episode
-    advantage of S, modulated; the step advantage of Q; joint = episode + omega * step. Gradients are stopped:
-    an advantage is data to the policy loss. `with_proximity` also returns the weights of the soft baseline
-    [M * T, M * T]. Raises ValueError for arrays of the wrong rank (a missing vmap), masks that are not bool and an
-    aggregation whose input (anchor, embedding) is absent; UserError for "similar" on anchors of equal texts.
+    Scores are S_i = episode return - c (1 - valid_i) and Q_i = discounted return - c (1 - valid_i). The episode
+    advantage of S is modulated, and joint = episode + omega * step, with the step advantage of Q. Gradients are
+    stopped.
+
+    Args:
+        group: arrays [M, T] as in `Group`.
+        settings: of the estimator.
+        with_proximity: also return the weights of the soft baseline, [M * T, M * T].
+
+    Returns:
+        `Advantages`.
+
+    Raises:
+        ValueError: for arrays of the wrong rank (a missing vmap), masks that are not bool, and an aggregation without
+            its input (anchor, embedding).
+        UserError: for aggregation "similar" with anchors of equal texts.
     """
     _check(group, settings)
     group, settings = jax.lax.stop_gradient((group, settings))
@@ -118,13 +172,7 @@ def advantages(group: Group, settings: Settings, *, with_proximity: bool = False
     episode_score = jnp.where(mask, reward.sum(axis=1, keepdims=True) - penalty, 0.0)
     step_score = jnp.where(mask, returns - penalty, 0.0)
 
-    if settings.success_rate == "official":
-        # The official code reads p off its table of group means, which holds 0 for a group of one step.
-        success_rate = jnp.where(mask.sum() > 1, jnp.clip(masked_mean(episode_score, mask), 0.0, 1.0), 0.0)
-        success = episode_score > 0.5
-    else:
-        success_rate = group_success_rate(group)
-        success = jnp.broadcast_to(group.success[:, None], mask.shape)
+    success_rate, success = _success(group, episode_score, settings)
     weight = modulation_weight(success_rate, success, alpha=settings.alpha, modulation_range=settings.modulation_range)
     weight = jnp.where(mask, weight, 0.0)
 
@@ -148,7 +196,18 @@ def advantages(group: Group, settings: Settings, *, with_proximity: bool = False
     )
 
 
+def _success(group: Group, score: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """(success rate [], success of each turn [M, T]) by the rule of the settings; score [M, T] is the episode score."""
+    mask = group.mask
+    if settings.success_rate == "official":
+        # The official code takes p from its group means, which are 0 for a group with a single step.
+        rate = jnp.where(mask.sum() > 1, jnp.clip(masked_mean(score, mask), 0.0, 1.0), 0.0)
+        return rate, score > 0.5
+    return group_success_rate(group), jnp.broadcast_to(group.success[:, None], mask.shape)
+
+
 def _check(group: Group, settings: Settings) -> None:
+    """Raise as `advantages` does for a group that does not fit the settings."""
     hint = "advantages() takes ONE group; use jax.vmap(advantages, (0, None)) for a batch of groups"
     shape = jnp.shape(group.reward)
     if len(shape) != 2:
@@ -172,6 +231,6 @@ def _check(group: Group, settings: Settings) -> None:
             raise ValueError(f"{name}: got {value.dtype}, need bool")
     if settings.aggregation == "soft" and not distinct and (embedding is None or embedding[:-1] != shape):
         if embedding is None and group.words is not None:
-            hint = "batch_advantages() makes it of the word counts"
+            hint = "batch_advantages() computes it from the word counts"
         got = "nothing" if embedding is None else f"shape {embedding}"
         raise ValueError(f"embedding: got {got}, need {(*shape, 'D')}, or (U, 'D') of distinct observations; {hint}")

@@ -1,6 +1,7 @@
-"""The soft baseline's sums as a Pallas TPU kernel: similarity, softmax and weighted sums in one pass over the keys.
+"""The sums of the soft baseline as a Pallas TPU kernel: similarity, softmax and weighted sums in one pass over the
+keys.
 
-Nothing of size `[N, K]` ever leaves the chip's vector memory. Values are those of `proximity.dense`.
+Nothing of size `[N, K]` leaves VMEM. Results equal those of `partial_sums.dense`.
 """
 
 from functools import partial
@@ -16,9 +17,10 @@ BLOCK = 128
 
 
 def _kernel(query, key, count, score, peak, weight, total, *, skip_own: bool):
-    """One block of keys [B, D] against one of queries [B, D]; peak, weight and total [1, B] are kept over key blocks.
+    """Add a block of keys [B, D] to the sums [1, B] of a block of queries [B, D], which stay in VMEM over the key
+    blocks.
 
-    Keys lie along the first axis of the product, so that sums over them are rows, as the outputs are.
+    Keys are the first axis of the product, so that sums over them are rows, as the outputs are.
     """
     at = pl.program_id(1)
 
@@ -49,9 +51,18 @@ def _kernel(query, key, count, score, peak, weight, total, *, skip_own: bool):
 
 @partial(jax.jit, static_argnames="skip_own")
 def pallas(query, key, count, score, temperature, *, skip_own: bool) -> Partial:
-    """As `proximity.dense`: query [N, D], key [K, D], count and score [K], temperature [] -> sums [N].
+    """As `partial_sums.dense`. On other devices than a TPU the kernel is interpreted, which is slow.
 
-    Lowered for anything but a TPU the kernel is interpreted: right, and slow.
+    Args:
+        query: float32 [N, D].
+        key: float32 [K, D].
+        count: float32 [K], steps of each key.
+        score: float32 [K], sum of their scores.
+        temperature: float32 [].
+        skip_own: leave key i out of the sums of query i.
+
+    Returns:
+        Sums [N].
     """
     run = partial(_call, skip_own=skip_own)
     return jax.lax.platform_dependent(
@@ -60,21 +71,22 @@ def pallas(query, key, count, score, temperature, *, skip_own: bool) -> Partial:
 
 
 def _call(query, key, count, score, temperature, *, skip_own: bool, interpret: bool) -> Partial:
+    """Pad to whole blocks and run the kernel."""
     queries, width = query.shape
-    query = query / temperature  # once, instead of the whole product
+    query = query / temperature  # cheaper than dividing the product
     query, key = (jnp.pad(x, ((0, -len(x) % BLOCK), (0, -width % BLOCK))) for x in (query, key))
     count, score = (jnp.pad(x, (0, len(key) - len(x)))[:, None] for x in (count, score))
     rows = pl.BlockSpec((BLOCK, query.shape[1]), lambda i, j: (i, 0))
     keys = pl.BlockSpec((BLOCK, query.shape[1]), lambda i, j: (j, 0))
     column = pl.BlockSpec((BLOCK, 1), lambda i, j: (j, 0))
-    sums = pl.BlockSpec((1, BLOCK), lambda i, j: (0, i))
-    answer = pl.pallas_call(
+    output = pl.BlockSpec((1, BLOCK), lambda i, j: (0, i))
+    sums = pl.pallas_call(
         partial(_kernel, skip_own=skip_own),
         grid=(len(query) // BLOCK, len(key) // BLOCK),
         in_specs=[rows, keys, column, column],
-        out_specs=[sums] * 3,
+        out_specs=[output] * 3,
         out_shape=[jax.ShapeDtypeStruct((1, len(query)), jnp.float32)] * 3,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
     )(query, key, count, score)
-    return Partial(*(x[0, :queries] for x in answer))
+    return Partial(*(x[0, :queries] for x in sums))

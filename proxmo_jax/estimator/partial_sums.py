@@ -1,22 +1,30 @@
-"""The softmax-weighted sums of the soft baseline; sums over different keys combine with `|`.
+"""Softmax-weighted sums of the soft baseline. Sums over different keys combine with `|`.
 
-Two ways to compute them: `dense` (all pairs at once) and `blockwise` (memory flat in turns); a third is in
-`pallas_kernel`."""
+There are three implementations: `dense` (all pairs at once), `blockwise` (memory linear in the number of turns) and
+`pallas_kernel.pallas` (TPU).
+"""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Partial(NamedTuple):
-    """Softmax sums of each query [N] over some keys: with e_j = exp(c_j / tau - peak), weight = sum n_j e_j and
-    score = sum q_j e_j, for keys of n_j steps whose scores add up to q_j. No key: peak -inf, the rest 0.
+    """Softmax sums of each query [N] over some keys.
+
+    With e_j = exp(c_j / tau - peak), for keys of n_j steps whose scores sum to q_j. Without keys the peak is -inf and
+    the sums are 0.
+
+    Attributes:
+        peak: float32 [N], the largest logit.
+        weight: float32 [N], sum of n_j e_j.
+        score: float32 [N], sum of q_j e_j.
     """
 
-    peak: Any
-    weight: Any
-    score: Any
+    peak: jax.Array
+    weight: jax.Array
+    score: jax.Array
 
     def __or__(self, other: "Partial") -> "Partial":
         """The sums over the keys of both."""
@@ -26,14 +34,21 @@ class Partial(NamedTuple):
 
 
 def _decay(old: jax.Array, new: jax.Array) -> jax.Array:
-    """exp(old - new) where old may be -inf, and new with it."""
+    """exp(old - new), and 0 where `old` is -inf."""
     return jnp.where(old == -jnp.inf, 0.0, jnp.exp(old - jnp.where(new == -jnp.inf, 0.0, new)))
 
 
 def similarity(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Cosine similarity of unit vectors: `[N, D], [K, D] -> [N, K]` float32. A zero row has 0 to everything.
+    """Cosine similarity of unit vectors; a zero row has similarity 0 to everything.
 
     `HIGHEST`: on TPU the default rounds the product to bfloat16, which moved step advantages by up to 0.03.
+
+    Args:
+        query: float [N, D].
+        key: float [K, D].
+
+    Returns:
+        float32 [N, K].
     """
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     return jnp.einsum("id,jd->ij", query, key, precision=jax.lax.Precision.HIGHEST)
@@ -49,9 +64,18 @@ def _sums(logits: jax.Array, allowed: jax.Array, count: jax.Array, score: jax.Ar
 
 
 def dense(query, key, count, score, temperature, *, skip_own: bool) -> Partial:
-    """All at once, `[N, K]` in memory. query [N, D], key [K, D], count and score [K], temperature [].
+    """Softmax sums over all keys at once; needs memory for `[N, K]`.
 
-    `skip_own` leaves key i out of query i's sums. Keys of count 0 (padding) are in nobody's.
+    Args:
+        query: float32 [N, D].
+        key: float32 [K, D].
+        count: float32 [K], steps of each key; keys of count 0 (padding) take no part.
+        score: float32 [K], sum of their scores.
+        temperature: float32 [].
+        skip_own: leave key i out of the sums of query i.
+
+    Returns:
+        Sums [N].
     """
     allowed = jnp.broadcast_to(count > 0, (query.shape[0], key.shape[0]))
     if skip_own:
@@ -60,15 +84,23 @@ def dense(query, key, count, score, temperature, *, skip_own: bool) -> Partial:
 
 
 def blockwise(query, key, count, score, temperature, *, skip_own: bool, block: int = 128) -> Partial:
-    """As `dense`, holding `[block, block]` at a time (online softmax; Milakov and Gimelshein, arXiv 1805.02867)."""
+    """As `dense` with `[block, block]` in memory at a time (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+
+    Args:
+        query, key, count, score, temperature, skip_own: as in `dense`.
+        block: rows and columns of a block.
+
+    Returns:
+        Sums [N].
+    """
     queries, width = query.shape[0], query.shape[1]
     pad_queries, pad_keys = -queries % block, -key.shape[0] % block
     query = jnp.pad(query, ((0, pad_queries), (0, 0))).reshape(-1, block, width)
     key = jnp.pad(key, ((0, pad_keys), (0, 0))).reshape(-1, block, width)
     count, score = (jnp.pad(x, (0, pad_keys)).reshape(-1, block) for x in (count, score))
 
-    def one_block_of_queries(q):
-        number, rows = q
+    def of_queries(block_of_queries):
+        number, rows = block_of_queries
 
         def add(so_far, keys):
             at, key, count, score = keys
@@ -78,10 +110,10 @@ def blockwise(query, key, count, score, temperature, *, skip_own: bool, block: i
                 allowed &= (number * block + place)[:, None] != at * block + place
             return so_far | _sums(similarity(rows, key) / temperature, allowed, count, score), None
 
-        # Made from the input, so that it varies over mapped axes as the sums do.
+        # Derived from the input, so that it varies over the same mapped axes as the sums.
         zero = jnp.zeros_like(rows[:, 0])
-        nothing = Partial(zero - jnp.inf, zero, zero)
-        return jax.lax.scan(add, nothing, (jnp.arange(len(key)), key, count, score))[0]
+        empty = Partial(zero - jnp.inf, zero, zero)
+        return jax.lax.scan(add, empty, (jnp.arange(len(key)), key, count, score))[0]
 
-    sums = jax.lax.map(one_block_of_queries, (jnp.arange(len(query)), query))
+    sums = jax.lax.map(of_queries, (jnp.arange(len(query)), query))
     return Partial(*(x.reshape(-1)[:queries] for x in sums))

@@ -1,9 +1,9 @@
-"""Step baselines from comparing the observations of one group: exact matching (GiGPO) and proximity (ProxMO).
+"""Step baselines within one group: exact matching (GiGPO) and proximity (ProxMO).
 
-A soft baseline is a softmax-weighted mean, so it can be summed up key by key: a peak (the largest logit met), a weight
-total and a weighted score total, all relative to the peak. `dense` holds the whole similarity matrix, `blockwise` one
-block of it, and `pallas_kernel` is the same block by block on a TPU. Keys may be distinct observations with a number of
-steps each, which is exact and much cheaper: equal observations have equal weights.
+A soft baseline is a softmax-weighted mean, accumulated over keys as an online softmax: a peak (the largest logit), a
+weight total and a weighted score total, both relative to the peak. `dense` holds the whole similarity matrix,
+`blockwise` one block of it, and `pallas_kernel` works block by block on a TPU. Keys may be distinct observations with
+a number of steps each. This is exact, since equal observations have equal weights, and much cheaper.
 """
 
 import jax
@@ -14,7 +14,8 @@ from proxmo_jax.estimator.types import masked_mean, positive
 
 
 def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:
-    if kernel == "pallas":  # needs Pallas, which the other two do without
+    """Softmax sums by the kernel of this name."""
+    if kernel == "pallas":  # imported only where it is used
         from proxmo_jax.estimator.pallas_kernel import pallas
 
         return pallas(*keys, skip_own=skip_own)
@@ -31,13 +32,23 @@ def soft_advantage(
     row: jax.Array | None = None,
     kernel: str = "dense",
 ) -> jax.Array:
-    """A_i = Q_i - b_i, b_i = sum_j w_ij Q_j, w_ij = softmax_j(c_ij / tau) (ProxMO, proximity-based soft aggregation).
+    """Step advantage with a proximity-weighted baseline (ProxMO, arXiv 2602.19225).
 
-    score, mask [N]; embedding [N, D], one unit vector (or zeros) per step, or [U, D] of distinct observations with
-    `row` int [N], the observation of each step. -> [N] float32; 0 on padding, and for a lone step under
-    `exclude_self`. kernel: "dense", "blockwise" or "pallas".
+    A_i = Q_i - b_i, b_i = sum_j w_ij Q_j, w_ij = softmax_j(c_ij / tau), where c_ij is the cosine similarity.
+
+    Args:
+        score: float [N], step scores Q.
+        embedding: float [N, D], a unit vector (or zeros) for each step; or [U, D], one for each distinct observation.
+        mask: bool [N].
+        temperature: tau, above 0.
+        exclude_self: leave the step itself out of its baseline.
+        row: int [N], the observation of each step if `embedding` is [U, D].
+        kernel: "dense", "blockwise" or "pallas".
+
+    Returns:
+        float32 [N]; 0 on padding, and for a lone step under `exclude_self`.
     """
-    # Centred first: the weights sum to 1, so only rounding changes, and that for the better.
+    # Centring first reduces rounding errors and changes nothing else, since the weights sum to 1.
     score = jnp.where(mask, score - masked_mean(score, mask), 0.0).astype(jnp.float32)
     steps = mask.astype(jnp.float32)
     embedding = embedding.astype(jnp.float32)
@@ -50,12 +61,14 @@ def soft_advantage(
         own = jnp.minimum(row, embedding.shape[0] - 1)
     sums = _aggregate(kernel, embedding, embedding, count, total, temperature, skip_own=exclude_self)
     sums = Partial(*(x[own] for x in sums))
-    if exclude_self:  # the other steps of the same observation come back in
+    if exclude_self:  # add the other steps of the same observation again
         others = count[own] - steps
-        like = jnp.square(embedding).sum(1)[own] / temperature
-        back = others > 0
+        own_logit = jnp.square(embedding).sum(1)[own] / temperature
+        shared = others > 0
         sums |= Partial(
-            jnp.where(back, like, -jnp.inf), jnp.where(back, others, 0.0), jnp.where(back, total[own] - score, 0.0)
+            jnp.where(shared, own_logit, -jnp.inf),
+            jnp.where(shared, others, 0.0),
+            jnp.where(shared, total[own] - score, 0.0),
         )
     baseline = sums.score / jnp.where(sums.weight > 0, sums.weight, 1.0)
     return jnp.where(mask & (sums.weight > 0), score - baseline, 0.0)
@@ -64,10 +77,17 @@ def soft_advantage(
 def proximity_weights(
     embedding: jax.Array, mask: jax.Array, *, temperature: jax.Array | float, exclude_self: bool = False
 ) -> jax.Array:
-    """w_ij = softmax over the steps j of the group of c_ij / tau.
+    """Weights of the soft baseline: w_ij = softmax_j(c_ij / tau) over the steps j of the group.
 
-    embedding [N, D], mask [N] -> weights [N, N] float32; columns of padding are 0, rows sum to 1 (0 where there
-    is nothing to compare with: padding, or a lone step under `exclude_self`).
+    Args:
+        embedding: float [N, D], unit vectors or zeros.
+        mask: bool [N].
+        temperature: tau, above 0.
+        exclude_self: leave the step itself out.
+
+    Returns:
+        float32 [N, N]. Columns of padding are 0. Rows sum to 1, or to 0 for padding and a lone step under
+        `exclude_self`.
     """
     logits = similarity(embedding, embedding) / temperature
     allowed = mask[:, None] & mask[None, :]
@@ -82,12 +102,21 @@ def proximity_weights(
 def hard_advantage(
     score: jax.Array, anchor: jax.Array, mask: jax.Array, *, std: bool = False, epsilon: jax.Array | float = 1e-6
 ) -> jax.Array:
-    """GiGPO: A_i = Q_i - mean of Q over the steps with the same anchor id; `std` divides by their unbiased std.
+    """Step advantage with an exact-match baseline (GiGPO, arXiv 2505.10978).
 
-    score [N], anchor int [N] (any ids), mask [N] -> [N] float32; a step alone with its anchor gets 0. Sums are by
-    anchor: time and memory grow with N, not with its square.
+    A_i = Q_i - mean of Q over the steps with the same anchor. Time and memory are linear in N up to a sort.
+
+    Args:
+        score: float [N], step scores Q.
+        anchor: int [N], any ids.
+        mask: bool [N].
+        std: divide by the unbiased standard deviation of the matching steps + epsilon.
+        epsilon: added to the standard deviation.
+
+    Returns:
+        float32 [N]; 0 on padding and for a step that is alone with its anchor.
     """
-    place = jnp.searchsorted(jnp.sort(anchor), anchor)  # equal ids, equal places; below N, whatever the ids are
+    place = jnp.searchsorted(jnp.sort(anchor), anchor)  # ids -> [0, N)
 
     def total(values):
         return jnp.zeros_like(score).at[place].add(jnp.where(mask, values, 0.0))[place]
@@ -95,9 +124,9 @@ def hard_advantage(
     score = score.astype(jnp.float32)
     count = total(jnp.ones_like(score))
     mean = total(score) / jnp.maximum(count, 1.0)
-    mean = mean + total(score - mean) / jnp.maximum(count, 1.0)  # the second pass removes the rounding of the first
+    mean = mean + total(score - mean) / jnp.maximum(count, 1.0)  # the second pass removes the rounding error
     advantage = jnp.where(mask & (count > 1), score - mean, 0.0)
-    if std:  # relative to the largest, as in `masked_std`
+    if std:  # scaled as in `masked_std`
         peak = jnp.zeros_like(score).at[place].max(jnp.abs(advantage))[place]
         square = total(jnp.square(advantage / positive(peak)))
         deviation = peak * jnp.sqrt(square / jnp.maximum(count - 1.0, 1.0))

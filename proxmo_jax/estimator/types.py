@@ -1,12 +1,13 @@
-"""The data that flows through the estimator, each shape stated once.
+"""Data types of the estimator: groups in, advantages out, and the settings between them.
 
-Knows arrays only. `G` task groups, `M` members (trajectories) of a group, `T` turns of a member, `D` features.
-The estimator is written for ONE group `[M, T]`; a batch is a leading axis added by `jax.vmap`.
+Axes: `G` task groups, `M` members (trajectories) of a group, `T` turns of a member, `D` features. The estimator is
+written for one group `[M, T]`; `jax.vmap` adds the leading axis of a batch. docs/method.md defines all quantities.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,46 +17,57 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.packing import Packing, finite, flags, numbered, similar_anchors, strings
 from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
+Array = jax.Array | np.ndarray
+
 
 def pytree(cls):
-    """Register a frozen dataclass as a pytree; fields with `metadata={"static": True}` are not leaves."""
+    """Register a frozen dataclass as a pytree.
+
+    Args:
+        cls: the dataclass; fields with `metadata={"static": True}` are not leaves.
+
+    Returns:
+        The class.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
     return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], static)
 
 
 def static(default: Any) -> Any:
-    """A dataclass field that is part of the program, not of the data: changing it compiles anew."""
+    """A dataclass field that is static under `jax.jit`: a new value compiles a new program."""
     return field(default=default, metadata={"static": True})
 
 
 @pytree
 @dataclass(frozen=True)
 class Group:
-    """One task group as rolled out: `M` attempts at the same task, `T` turns each, `U` distinct anchor observations.
+    """The rollout of one task: `M` attempts at the same task, `T` turns each, `U` distinct anchor observations.
 
-    reward        float [M, T]   environment reward of the turn
-    mask          bool  [M, T]   turns that happened; everything else is padding and changes nothing
-    success       bool  [M]      the trajectory solved its task
-    action_valid  bool  [M, T]   the turn's action was well formed
-    anchor        int32 [M, T]   the turn's anchor observation: equal numbers, equal text (`hard`); or None
-    embedding     float [M, T, D] unit vectors of the anchor observations, or zeros (`soft`); or [U, D], those of the
-                                 distinct observations, whose rows `anchor` names: the same, and cheaper; or None
-    comparable    bool  []       False if no text of the whole batch has a feature (no proximity then); None: True
-    words         ids, counts [U, K]  word counts of the distinct observations, whose rows `anchor` names; TF-IDF
-                                 makes the embedding of them (`batch_advantages`); or None
-    anchored_by   what `from_steps` numbered the anchors by: "equal texts", "similar texts"; None: the caller's own
-
-    A batch of groups is the same with a leading axis `[G, ...]` (`words.alphabetical` [V] has none).
+    Attributes:
+        reward: float [M, T], environment reward of the turn.
+        mask: bool [M, T], turns that happened; all others are padding and change no result.
+        success: bool [M], the trajectory solved its task.
+        action_valid: bool [M, T], the action of the turn is valid.
+        anchor: int32 [M, T], index of the turn's anchor observation; equal numbers mean equal (or similar) texts.
+            Needed for the aggregations hard and similar.
+        embedding: float [M, T, D], unit vectors of the anchor observations, or zeros; or [U, D], one for each distinct
+            observation, indexed by `anchor`: the same result at lower cost. Needed for the aggregation soft.
+        comparable: bool [], False if no text of the whole batch has a feature: there is no proximity then. None is
+            True.
+        words: word counts [U, K] of the distinct observations, indexed by `anchor`; `batch_advantages` computes the
+            TF-IDF embedding from them.
+        anchored_by: what `from_steps` compared texts by, "equal texts" or "similar texts"; None for anchors of the
+            caller.
     """
 
-    reward: Any
-    mask: Any
-    success: Any
-    action_valid: Any
-    anchor: Any = None
-    embedding: Any = None
-    comparable: Any = None
+    reward: Array
+    mask: Array
+    success: Array
+    action_valid: Array
+    anchor: Array | None = None
+    embedding: Array | None = None
+    comparable: Array | None = None
     words: WordCounts | None = None
     anchored_by: str | None = static(None)
 
@@ -64,56 +76,78 @@ class Group:
         cls, *, group, trajectory, step, reward, success, action_valid, texts=None, anchor=None, embedding=None,
         vocabulary: Vocabulary | None = None, similarity_threshold: float | None = None,
         max_features: int | None = None,
-    ) -> "tuple[Group, Packing]":  # fmt: skip
-        """Pack `N` ragged steps of many groups, on the host, into a batch `[G, M, T]`, and say where each step lies.
-
-        `packing.unpack(answer.joint)` brings answers back into the steps' order. Numbers of words and of distinct
-        texts are padded to powers of two.
+    ) -> "tuple[Batch, Packing]":  # fmt: skip
+        """Pack `N` ragged steps of many groups into a batch `[G, M, T]`, on the host.
 
         Args:
-            group, trajectory: [N] ids, ints or strings.
+            group: [N] group ids, ints or strings.
+            trajectory: [N] trajectory ids, ints or strings.
             step: [N] numbers or times that order the turns of a trajectory.
-            reward: [N]. success: bool [N], the same on all steps of a trajectory. action_valid: bool [N].
-            texts: N strings that steps are compared by, counted with `vocabulary` (kept between batches, it counts a
-                text once). In their place, of the caller's own: anchor [N] ids and embedding [N, D].
-            similarity_threshold: anchors are shared by texts that are at least this similar (`similar_anchors`) and
-                not by equal ones only; `gigpo_similarity` needs it. There are no word counts then.
-            max_features: that of the settings; it keeps the arrays narrow if a text has more different words, of
-                which TF-IDF would drop the others.
+            reward: float [N].
+            success: bool [N], the same on all steps of a trajectory.
+            action_valid: bool [N].
+            texts: N strings, the anchor observations.
+            anchor: [N] ids of the caller in place of texts.
+            embedding: float [N, D], vectors of the caller.
+            vocabulary: counts the words of texts; keep it between batches to count each text once.
+            similarity_threshold: texts that are at least this similar (`similar_anchors`) share an anchor, as
+                `gigpo_similarity` needs; no words are counted then. Default: equal texts share one.
+            max_features: as in the settings. Words that TF-IDF would drop are dropped at once if a text has more
+                distinct words, which keeps the arrays narrow.
+
+        Returns:
+            The batch, and the packing: `packing.unpack(advantages.joint)` restores the order of the steps. The numbers
+            of words and distinct texts are padded to powers of two.
 
         Raises:
-            UserError: it names the array and the row: see `Packing`; rewards that are not finite in float32; a
-                trajectory whose steps disagree on success; anchors beside texts.
+            UserError: naming the array and the row, for ids and steps that `Packing` refuses, rewards that are not
+                finite in float32, a trajectory whose steps disagree on success, and anchors beside texts.
         """
         packing = Packing(group, trajectory, step)
-        words, anchored_by = None, None
-        if texts is not None:
-            if anchor is not None:
-                raise UserError("anchor: texts number their own anchors; give one of the two")
-            texts = strings(texts, "texts")
-            if similarity_threshold is not None:
-                anchored_by, anchor = "similar texts", similar_anchors(texts, packing.index[0], similarity_threshold)
-            else:
-                anchored_by, vocabulary = "equal texts", vocabulary or Vocabulary()
-                numbers = vocabulary.rows(texts)
-                row, table = packing.distinct(numbers, "texts")
-                words = (vocabulary if max_features is None else vocabulary.cut(numbers, max_features)).gather(table)
-        elif similarity_threshold is not None:
-            raise UserError("similarity_threshold: there are no texts; need them to number anchors by")
-        if anchor is not None:  # renumbered, as ids may be larger than int32
-            row, _ = packing.distinct(numbered(anchor, "anchor")[0], "anchor")
+        row, words, anchored_by = _observations(packing, texts, anchor, vocabulary, similarity_threshold, max_features)
         batch = cls(
             reward=packing.pack(finite(reward, "reward"), "reward"),
             mask=packing.pack(np.ones(len(packing), bool)),
             success=packing.pack_trajectories(flags(success, "success"), "success"),
             action_valid=packing.pack(flags(action_valid, "action_valid"), "action_valid"),
-            anchor=None if texts is None and anchor is None else packing.pack(row),
+            anchor=None if row is None else packing.pack(row),
             embedding=None if embedding is None else packing.pack(finite(embedding, "embedding", 2), "embedding"),
             words=words,
             anchored_by=anchored_by,
         )
         return batch, packing
 
+
+def _observations(
+    packing: Packing,
+    texts: Sequence[str] | None,
+    anchor: Any,
+    vocabulary: Vocabulary | None,
+    threshold: float | None,
+    max_features: int | None,
+) -> tuple[np.ndarray | None, WordCounts | None, str | None]:
+    """(observation of each step int32 [N], word counts [G, U, K], what steps were compared by), as in `from_steps`."""
+    if texts is None and threshold is not None:
+        raise UserError("similarity_threshold: there are no texts; need them to number anchors by")
+    if texts is not None and anchor is not None:
+        raise UserError("anchor: texts number their own anchors; give one of the two")
+    if texts is not None and threshold is None:
+        vocabulary = vocabulary or Vocabulary()
+        numbers = vocabulary.rows(strings(texts, "texts"))
+        row, table = packing.distinct(numbers, "texts")
+        kept = vocabulary if max_features is None else vocabulary.cut(numbers, max_features)
+        return row, kept.gather(table), "equal texts"
+    anchored_by = None
+    if texts is not None and threshold is not None:
+        anchored_by, anchor = "similar texts", similar_anchors(strings(texts, "texts"), packing.index[0], threshold)
+    if anchor is None:
+        return None, None, None
+    row, _ = packing.distinct(numbered(anchor, "anchor")[0], "anchor")  # ids may be larger than int32
+    return row, None, anchored_by
+
+
+Batch = Group
+"""A batch of groups: a `Group` whose arrays have a leading axis [G, ...]; `words.alphabetical` [V] has none."""
 
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 RANGES = {
@@ -130,52 +164,54 @@ RANGES = {
 @pytree
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of the estimator. Plain numbers are leaves (`vmap` over them to sweep), choices are static.
+    """Settings of the estimator. Numbers are pytree leaves (`vmap` over them to sweep), choices are static.
 
-    Numbers outside of `RANGES` and unknown choices raise UserError; arrays are taken as they are.
+    The symbols are those of docs/method.md. Arrays in place of numbers are not checked.
 
-    discount          gamma of the returns (spec: 0.95)
-    invalid_penalty   c, taken from episode and step scores of a turn whose action is invalid (0.1)
-    alpha             exponent of the success-rate modulation (4), > 0
-    modulation_range  the modulation weight lies in [1 - range, 1 + range] (0.05); 0 switches it off
-    temperature       tau of the proximity softmax (0.1), > 0; towards 0 only equal vectors count
-    step_weight       omega, the share of the step advantage in the joint one (1)
-    epsilon           added to standard deviations (1e-6); with 0, equal scores still give 0
-
-    aggregation       "none" (GRPO), "hard" (GiGPO: equal anchor ids), "similar" (the same, but anchors that are known
-                      to stand for equal texts are refused), "soft" (ProxMO: proximity-weighted)
-    episode_std       divide the episode advantage by the group's unbiased standard deviation
-    step_std          the same for the step advantage; "hard" and "similar" only
-    episode_over      what the episode statistics are taken over: "steps" (long trajectories weigh more,
-                      as the official code does) or "trajectories"
-    leave_one_out     the episode baseline leaves the sample itself out (RLOO)
-    success_rate      "trajectories": successes / attempts, as in the paper; "official": the official code's
-                      mean penalised score over steps, clamped to [0, 1], success where the score exceeds 0.5
-    lone_step         the episode advantage where there is nothing to compare with (one step, or one trajectory under
-                      `episode_over="trajectories"`): "zero"; "official": the score itself, as in the official code
-    exclude_self      leave the step itself out of its soft baseline
-    kernel            how soft baselines are summed up: "dense" (all pairs of a group at once), "blockwise" (memory flat
-                      in turns) or "pallas" (the same as a TPU kernel)
-    max_features      words TF-IDF keeps (1024)
+    Raises:
+        UserError: for a number outside `RANGES`, an unknown choice and choices that exclude each other.
     """
 
     discount: float = 0.95
+    """Discount of the returns (gamma)."""
     invalid_penalty: float = 0.1
+    """Subtracted from the episode and step scores of a turn with an invalid action (c)."""
     alpha: float = 4.0
+    """Exponent of the success-rate modulation (alpha); above 0."""
     modulation_range: float = 0.05
+    """The modulation weight lies in [1 - range, 1 + range] (rho); 0 disables the modulation."""
     temperature: float = 0.1
+    """Temperature of the proximity softmax (tau); above 0. Towards 0 only equal vectors count."""
     step_weight: float = 1.0
+    """Weight of the step advantage in the joint advantage (omega)."""
     epsilon: float = 1e-6
-    aggregation: str = static("soft")
+    """Added to standard deviations; with 0, equal scores still get advantage 0."""
+
+    aggregation: Literal["none", "hard", "similar", "soft"] = static("soft")
+    """Step baseline: none (GRPO); hard, steps with equal observations (GiGPO); similar, steps with similar ones, which
+    are grouped when the batch is packed; soft, all steps weighted by proximity (ProxMO)."""
     episode_std: bool = static(False)
+    """Divide the episode advantage by the unbiased standard deviation of the group."""
     step_std: bool = static(False)
-    episode_over: str = static("steps")
+    """Divide the step advantage by the unbiased standard deviation of the matching steps; not with aggregation soft."""
+    episode_over: Literal["steps", "trajectories"] = static("steps")
+    """Samples of the episode statistics: steps (a long trajectory has more weight, as in the official code) or
+    trajectories."""
     leave_one_out: bool = static(False)
-    success_rate: str = static("trajectories")
-    lone_step: str = static("zero")
+    """Leave the sample itself out of its episode baseline (RLOO)."""
+    success_rate: Literal["trajectories", "official"] = static("trajectories")
+    """Success rate p: trajectories, the fraction of successful trajectories, as in the paper; official, the mean
+    penalised score over steps, clamped to [0, 1], where a score above 0.5 is a success, as in the official code."""
+    lone_step: Literal["zero", "official"] = static("zero")
+    """Episode advantage of a group with a single sample (one step, or one trajectory with episode_over trajectories):
+    zero, or official, the score itself, as in the official code."""
     exclude_self: bool = static(False)
-    kernel: str = static("dense")
+    """Leave the step itself out of its soft baseline."""
+    kernel: Literal["dense", "blockwise", "pallas"] = static("dense")
+    """Summation of soft baselines: dense, all pairs of a group at once; blockwise, with memory linear in the number of
+    turns; pallas, the same as a TPU kernel."""
     max_features: int = static(1024)
+    """Size of the TF-IDF vocabulary."""
 
     def __post_init__(self):
         _choice("kernel", self.kernel, ("dense", "blockwise", "pallas"))
@@ -194,10 +230,19 @@ class Settings:
 
 
 def sweep(settings: Settings, **values: Any) -> Settings:
-    """Every combination of the values of some numeric knobs, the last named changing fastest: leaves float32 [N].
+    """Every combination of values of some numeric settings; the last one named changes fastest.
 
-    `jax.vmap(advantages, (None, 0))(group, sweep(proxmo(), temperature=[0.05, 0.1], step_weight=[0, 1]))` estimates
-    under all four. Raises UserError for a name that is no numeric knob and for values outside of `RANGES`.
+        jax.vmap(advantages, (None, 0))(group, sweep(proxmo(), temperature=[0.05, 0.1], step_weight=[0, 1]))
+
+    Args:
+        settings: the settings of everything that is not swept.
+        values: for each name, the values to try.
+
+    Returns:
+        Settings whose numbers are float32 [N].
+
+    Raises:
+        UserError: for a name that is no numeric setting, and a value outside `RANGES`.
     """
     knobs = list(RANGES)
     for name, several in values.items():
@@ -232,31 +277,39 @@ def _number(name: str, value: Any) -> None:
 @pytree
 @dataclass(frozen=True)
 class Advantages:
-    """What the estimator answers for one group; every array is 0 on padding.
+    """Results of the estimator for one group. Arrays are 0 on padding; a batch has a leading axis [G, ...].
 
-    returns       float32 [M, T]  discounted return of the turn
-    success_rate  float32 []      p of the group, by the rule of the settings
-    modulation    float32 [M, T]  weight of the episode advantage
-    episode       float32 [M, T]  modulated episode advantage
-    step          float32 [M, T]  step advantage
-    joint         float32 [M, T]  episode + omega * step: what every response token of the turn gets
-    proximity     float32 [M * T, M * T]  weights of the soft baseline, if they were asked for; else None
+    Attributes:
+        returns: float32 [M, T], discounted return of the turn.
+        success_rate: float32 [], success rate p of the group, by the rule of the settings.
+        modulation: float32 [M, T], weight of the episode advantage.
+        episode: float32 [M, T], modulated episode advantage.
+        step: float32 [M, T], step advantage.
+        joint: float32 [M, T], episode + step_weight * step: the advantage of every response token of the turn.
+        proximity: float32 [M * T, M * T], weights of the soft baseline if they were requested, else None.
     """
 
-    returns: Any
-    success_rate: Any
-    modulation: Any
-    episode: Any
-    step: Any
-    joint: Any
-    proximity: Any = None
+    returns: jax.Array
+    success_rate: jax.Array
+    modulation: jax.Array
+    episode: jax.Array
+    step: jax.Array
+    joint: jax.Array
+    proximity: jax.Array | None = None
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` where `mask`, over all axes, in two passes; 0 for an empty mask.
+    """Mean over all axes under a mask, in two passes.
 
-    The second pass removes the rounding of the first: with nearly equal scores one pass was off by 4e-2 of
-    their spread.
+    The second pass removes the rounding of the first: with nearly equal scores one pass was off by 4e-2 of their
+    spread.
+
+    Args:
+        values: float [...].
+        mask: bool [...], of the same shape.
+
+    Returns:
+        float32 []; 0 for an empty mask.
     """
     count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
     mean = jnp.where(mask, values, 0.0).sum() / count
@@ -264,9 +317,17 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def masked_std(deviation: jax.Array, mask: jax.Array) -> jax.Array:
-    """Unbiased standard deviation of values, given less their mean, where `mask`; 0 for fewer than two.
+    """Unbiased standard deviation under a mask.
 
-    Relative to the largest: squares of large values are not infinite, those of small ones not 0.
+    Scaled by the largest deviation, so that squares of large values do not overflow and those of small ones do not
+    underflow.
+
+    Args:
+        deviation: float [...], values minus their mean.
+        mask: bool [...], of the same shape.
+
+    Returns:
+        float32 []; 0 for fewer than two values.
     """
     deviation = jnp.where(mask, deviation, 0.0)
     peak = jnp.abs(deviation).max()
@@ -275,5 +336,5 @@ def masked_std(deviation: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def positive(scale: jax.Array) -> jax.Array:
-    """What to divide by: the scale, or 1 where it is 0."""
+    """The divisor itself, or 1 where it is 0."""
     return jnp.where(scale > 0, scale, 1.0)

@@ -31,7 +31,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "eval": Command("proxmo_jax.agent.evaluate", "success of a trained run by task type and split"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
-    "check-model": Command("proxmo_jax.policy.check_model", "compare our decoder with transformers on a checkpoint"),
+    "check-model": Command("proxmo_jax.agent.check_model", "compare our decoder with transformers on a checkpoint"),
     "ablate": {
         "estimator": Command("proxmo_jax.ablation.grid", "re-estimate a recorded batch under a grid of settings"),
         "train": Command("proxmo_jax.ablation.runner", "train small agents under every setting of a study"),
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = find(arguments)
         config = parse(arguments, command)
-        assert command is not None  # otherwise tyro has printed help or an error, and exited
+        assert command is not None  # otherwise tyro has exited
         return 1 if run(load(command), config) is False else 0
     except (UserError, EnvironmentUserError, OSError, RuntimeError) as error:
         message, out_of_memory = str(error), str(error).startswith("RESOURCE_EXHAUSTED")  # XLA's word
@@ -85,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         print(f"proxmo: {' '.join(message.split())}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # tyro has printed help or an error
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("proxmo: interrupted", file=sys.stderr)
         return 130
@@ -133,23 +135,36 @@ def load(command: Command) -> Any:
 def parse(arguments: list[str], command: Command | None) -> Any:
     """The command's Config. Exits with help, or with an error message of tyro's, where the arguments ask for that."""
     completion = any(word.startswith("--tyro-") for word in arguments)  # lists the options of all commands
+    about = "ProxMO for multi-turn language-model agents, in JAX."
+    if command is None or completion:
+        return tyro.cli(kind_of_all(completion), args=arguments, prog="proxmo", description=about)
+    module = load(command)
+    words = len(name_of(command).split())
+    options: dict[str, Any] = {"args": arguments[words:], "prog": f"proxmo {name_of(command)}"}
+    if hasattr(module, "default"):
+        options["default"] = module.default(arguments[words:])
+    return tyro.cli(module.Config, description=module.__doc__, **options)
+
+
+def name_of(command: Command) -> str:
+    """The words that name a command."""
+    for name, entry in COMMANDS.items():
+        if entry is command:
+            return name
+        for second, inner in entry.items() if isinstance(entry, dict) else ():
+            if inner is command:
+                return f"{name} {second}"
+    raise KeyError(command)
+
+
+def kind_of_all(with_options: bool) -> Any:
+    """All commands as one union of subcommands; without their options, they need not be imported."""
 
     def kind_of(name: str, entry: Command | dict[str, Command]) -> Any:
-        """The type of a subcommand; commands that do not run have no options, so that they need not be imported."""
         if isinstance(entry, dict):
             kinds: Any = Union[tuple(kind_of(*item) for item in entry.items())]  # noqa: UP007
             return Annotated[kinds, tyro.conf.subcommand(name, description=GROUPS[name])]
-        if entry is not command and not completion:
-            nothing: Any = dataclasses.make_dataclass("Options", ())
-            return Annotated[nothing, tyro.conf.subcommand(name, description=entry.help)]
-        module = load(entry)
-        if entry is not command:
-            return Annotated[module.Config, tyro.conf.subcommand(name, description=entry.help)]
-        options: dict[str, Any] = {"description": module.__doc__}
-        if hasattr(module, "default"):
-            options["default"] = module.default(arguments)
-        return Annotated[module.Config, tyro.conf.subcommand(name, **options)]
+        config: Any = load(entry).Config if with_options else dataclasses.make_dataclass("Options", ())
+        return Annotated[config, tyro.conf.subcommand(name, description=entry.help)]
 
-    commands: Any = Union[tuple(kind_of(*item) for item in COMMANDS.items())]  # noqa: UP007
-    about = "ProxMO for multi-turn language-model agents, in JAX."
-    return tyro.cli(commands, args=arguments, prog="proxmo", description=about)
+    return Union[tuple(kind_of(*item) for item in COMMANDS.items())]  # noqa: UP007

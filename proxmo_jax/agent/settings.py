@@ -245,11 +245,11 @@ class ModelSettings:
     def __post_init__(self) -> None:
         at_least(0, "model", self, "lora_rank")
         above_zero("model", self, "lora_alpha")
-        at_least(1, "model", self, "layers")
+        at_least(1, "model", self, "hidden_size", "layers")
         template_arguments(self.chat_template_args)
         heads, shared = self.hidden_size // 16, self.hidden_size // 32
         need(
-            shared > 0 and heads % shared == 0 and self.hidden_size % 16 == 0,
+            shared > 0 and heads % shared == 0,
             f"--model.hidden-size must be a multiple of 32, got {self.hidden_size}: {heads} heads cannot share {shared}"
             " key-value heads",
         )
@@ -405,7 +405,8 @@ def check_small_policy(config: Config) -> None:
         shape.num_key_value_heads % mesh.tensor == 0 and shape.intermediate_size % mesh.tensor == 0,
         f"--model.hidden-size must be a multiple of 32 x --mesh.tensor {mesh.tensor}, got {size}",
     )
-    if config.warm_start.from_run is None:
+    taken = (config.output.dir / "warm_start" / "config.json").is_file()  # then the other run is not needed any more
+    if config.warm_start.from_run is None or taken:
         return
     path = config.warm_start.from_run / "warm_start" / "config.json"
     need(path.is_file(), f"--warm-start.from-run: {config.warm_start.from_run} holds no warm start")

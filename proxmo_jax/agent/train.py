@@ -34,6 +34,7 @@ from proxmo_jax.agent.report import (
     write_episodes,
 )
 from proxmo_jax.agent.rollout import Player, collect
+from proxmo_jax.agent.run_files import default as default  # the command line's
 from proxmo_jax.agent.run_files import open_folder, resumed
 from proxmo_jax.agent.settings import Config, check
 from proxmo_jax.agent.stop import StopOnSignal

@@ -7,23 +7,30 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from nested import config_with
 from test_train import proxmo
 from tiny_model import write_tiny_model
 
 from proxmo_jax import cli
 from proxmo_jax.agent.player import chat, language_player, make_player
 from proxmo_jax.agent.report import read_metrics
-from proxmo_jax.agent.settings import Config, check
+from proxmo_jax.agent.run_files import default
+from proxmo_jax.agent.settings import check
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.policy.weights import load_weights, read_config
 
 RUN = (
-    "--prompt history --train-games 6 --eval-games 2 --groups 2 --members 2 --max-turns 2 --max-prompt-tokens 1500"
-    " --max-response-tokens 12 --row-length 1536 --rows-per-batch 2 --micro-batch-tokens 3072 --decode-rows 2"
-    " --workers 1 --eval-every 2 --save-every 1 --stop </action> --top-k 50"
+    "--rollout.prompt history --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"
+    " --rollout.max-turns 2 --rollout.max-prompt-length 1500 --rollout.max-response-length 12"
+    " --optimizer.row-length 1536 --optimizer.rows-per-batch 2 --optimizer.micro-batch-tokens 3072"
+    " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1"
+    " --rollout.stop </action> --rollout.top-k 50"
 ).split()
-FULL = "--dtype bfloat16 --remat full --moments-dtype bfloat16".split()
-ADAPTERS = "--lora-rank 4 --learning-rate 0.01 --old-log-probs trainer --kl-weight 0 --attention splash".split()
+FULL = "--model.dtype bfloat16 --model.remat full --optimizer.moments-dtype bfloat16".split()
+ADAPTERS = (
+    "--model.lora-rank 4 --optimizer.learning-rate 0.01 --loss.old-log-probs trainer --loss.kl-coef 0"
+    " --model.attention splash"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
 
 
 def test_prompts_go_through_the_models_own_template(model):
-    player = language_player(Config(model=str(model)), make_mesh(devices=jax.devices()[:1]))
+    player = language_player(config_with(model__path=str(model)), make_mesh(devices=jax.devices()[:1]))
     assert chat(player.tokenizer, "go") == "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
     ids = player.tokenizer.encode(player.render("go"), add_special_tokens=False)
     assert ids[0] == 257  # the template's tokens are special ones, not letters
@@ -102,8 +109,8 @@ def test_models_that_do_not_fit_are_refused(model, tmp_path, harm, options, mess
     shutil.copytree(model, folder)
     if harm:
         harm(folder)
-    config = Config(**{"model": str(folder), **options})
-    mesh = make_mesh(0, config.fsdp, config.tensor)
+    config = config_with(**{"model__path": str(folder), **options})
+    mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         make_player(config, mesh)
     assert message in str(error.value)
@@ -115,9 +122,23 @@ def test_recipes_are_loaded_by_name(env, turns, prompt, size, tmp_path, monkeypa
     """The published constants; everything else of them is the check's to refuse."""
     (tmp_path / "train").mkdir()
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    config = cli._defaults(["--config", f"{env}_qwen2.5_{size}"], Config)
-    assert (config.groups, config.members, config.max_turns, config.iterations) == (16, 8, turns, 150)
-    assert (config.learning_rate, config.final_rate, config.kl_coef, config.clip) == (1e-6, 1.0, 0.01, 0.2)
-    assert (config.max_prompt_tokens, config.max_response_tokens, config.history) == (prompt, 512, 2)
-    assert config.model == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+    config = default(["--config", f"{env}_qwen2.5_{size}"])
+    assert (config.rollout.num_groups, config.rollout.group_size, config.rollout.max_turns, config.iterations) == (
+        16,
+        8,
+        turns,
+        150,
+    )
+    assert (config.optimizer.learning_rate, config.optimizer.final_rate, config.loss.kl_coef, config.loss.clip) == (
+        1e-6,
+        1.0,
+        0.01,
+        0.2,
+    )
+    assert (config.rollout.max_prompt_length, config.rollout.max_response_length, config.rollout.history) == (
+        prompt,
+        512,
+        2,
+    )
+    assert config.model.path == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
     check(config)  # on the tests' eight devices

@@ -7,16 +7,17 @@ import jax
 import numpy as np
 import pytest
 import qwen_record
+from nested import config_with
 from safetensors.numpy import load_file, save_file
 from test_language_model import spoil
 from tiny_model import TEMPLATE, write_tiny_model
 
 from envs_bridge.actions import project
-from proxmo_jax import cli
 from proxmo_jax.agent import check_model
 from proxmo_jax.agent.chat import chat, settings_of, template_arguments
 from proxmo_jax.agent.player import language_player
-from proxmo_jax.agent.settings import Config, check
+from proxmo_jax.agent.run_files import default
+from proxmo_jax.agent.settings import check
 from proxmo_jax.policy import weights
 from proxmo_jax.policy.decoder import PolicyConfig, Rope, init_params
 from proxmo_jax.policy.sharding import make_mesh
@@ -221,7 +222,7 @@ def model(tiny, tmp_path):
 
 
 def player_of(folder, **options):
-    return language_player(Config(model=str(folder), **options), make_mesh(devices=jax.devices()[:1]))
+    return language_player(config_with(model__path=str(folder), **options), make_mesh(devices=jax.devices()[:1]))
 
 
 CUT = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
@@ -331,13 +332,13 @@ def test_template_arguments_that_say_nothing_are_refused(model, arguments, messa
 def test_template_arguments_come_from_recipes_and_go_with_models_alone(tmp_path):
     recipe = tmp_path / "think.toml"
     recipe.write_text('model = "m"\n[chat_template_args]\nenable_thinking = false\neffort = "low"\n')
-    config = cli._defaults(["--config", str(recipe)], Config)
-    assert template_arguments(config.chat_template_args) == {"enable_thinking": False, "effort": "low"}
+    config = default(["--config", str(recipe)])
+    assert template_arguments(config.model.chat_template_args) == {"enable_thinking": False, "effort": "low"}
     recipe.write_text("[chat_template_args]\nsteps = [1]\n")
     with pytest.raises(ValueError, match=r"chat_template_args\.steps must be true"):
-        cli._defaults(["--config", str(recipe)], Config)
+        default(["--config", str(recipe)])
     with pytest.raises(ValueError, match="needs a --model"):
-        check(Config(chat_template_args=("a=1",)))
+        check(config_with(model__chat_template_args=("a=1",)))
 
 
 @pytest.mark.parametrize(

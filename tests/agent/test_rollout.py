@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from nested import config_with
 from scripted import ScriptedPool, say, small_player
 from tiny_model import write_tiny_model
 
@@ -16,10 +17,10 @@ from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import ANSWER_START, History, Notes
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.worker import WORD
+from proxmo_jax.agent.loop import rollout_row
 from proxmo_jax.agent.player import make_player
 from proxmo_jax.agent.rollout import TRIES, Example, Limits, Player, collect, demonstration_buffer, demonstrations
-from proxmo_jax.agent.settings import Config
-from proxmo_jax.agent.train import Evaluation, rollout_row
+from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.policy.decoder import PolicyConfig, init_params
@@ -192,7 +193,7 @@ def test_lost_episodes_are_in_no_statistic(tmp_path):
 
     rollout = play_script(player, script, groups=3, members=2)
     assert rollout.finished.tolist() == [True] * 3 + [False] * 3
-    row = rollout_row(Config(members=2, reward_scale=10.0, env="shop"), rollout)
+    row = rollout_row(config_with(rollout__group_size=2, env__reward_scale=10.0, env__name="shop"), rollout)
     assert row["train/success_rate"] == pytest.approx(2 / 3)
     assert row["train/reward"] == pytest.approx(20 / 3)
     assert row["train/score"] == pytest.approx(2 / 3)
@@ -210,7 +211,7 @@ def test_lost_episodes_are_in_no_statistic(tmp_path):
             pass
 
     games = [f"x#{i}#{kind}" for i, kind in enumerate("aabbcc")]
-    evaluation = Evaluation(Config(env="shop"), player, ScriptedPool(script), games)
+    evaluation = Evaluation(config_with(env__name="shop"), player, ScriptedPool(script), games)
     row = evaluation.run(init_params(player.config, jax.random.key(0)), Silent(), "before")
     assert row["eval/games"] == 3
     assert row["eval/turns"] == pytest.approx(7 / 3)
@@ -242,7 +243,9 @@ MEMORIES = {
 def language_player(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_tiny_model(folder)
-    config = Config(model=str(folder), max_prompt_tokens=900, row_length=1024, prompt="history")
+    config = config_with(
+        model__path=str(folder), rollout__max_prompt_length=900, optimizer__row_length=1024, rollout__prompt="history"
+    )
     return make_player(config, make_mesh(devices=jax.devices()[:1]))
 
 

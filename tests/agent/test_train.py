@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from proxmo_jax import cli
+from proxmo_jax.agent.loop import Loop, steps_of
 from proxmo_jax.agent.report import (
     Metrics,
     ProgressLines,
@@ -32,7 +33,6 @@ from proxmo_jax.agent.report import (
     wilson,
 )
 from proxmo_jax.agent.rollout import Rollout
-from proxmo_jax.agent.train import Loop, steps_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import dr_grpo
 from proxmo_jax.estimator.steps_file import read_steps, steps_advantages, write_steps
@@ -43,8 +43,9 @@ from proxmo_jax.training.checkpoint import Checkpoints, load_params, save_params
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-    "--train-games 24 --eval-games 8 --groups 2 --members 4 --max-turns 4 --warm-start-steps 6 --rows-per-batch 8"
-    " --hidden-size 32 --layers 1 --workers 1 --eval-every 2 --save-every 2"
+    "--env.train-games 24 --env.eval-games 8 --rollout.num-groups 2 --rollout.group-size 4 --rollout.max-turns 4"
+    " --warm-start.steps 6 --optimizer.rows-per-batch 8"
+    " --model.hidden-size 32 --model.layers 1 --env.workers 1 --output.eval-every 2 --output.save-every 2"
 ).split()
 
 
@@ -147,9 +148,12 @@ def test_alfworlds_data_are_trained_on(run, tmp_path):
     shutil.copytree(run / "games", data / "json_2.1.1")
     next((data / "json_2.1.1" / "train").glob("*/*/game.tw-pddl")).unlink()
     out = tmp_path / "out"
-    options = "--env alfworld --prompt history --history 1 --max-prompt-tokens 300 --max-response-tokens 16".split()
+    options = (
+        "--env alfworld --rollout.prompt history --rollout.history 1 --rollout.max-prompt-length 300"
+        " --rollout.max-response-length 16"
+    ).split()
     done = proxmo("train", "--out", str(out), "--data", str(data), "--iterations", "1", *SMALL, *options,
-                  "--row-length", "320")  # fmt: skip
+                  "--optimizer.row-length", "320")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "train 23, valid_seen 4, valid_unseen 4" in done.stdout
     assert "on 23 ALFWorld games" in done.stdout
@@ -197,12 +201,15 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     ("arguments", "message"),
     [
         (["fly"], "unknown command 'fly'"),
-        (["train", "--members", "1"], "--members must be at least 2, got 1"),
-        (["train", "--train-games", "0"], "--train-games must be at least 1, got 0"),
-        (["train", "--method", "sarsa"], "--method must be one of grpo"),
+        (["train", "--rollout.group-size", "1"], "--rollout.group-size must be at least 2, got 1"),
+        (["train", "--env.train-games", "0"], "--env.train-games must be at least 1, got 0"),
+        (["train", "--preset", "sarsa"], "--preset must be one of grpo"),
         (["train", "--config", "absent.toml"], "absent.toml cannot be read"),
         (["train", "--resume", "--out", "absent"], "absent holds no run"),
-        (["train", "--max-prompt-tokens", "16", "--train-games", "6", "--eval-games", "6"], "need at most 16"),
+        (
+            ["train", "--rollout.max-prompt-length", "16", "--env.train-games", "6", "--env.eval-games", "6"],
+            "need at most 16",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, tmp_path):
@@ -420,7 +427,7 @@ def test_eval_says_what_can_be_done_where_a_setting_is_missing(tmp_path, capsys)
     (tmp_path / "config.json").write_text(json.dumps({"iterations": 1, "env": "shop"}), encoding="utf-8")
     assert cli.main(["eval", str(tmp_path), "--env", "webshop"]) == 2
     said = capsys.readouterr().err
-    assert "--env webshop needs --webshop DIR" in said
+    assert "--env webshop needs --env.webshop DIR" in said
     assert "--webshop, --engine, --python and --workers can be given here" in said
     assert cli.main(["eval", str(tmp_path), "--env", "webshop", "--webshop", str(tmp_path)]) == 2
     assert f"--webshop: {tmp_path} is no checkout of WebShop" in capsys.readouterr().err
@@ -475,7 +482,7 @@ def test_learning_curve_is_a_picture(tmp_path):
 def test_a_shop_is_trained_in_and_evaluated(tmp_path):
     """Its own recipe, scores beside success, and only dense rewards where they are asked for."""
     out = tmp_path / "shop"
-    done = proxmo("train", "--env", "shop", "--out", str(out), "--iterations", "2", "--reward", "score", *SMALL)
+    done = proxmo("train", "--env", "shop", "--out", str(out), "--iterations", "2", "--env.reward", "score", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "mean score" in done.stdout
     stored = json.loads((out / "config.json").read_text())
@@ -497,11 +504,11 @@ def test_a_shop_is_trained_in_and_evaluated(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--env", "webshop"], "--env webshop needs --webshop DIR, a checkout of WebShop"),
-        (["--env", "webshop", "--webshop", "x"], "--env webshop needs a --model"),
+        (["--env", "webshop"], "--env webshop needs --env.webshop DIR, a checkout of WebShop"),
+        (["--env", "webshop", "--env.webshop", "x"], "--env webshop needs a --model"),
         (["--env", "shop", "--data", "tests/golden"], "tests/golden: holds no items_shuffle*.json"),
-        (["--env", "shop", "--goals", "few"], "--goals must be one of human, synthetic; got 'few'"),
-        (["--env", "shop", "--reward", "joy"], "--reward must be one of success, score; got 'joy'"),
+        (["--env", "shop", "--env.goals", "few"], "--env.goals must be one of human, synthetic; got 'few'"),
+        (["--env", "shop", "--env.reward", "joy"], "--env.reward must be one of success, score; got 'joy'"),
     ],
 )
 def test_a_shop_that_cannot_be_is_refused(tmp_path, capsys, options, message):
@@ -542,7 +549,7 @@ def test_steps_of_a_rollout_are_those_that_happened(tmp_path):
 def test_similar_texts_share_an_anchor_of_the_buffer():
     loop = SimpleNamespace(config=SimpleNamespace(members=2), mesh=make_mesh())
     rollout = played()
-    Loop.let_similar_texts_share_anchors(loop, rollout)
+    Loop.number_similar_texts(loop, rollout)
     anchor = np.asarray(rollout.buffer.anchor)
     assert anchor[0, 0] == anchor[1, 1]
     assert anchor[0, 1] == anchor[1, 0] != anchor[0, 0]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from envs_bridge.environments import evenly
 from envs_bridge.household.dataset import data_folder, survey
 from envs_bridge.household.game import TASK_TYPES, read_game_file
 from envs_bridge.household.generate import generate_games
+from envs_bridge.household.tasks import task_type
+from envs_bridge.shop.tasks import kind
 from envs_bridge.turn import Goal
-from proxmo_jax.agent.tasks import evenly, kind_of
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_games_are_found_by_split(data):
     assert survey(data / "json_2.1.1").games == found.games
     only = survey(data, ["train"], task_types=TASK_TYPES[:2])
     assert len(only.games["train"]) == 4
-    assert {kind_of(game) for game in only.games["train"]} == {"pick_and_place_simple", "look_at_obj_in_light"}
+    assert {task_type(game) for game in only.games["train"]} == {"pick_and_place_simple", "look_at_obj_in_light"}
 
 
 def test_what_alfworld_leaves_out_is_left_out(data):
@@ -92,8 +94,8 @@ def test_half_a_character_in_a_game_is_replaced(data):
 
 def test_a_folders_name_does_not_change_a_games_kind(tmp_path):
     files = generate_games(tmp_path / "run#1" / "a#b#c", split="train", count=2, seed=0)
-    assert [kind_of(str(file)) for file in files] == list(TASK_TYPES[:2])
-    assert kind_of(Goal("runs/shop#2", 3, "garden # home")) == "garden # home"
+    assert [task_type(str(file)) for file in files] == list(TASK_TYPES[:2])
+    assert kind(Goal("runs/shop#2", 3, "garden # home")) == "garden # home"
 
 
 def test_wordings_are_told_apart(genuine_games):

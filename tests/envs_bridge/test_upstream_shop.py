@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from nested import config_with
 from rich.console import Console
 
 from envs_bridge.pool import Pool
 from envs_bridge.shop.upstream import count_goals
 from envs_bridge.turn import SEARCH_COMMAND, Goal
-from proxmo_jax.agent.settings import Config
-from proxmo_jax.agent.tasks import kind_of, stored_games
+from proxmo_jax.agent.tasks import environment, tasks_of
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = """
@@ -98,10 +98,12 @@ def test_webshop_is_played_in_its_own_interpreter(webshop, python):
 
 
 def test_goals_of_webshop_are_split_as_ours_are(webshop):
-    config = Config(env="webshop", webshop=webshop, python=sys.executable, goals="synthetic", model="x")
-    games = stored_games(config, dict.fromkeys(("train", "valid", "test"), 100), Console(quiet=True))
+    config = config_with(
+        env__name="webshop", env__webshop=webshop, env__python=sys.executable, env__goals="synthetic", model__path="x"
+    )
+    games = tasks_of(config, dict.fromkeys(("train", "valid", "test"), 100), Console(quiet=True))
     assert [len(games[split]) for split in ("train", "valid", "test")] == [5, 1, 1]
-    assert kind_of(games["train"][0]) == "synthetic"
+    assert environment(config).kind(games["train"][0]) == "synthetic"
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp_path):

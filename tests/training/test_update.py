@@ -7,10 +7,10 @@ from close import EPS, roundings, same_gradient
 from fresh import fresh
 from hypothesis import given
 from hypothesis import strategies as st
+from nested import config_with
 
+from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.rollout import Rollout
-from proxmo_jax.agent.settings import Config
-from proxmo_jax.agent.train import batches
 from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import sample
@@ -253,7 +253,12 @@ def test_the_rate_rises_from_above_zero(warmup):
 )
 def test_rows_are_spread_evenly_over_the_steps(rows, size, steps):
     """One shape, and every turn once."""
-    config = Config(rows_per_batch=size, row_length=9, max_response_tokens=1, max_prompt_tokens=8)
+    config = config_with(
+        optimizer__rows_per_batch=size,
+        optimizer__row_length=9,
+        rollout__max_response_length=1,
+        rollout__max_prompt_length=8,
+    )
     prompts = np.full((rows, 1), 8, np.int32)
     buffer = Buffer.empty(rows, 1, 1, prompt=8, response=1, words=1)
     played = Rollout(

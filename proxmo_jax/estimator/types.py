@@ -298,7 +298,7 @@ class Advantages:
     proximity: jax.Array | None = None
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(values: Array, mask: Array) -> jax.Array:
     """Mean over all axes under a mask, in two passes.
 
     The second pass removes the rounding of the first: with nearly equal scores one pass was off by 4e-2 of their
@@ -316,7 +316,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return mean + jnp.where(mask, values - mean, 0.0).sum() / count
 
 
-def masked_std(deviation: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_std(deviation: Array, mask: Array) -> jax.Array:
     """Unbiased standard deviation under a mask.
 
     Scaled by the largest deviation, so that squares of large values do not overflow and those of small ones do not

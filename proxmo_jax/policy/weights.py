@@ -157,13 +157,7 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     kind = data.get("model_type")
     if kind not in ("qwen2", "qwen3"):
         raise UserError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
-    hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
-    kv_heads = heads
-    if data.get("num_key_value_heads", 32) is not None:
-        kv_heads = _whole(data, "num_key_value_heads", path, 32)
-    head_dim = hidden // heads
-    if kind == "qwen3" or data.get("head_dim") is not None:
-        head_dim = _whole(data, "head_dim", path, 128)
+    hidden, heads, kv_heads, head_dim = _read_heads(data, kind, path)
     tied = data.get("tie_word_embeddings", False)
     _refuse(
         path,
@@ -192,6 +186,18 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
         max_position_embeddings=longest,
         **choices,
     )
+
+
+def _read_heads(data: dict, kind: str, path: Path) -> tuple[int, int, int, int]:
+    """(hidden size, attention heads, key-value heads, dimensions of a head). Raises UserError."""
+    hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
+    kv_heads = heads
+    if data.get("num_key_value_heads", 32) is not None:
+        kv_heads = _whole(data, "num_key_value_heads", path, 32)
+    head_dim = hidden // heads
+    if kind == "qwen3" or data.get("head_dim") is not None:
+        head_dim = _whole(data, "head_dim", path, 128)
+    return hidden, heads, kv_heads, head_dim
 
 
 def _refuse(path: Path, wrong: dict[str, Any]) -> None:
@@ -285,16 +291,21 @@ def _read_rope(data: dict, longest: int, path: Path) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, _number(found, "factor", path, above=0))
-    # A length beside the rotary parameters takes precedence, unless they are nested by layer type.
     if "original_max_position_embeddings" in data and not nested:
+        # A length beside the rotary parameters takes precedence, unless they are nested by layer type.
         found["original_max_position_embeddings"] = data["original_max_position_embeddings"]
+    return _read_yarn(found, theta, longest, path)
+
+
+def _read_yarn(found: dict, theta: float, longest: int, path: Path) -> Rope:
+    """YaRN's parameters. Raises UserError."""
     original = _whole({"original_max_position_embeddings": longest, **found}, "original_max_position_embeddings", path)
     if found.get("factor") is None:
         found["factor"] = longest / original
     factor = _number(found, "factor", path, above=0)
     return Rope(
         theta,
-        kind,
+        "yarn",
         factor,
         original,
         beta_fast=_number(found, "beta_fast", path) if found.get("beta_fast") else 32.0,
@@ -521,6 +532,11 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
             pending[entry.name.format(layer)] = tensor
             total += tensor.nbytes
     flush()
+    return _named(folder, written, total)
+
+
+def _named(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> list[Path]:
+    """Rename weight files as `transformers` expects; several get an index. `total`: bytes of all tensors."""
     if len(written) == 1:
         target = folder / "model.safetensors"
         written[0][0].replace(target)

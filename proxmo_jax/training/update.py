@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.types import Advantages, Group, Settings
+from proxmo_jax.estimator.types import Advantages, Batch, Settings
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import splash
@@ -258,7 +258,7 @@ def estimate(
         return x.reshape(groups, episodes // groups, *x.shape[1:])
 
     return batch_advantages(
-        Group(
+        Batch(
             reward=grouped(buffer.reward),
             mask=grouped(buffer.mask),
             success=grouped(success),

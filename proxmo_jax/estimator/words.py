@@ -35,7 +35,15 @@ class WordCounts(NamedTuple):
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """Round up to a power of two: few padded shapes, and hence few compiled programs."""
+    """Round up to a power of two: few padded shapes, and hence few compiled programs.
+
+    Args:
+        size: at least 0.
+        smallest: the smallest result, a power of two.
+
+    Returns:
+        The padded size.
+    """
     return max(smallest, 1 << (max(size, 1) - 1).bit_length())
 
 

@@ -106,8 +106,7 @@ class PolicyConfig:
     param_dtype: str = "float32"
     """Dtype of stored parameters."""
     remat: str = "none"
-    """Rematerialisation: a layer stores for its gradient everything (none), nothing (full) or products with weights
-    (dots)."""
+    """Rematerialisation: a layer keeps all (none), nothing (full) or products with weights (dots) for its gradient."""
     attention: str = "dense"
     """Attention of packed rows: dense or splash (`attention.splash`)."""
     lora_rank: int = 0

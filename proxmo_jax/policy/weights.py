@@ -554,5 +554,5 @@ def _named(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> l
 
 
 def parameter_count(config: PolicyConfig) -> int:
-    """The number of parameters."""
+    """The number of parameters of a policy of this shape."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))

@@ -76,8 +76,9 @@ def group_success_rate(group: Group) -> jax.Array:
 
 
 def episode_advantage(score: jax.Array, mask: Array, settings: Settings) -> jax.Array:
-    """S_i minus the mean of S over the group; optionally over the unbiased std + epsilon, or with S_i left out of the
-    mean.
+    """S_i minus the mean of S over the group, with the variants of the settings.
+
+    `episode_std` divides by the unbiased standard deviation + epsilon, `leave_one_out` leaves S_i out of the mean.
 
     Args:
         score: float32 [M, T], episode scores S.
@@ -136,8 +137,7 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
 
 
 def _step_embedding(group: Group) -> tuple[Array, Array | None]:
-    """(vectors [N, D] of the steps, None), or (vectors [U, D] of distinct observations, the index of each step's
-    [N])."""
+    """(step vectors [N, D], None), or (vectors of distinct observations [U, D], each step's index [N])."""
     assert group.embedding is not None  # `advantages` checks its input
     if group.embedding.ndim == 3:
         return group.embedding.reshape(-1, group.embedding.shape[-1]), None

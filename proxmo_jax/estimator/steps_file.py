@@ -133,8 +133,7 @@ _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 
 def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
-    """The results times each step's response mask, but for the return: float32 [N, L], or N arrays of different
-    lengths."""
+    """The results times each step's response mask, [N, L] or N arrays [L]; the return stays per step."""
     count = len(result["advantage"])
     masks = column(response_mask)
     if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
@@ -181,6 +180,7 @@ def read_steps(path: Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an `.npz` file."""
     try:
         data = np.load(path, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
@@ -199,6 +199,7 @@ def _read_arrays(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> dict[str, list]:
+    """The fields of a `.jsonl` file, each a list."""
     steps: dict[str, list] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -264,10 +265,12 @@ def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON takes it."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _umask() -> int:
+    """The umask of the process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

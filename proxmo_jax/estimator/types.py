@@ -254,11 +254,13 @@ def sweep(settings: Settings, **values: Any) -> Settings:
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError for an unknown choice."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _number(name: str, value: Any) -> None:
+    """Raise UserError for a number outside its range."""
     least, most = RANGES[name]
     if not -LARGEST <= value <= LARGEST:
         raise UserError(f"{name} must be a finite number (float32), got {value}")

@@ -220,8 +220,7 @@ def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask:
 
 
 class Layer(nn.Module):
-    """One decoder layer as a scan body: carries the hidden states and the KV cache of all layers, and updates its
-    own."""
+    """One decoder layer as a scan body: carries hidden states and the KV cache of all layers, and updates its part."""
 
     config: PolicyConfig
     attend: Callable

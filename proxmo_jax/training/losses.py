@@ -78,11 +78,11 @@ AGGREGATIONS = ("token_mean", "turn_mean_token_sum", "turn_mean_token_mean", "tu
 
 
 def token_weights(mask: jax.Array, turn_tokens: jax.Array, aggregation: str, length: int) -> jax.Array:
-    """Weights of response tokens such that sum(weight * value) is the loss of the mini-batch, in any number of
-    micro-batches.
+    """Weights of response tokens such that sum(weight * value) is the loss of the mini-batch.
 
-    With N tokens in M turns: token_mean 1 / N; turn_mean_token_sum 1 / M; turn_mean_token_mean 1 / (M * tokens of the
-    turn); turn_sum_over_length 1 / `length`. Source: verl's loss_agg_mode, where turns are sequences.
+    They do not depend on the number of micro-batches. With N tokens in M turns: token_mean 1 / N; turn_mean_token_sum
+    1 / M; turn_mean_token_mean 1 / (M * tokens of the turn); turn_sum_over_length 1 / `length`. Source: verl's
+    loss_agg_mode, where turns are sequences.
 
     Args:
         mask: bool [...].

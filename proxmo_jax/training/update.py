@@ -205,8 +205,7 @@ def cloning_step(
 
 
 def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
-    """Gradient and auxiliary output of `loss(params, rows, weight, total tokens)`, summed over micro-batches in
-    sequence.
+    """Gradient and auxiliary output of `loss(params, rows, weight, total tokens)`, accumulated over micro-batches.
 
     Small micro-batches keep temporaries in cache: on two CPU cores 2 x 16 rows are 1.5 times as fast as 1 x 32.
     """

@@ -91,7 +91,7 @@ def episode_advantage(score: jax.Array, mask: Array, settings: Settings) -> jax.
     if settings.episode_over == "trajectories":
         # The scores of a trajectory's steps differ only by the penalty; the official code uses that of the first step.
         sample = jnp.take_along_axis(score, jnp.argmax(mask, axis=1)[:, None], axis=1)[:, 0]
-        counted = mask.any(axis=1)
+        counted: Array = jnp.any(mask, axis=1)
     else:
         sample, counted = score, mask
     count = counted.sum().astype(jnp.float32)

@@ -173,7 +173,8 @@ def kernel_memory() -> dict[str, dict[int, int]]:
     memory: dict[str, dict[int, int]] = {"dense": {}, "blockwise": {}}
     for kernel, sizes in memory.items():
         for turns in (50, 100, 200, 400, 800):
-            shape, like = (1, 8, turns), jax.ShapeDtypeStruct
+            shape: tuple[int, ...] = (1, 8, turns)
+            like: Any = jax.ShapeDtypeStruct
             group = Group(
                 reward=like(shape, np.float32), mask=like(shape, bool), success=like((1, 8), bool),
                 action_valid=like(shape, bool), embedding=like((*shape, 64), np.float32),

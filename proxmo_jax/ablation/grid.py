@@ -255,7 +255,8 @@ def _measure(group: Group, alike: jax.Array, reference: jax.Array, settings: Set
     of |advantage| on winning trajectories, in groups that mostly fail (p <= 1/4), are mixed or mostly win (p >= 3/4),
     and on the later half of trajectories.
     """
-    mask, steps = group.mask, group.mask.sum()
+    mask = jnp.asarray(group.mask)
+    steps = mask.sum()
     found = batch_advantages(group, settings)
     joint, flat = found.joint, mask.reshape(-1)
 
@@ -291,6 +292,7 @@ def _measure(group: Group, alike: jax.Array, reference: jax.Array, settings: Set
 
 def neighbours(group: Group, alike: jax.Array, settings: Settings) -> jax.Array:
     """1 / sum_j w_ij^2 of each step's baseline [G, M, T]: over how many steps it is a mean, in effect."""
+    assert group.anchor is not None
     shape = group.mask.shape
     flat, row = group.mask.reshape(shape[0], -1), group.anchor.reshape(shape[0], -1)
     if settings.aggregation == "none":

@@ -1,0 +1,1 @@
+"""The estimator: step groups and rewards in, advantages out. Depends on JAX and NumPy only."""

@@ -7,6 +7,7 @@ the number of texts are summed over the mapped axis, and nothing else is communi
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def text_repeats(batch: Batch, texts: int) -> jax.Array:
     Returns:
         float32 [G, U].
     """
+    assert batch.anchor is not None
     row = jnp.where(batch.mask, batch.anchor, texts).reshape(batch.mask.shape[0], -1)
     return jax.vmap(lambda r: jnp.zeros(texts, jnp.float32).at[r].add(1.0, mode="drop"))(row)
 
@@ -97,6 +99,11 @@ def _with_groups(change: Callable, batch: Batch) -> Batch:
     return replace(jax.tree.map(change, replace(batch, words=None)), words=changed)
 
 
+def _with_alphabetical(batch: Batch, alphabetical: Any) -> Batch:
+    """The batch with another `words.alphabetical`, which has no group axis."""
+    return batch if batch.words is None else replace(batch, words=batch.words._replace(alphabetical=alphabetical))
+
+
 @partial(jax.jit, static_argnames=("mesh", "chunk"))
 def sharded_advantages(batch: Batch, settings: Settings, *, mesh: Mesh, chunk: int | None = None) -> Advantages:
     """`batch_advantages` with the groups split over the mesh axis `data`.
@@ -113,8 +120,7 @@ def sharded_advantages(batch: Batch, settings: Settings, *, mesh: Mesh, chunk: i
     count = batch.reward.shape[0]
     batch = pad_groups(batch, mesh.shape["data"])
     specs = _with_groups(lambda _: PartitionSpec("data"), batch)
-    if specs.words is not None:
-        specs = replace(specs, words=specs.words._replace(alphabetical=PartitionSpec()))
+    specs = _with_alphabetical(specs, PartitionSpec())
     mapped = jax.shard_map(
         partial(batch_advantages, axis_name="data", chunk=chunk),
         mesh=mesh,
@@ -139,17 +145,12 @@ def pmapped_advantages(batch: Batch, settings: Settings, *, devices: int | None 
     devices = devices or jax.local_device_count()
     count = batch.reward.shape[0]
     batch = _with_groups(lambda x: x.reshape(devices, -1, *x.shape[1:]), pad_groups(batch, devices))
-    alphabetical = None
-    if batch.words is not None:
-        alphabetical = batch.words.alphabetical
-        batch = replace(batch, words=batch.words._replace(alphabetical=None))
-    result = _on_every_device(batch, alphabetical, settings)
+    alphabetical = None if batch.words is None else batch.words.alphabetical
+    result = _on_every_device(_with_alphabetical(batch, None), alphabetical, settings)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], result)
 
 
 @partial(jax.pmap, axis_name="data", in_axes=(0, None, None))
 def _on_every_device(batch: Batch, alphabetical, settings: Settings) -> Advantages:
     """`batch_advantages` of each device's groups."""
-    if batch.words is not None:
-        batch = replace(batch, words=batch.words._replace(alphabetical=alphabetical))
-    return batch_advantages(batch, settings, axis_name="data")
+    return batch_advantages(_with_alphabetical(batch, alphabetical), settings, axis_name="data")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.proximity import hard_advantage, proximity_weights, soft_advantage
-from proxmo_jax.estimator.types import Advantages, Group, Settings, masked_mean, masked_std, positive
+from proxmo_jax.estimator.types import Advantages, Array, Group, Settings, masked_mean, masked_std, positive
 
 
-def discounted_returns(reward: jax.Array, mask: jax.Array, discount: jax.Array | float) -> jax.Array:
+def discounted_returns(reward: Array, mask: Array, discount: jax.Array | float) -> jax.Array:
     """Discounted returns within each trajectory: G_t = r_t + gamma * G_{t+1}.
 
     Args:
@@ -38,7 +38,7 @@ def discounted_returns(reward: jax.Array, mask: jax.Array, discount: jax.Array |
 
 
 def modulation_weight(
-    success_rate: jax.Array, success: jax.Array, *, alpha: jax.Array | float, modulation_range: jax.Array | float
+    success_rate: Array, success: Array, *, alpha: jax.Array | float, modulation_range: jax.Array | float
 ) -> jax.Array:
     """Success-rate-aware modulation (ProxMO, arXiv 2602.19225).
 
@@ -75,9 +75,10 @@ def group_success_rate(group: Group) -> jax.Array:
     return wins / jnp.maximum(attempted.sum(), 1).astype(jnp.float32)
 
 
-def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> jax.Array:
-    """S_i minus the mean of S over the group; optionally over the unbiased std + epsilon, or with S_i left out of the
-    mean.
+def episode_advantage(score: jax.Array, mask: Array, settings: Settings) -> jax.Array:
+    """S_i minus the mean of S over the group, with the variants of the settings.
+
+    `episode_std` divides by the unbiased standard deviation + epsilon, `leave_one_out` leaves S_i out of the mean.
 
     Args:
         score: float32 [M, T], episode scores S.
@@ -90,7 +91,7 @@ def episode_advantage(score: jax.Array, mask: jax.Array, settings: Settings) -> 
     if settings.episode_over == "trajectories":
         # The scores of a trajectory's steps differ only by the penalty; the official code uses that of the first step.
         sample = jnp.take_along_axis(score, jnp.argmax(mask, axis=1)[:, None], axis=1)[:, 0]
-        counted = mask.any(axis=1)
+        counted: Array = jnp.any(mask, axis=1)
     else:
         sample, counted = score, mask
     count = counted.sum().astype(jnp.float32)
@@ -122,8 +123,8 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
         return jnp.zeros_like(score)
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
     if settings.aggregation in ("hard", "similar"):
-        anchor = group.anchor.reshape(-1)
-        step = hard_advantage(flat, anchor, mask, std=settings.step_std, epsilon=settings.epsilon)
+        assert group.anchor is not None  # `advantages` checks its input
+        step = hard_advantage(flat, group.anchor.reshape(-1), mask, std=settings.step_std, epsilon=settings.epsilon)
     else:
         embedding, row = _step_embedding(group)
         step = soft_advantage(
@@ -135,11 +136,12 @@ def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Ar
     return step.reshape(score.shape)
 
 
-def _step_embedding(group: Group) -> tuple[jax.Array, jax.Array | None]:
-    """(vectors [N, D] of the steps, None), or (vectors [U, D] of distinct observations, the index of each step's
-    [N])."""
-    if jnp.ndim(group.embedding) == 3:
+def _step_embedding(group: Group) -> tuple[Array, Array | None]:
+    """(step vectors [N, D], None), or (vectors of distinct observations [U, D], each step's index [N])."""
+    assert group.embedding is not None  # `advantages` checks its input
+    if group.embedding.ndim == 3:
         return group.embedding.reshape(-1, group.embedding.shape[-1]), None
+    assert group.anchor is not None
     return group.embedding, group.anchor.reshape(-1)
 
 

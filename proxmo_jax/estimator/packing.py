@@ -1,6 +1,6 @@
-"""The border: ragged steps, named and ordered as they come, into rectangles `[group, member, turn]` and back.
+"""Packing of ragged steps, in any order, into rectangles `[group, member, turn]` and back.
 
-Host only; knows NumPy. Rows are counted from 0.
+Runs on the host with NumPy. Rows are counted from 0 in messages.
 """
 
 import difflib
@@ -17,9 +17,15 @@ SIMILAR = 0.95  # difflib ratio from which on two texts share an anchor in GiGPO
 
 
 def column(values: Any) -> Any:
-    """Rows as they came: an array of numbers or times as it is, everything else as a list, in which nothing is cast.
+    """Values of the caller, uncast: an array of numbers or times as it is, everything else as a list.
 
-    NumPy would make floats of mixed ints, strings of ints beside strings, and every string as wide as the longest.
+    NumPy would convert mixed ints to floats, ints beside strings to strings, and pad every string to the longest.
+
+    Args:
+        values: array or sequence [N, ...].
+
+    Returns:
+        np.ndarray or list [N, ...].
     """
     if isinstance(values, np.ma.MaskedArray):
         return values.tolist()  # None where a value is missing
@@ -31,21 +37,29 @@ def column(values: Any) -> Any:
 
 
 def shape_of(values: Any) -> tuple[int, ...]:
+    """Shape of an array, or (length,) of a list."""
     return values.shape if isinstance(values, np.ndarray) else (len(values),)
 
 
 def shown(value: Any) -> str:
-    """A value of the user's in a message: short, on one line."""
+    """A value of the caller for an error message: short, on one line."""
     value = value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value
     text = repr(value) if not isinstance(value, np.generic) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def numbered(names: Any, name: str = "ids") -> tuple[np.ndarray, int]:
-    """(a number 0.. for each id int64 [N], how many ids there are). Equal numbers, equal ids.
+    """Number ids in 0..; equal numbers mean equal ids.
 
-    Ids are ints of any size or strings, all of one kind. Raises UserError naming the row of any other, as of one that
-    is missing (None, NaN, an empty string).
+    Args:
+        names: [N] ints of any size or strings, all of one kind.
+        name: of the array, for messages.
+
+    Returns:
+        Numbers int64 [N], and how many distinct ids there are.
+
+    Raises:
+        UserError: naming the row of any other id, and of a missing one (None, NaN, an empty string).
     """
     names = column(names)
     if isinstance(names, np.ndarray) and names.dtype.kind in "iu" and names.ndim == 1:
@@ -68,7 +82,7 @@ def numbered(names: Any, name: str = "ids") -> tuple[np.ndarray, int]:
 
 
 def _identity(value: Any, name: str, row: int) -> int | str | bytes:
-    """The id as a plain int or string. Raises UserError for what is neither, and for an empty string."""
+    """The id as a plain int or string. Raises UserError for any other type, and for an empty string."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, (str, bytes)) and value:
@@ -77,9 +91,17 @@ def _identity(value: Any, name: str, row: int) -> int | str | bytes:
 
 
 def ranks(steps: Any, name: str = "step") -> np.ndarray:
-    """The rank of each among the distinct ones, int64 [N]; compared in the type they came in, so never rounded.
+    """Rank of each value among the distinct ones. Values are compared in their own type, hence without rounding.
 
-    Numbers, or times as NumPy has them. Raises UserError naming the row of anything else.
+    Args:
+        steps: [N] numbers, or times as NumPy has them.
+        name: of the array, for messages.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        UserError: naming the row of anything else.
     """
     steps = column(steps)
     if isinstance(steps, np.ndarray):
@@ -95,7 +117,18 @@ def ranks(steps: Any, name: str = "step") -> np.ndarray:
 
 
 def numbers(values: Sequence[Any], name: str) -> list:
-    """A list of finite Python numbers, ints of any size. Raises UserError naming the row of anything else."""
+    """A list of finite Python numbers, ints of any size.
+
+    Args:
+        values: N values.
+        name: of the array, for messages.
+
+    Returns:
+        list [N].
+
+    Raises:
+        UserError: naming the row of anything else.
+    """
     if not set(map(type, values)) <= {int, float, bool}:
         values = [value.item() if isinstance(value, np.generic) else value for value in values]
     for row, value in enumerate(values):
@@ -107,9 +140,18 @@ def numbers(values: Sequence[Any], name: str) -> list:
 
 
 def finite(values: Any, name: str, ndim: int = 1) -> np.ndarray:
-    """The values `[N]`, or `[N, D]` for `ndim` 2, as float32.
+    """Convert to float32.
 
-    Raises UserError naming the first row with one that is not a finite number, or none that float32 has.
+    Args:
+        values: [N], or [N, D] for `ndim` 2.
+        name: of the array, for messages.
+        ndim: 1 or 2.
+
+    Returns:
+        float32 [N] or [N, D].
+
+    Raises:
+        UserError: naming the first row with a value that is not a finite number or overflows float32.
     """
     values = column(values)
     if not isinstance(values, np.ndarray) and ndim == 1:
@@ -135,13 +177,24 @@ def finite(values: Any, name: str, ndim: int = 1) -> np.ndarray:
 
 
 def _as_float(value: float) -> float:
-    """A Python number as a float; an int that is too large is as large as a float can be."""
+    """A Python number as a float; ints out of range are clipped to the largest float."""
     most = float(np.finfo(np.float64).max)
     return float(min(max(value, -most), most))
 
 
 def flags(values: Any, name: str) -> np.ndarray:
-    """The values `[N]` as bool. Raises UserError naming the row of anything but true and false, or 1 and 0."""
+    """Convert to bool.
+
+    Args:
+        values: [N], true and false or 1 and 0.
+        name: of the array, for messages.
+
+    Returns:
+        bool [N].
+
+    Raises:
+        UserError: naming the row of anything else.
+    """
     values = column(values)
     if isinstance(values, np.ndarray):
         if values.ndim != 1:
@@ -156,12 +209,23 @@ def flags(values: Any, name: str) -> np.ndarray:
 
 
 def is_flag(value: Any) -> bool:
-    """Whether it is true or false, or 1 or 0."""
+    """Whether a value is true or false, or 1 or 0."""
     return isinstance(value, (bool, int, float, np.bool_, np.number)) and value in (0, 1)
 
 
 def strings(values: Any, name: str) -> list[str]:
-    """The values as a list of strings. Raises UserError naming the row of anything else."""
+    """Convert to a list of strings.
+
+    Args:
+        values: N strings.
+        name: of the array, for messages.
+
+    Returns:
+        list [N].
+
+    Raises:
+        UserError: naming the row of anything else.
+    """
     values = column(values)
     if isinstance(values, np.ndarray):
         raise UserError(f"{name}: need strings, got {values.dtype}")
@@ -173,10 +237,21 @@ def strings(values: Any, name: str) -> list[str]:
 
 
 def similar_anchors(texts: Sequence[str], group: Any, threshold: float = SIMILAR) -> np.ndarray:
-    """Anchor ids by similarity instead of identity (GiGPO's `similar` variant).
+    """Anchor ids by similarity of texts (the `similar` variant of GiGPO).
 
-    First fit in file order inside each group: a step joins the first cluster whose first text has a difflib
-    ratio >= threshold with its own, else founds one. texts N, group ids [N] -> int32 [N].
+    First fit in the order of the steps, within each group: a step joins the first cluster whose first text has a
+    `difflib` ratio of at least `threshold` with its own, and founds a new cluster otherwise.
+
+    Args:
+        texts: N strings.
+        group: [N] group ids.
+        threshold: above 0, at most 1.
+
+    Returns:
+        int32 [N].
+
+    Raises:
+        UserError: for a threshold out of range and lengths that differ.
     """
     if not 0 < threshold <= 1:
         raise UserError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
@@ -200,14 +275,27 @@ def similar_anchors(texts: Sequence[str], group: Any, threshold: float = SIMILAR
 
 
 class Packing:
-    """Where each of `N` ragged steps lies in the rectangle `[G, M, T]`; built once at the border, on the host.
+    """Position of each of `N` ragged steps in the rectangle `[G, M, T]`, computed once on the host.
 
-    Groups and trajectories may be named by ints or strings (`numbered`) and come in any order; a trajectory's turns
-    are ordered by `step` (`ranks`). Raises UserError naming the array for an empty batch, lengths that differ, a
-    trajectory found in two groups and a repeated (trajectory, step).
+    Groups, trajectories and steps may come in any order.
+
+    Attributes:
+        index: (group, member, turn), each int64 [N].
+        shape: (G, M, T).
     """
 
     def __init__(self, group: Any, trajectory: Any, step: Any):
+        """Compute the positions.
+
+        Args:
+            group: [N] ids, ints or strings (`numbered`).
+            trajectory: [N] ids, ints or strings.
+            step: [N] numbers or times that order the turns of a trajectory (`ranks`).
+
+        Raises:
+            UserError: naming the array, for an empty batch, lengths that differ, a trajectory in two groups and a
+                repeated (trajectory, step).
+        """
         group, trajectory, step = column(group), column(trajectory), column(step)
         shape = shape_of(group)
         if len(shape) != 1 or shape[0] == 0:
@@ -249,7 +337,18 @@ class Packing:
         return len(self.index[0])
 
     def pack(self, values: np.ndarray, name: str = "values") -> np.ndarray:
-        """Per-step `[N, ...]` to `[G, M, T, ...]`, zeros on padding."""
+        """Scatter per-step values into the rectangle.
+
+        Args:
+            values: [N, ...].
+            name: of the array, for messages.
+
+        Returns:
+            [G, M, T, ...], zeros on padding.
+
+        Raises:
+            UserError: for another number of rows.
+        """
         values = np.asarray(values)
         if values.shape[:1] != (len(self),):
             raise UserError(f"{name}: got shape {values.shape}, need {len(self)} rows, one per step")
@@ -258,9 +357,17 @@ class Packing:
         return rectangle
 
     def pack_trajectories(self, values: np.ndarray, name: str) -> np.ndarray:
-        """A per-step flag bool [N] that is the same on all steps of a trajectory, to `[G, M]`.
+        """Scatter a per-step flag that is constant within each trajectory.
 
-        Raises UserError naming a trajectory whose steps disagree.
+        Args:
+            values: bool [N].
+            name: of the array, for messages.
+
+        Returns:
+            bool [G, M].
+
+        Raises:
+            UserError: naming a trajectory whose steps disagree.
         """
         flag = self.pack(values, name).max(axis=2)
         differs = np.flatnonzero(values != flag[self.index[:2]])
@@ -271,13 +378,22 @@ class Packing:
         return flag
 
     def unpack(self, rectangle: Any) -> np.ndarray:
-        """`[G, M, T, ...]` back to per-step `[N, ...]` in the input's order."""
+        """Gather a rectangle `[G, M, T, ...]` into per-step values `[N, ...]` in the order of the input."""
         return np.asarray(rectangle)[self.index]
 
     def distinct(self, numbers: np.ndarray, name: str = "numbers") -> tuple[np.ndarray, np.ndarray]:
-        """The distinct ones of each group among ints >= 0 [N], and which of them each step has.
+        """Distinct numbers of each group.
 
-        Returns (row int32 [N], table int64 [G, U]): table[g, row] is the step's number; U is a power of two, -1 fills.
+        Args:
+            numbers: int64 [N], at least 0.
+            name: of the array, for messages.
+
+        Returns:
+            row int32 [N] and table int64 [G, U], where table[g, row] is the number of the step. U is a power of two;
+            unused entries are -1.
+
+        Raises:
+            UserError: for another number of rows.
         """
         group, size = self.index[0], int(numbers.max(initial=0)) + 1
         if len(numbers) != len(self):

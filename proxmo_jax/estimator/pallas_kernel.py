@@ -1,5 +1,4 @@
-"""The sums of the soft baseline as a Pallas TPU kernel: similarity, softmax and weighted sums in one pass over the
-keys.
+"""The sums of the soft baseline as a Pallas TPU kernel: similarity, softmax and weighted sums in one pass.
 
 Nothing of size `[N, K]` leaves VMEM. Results equal those of `partial_sums.dense`.
 """
@@ -17,10 +16,10 @@ BLOCK = 128
 
 
 def _kernel(query, key, count, score, peak, weight, total, *, skip_own: bool):
-    """Add a block of keys [B, D] to the sums [1, B] of a block of queries [B, D], which stay in VMEM over the key
-    blocks.
+    """Add a block of keys [B, D] to the sums [1, B] of a block of queries [B, D].
 
-    Keys are the first axis of the product, so that sums over them are rows, as the outputs are.
+    The sums stay in VMEM over the key blocks. Keys are the first axis of the product, so that sums over them are rows,
+    as the outputs are.
     """
     at = pl.program_id(1)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Partial(NamedTuple):
@@ -38,7 +39,7 @@ def _decay(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(old == -jnp.inf, 0.0, jnp.exp(old - jnp.where(new == -jnp.inf, 0.0, new)))
 
 
-def similarity(query: jax.Array, key: jax.Array) -> jax.Array:
+def similarity(query: jax.Array | np.ndarray, key: jax.Array | np.ndarray) -> jax.Array:
     """Cosine similarity of unit vectors; a zero row has similarity 0 to everything.
 
     `HIGHEST`: on TPU the default rounds the product to bfloat16, which moved step advantages by up to 0.03.

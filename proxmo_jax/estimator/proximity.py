@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from proxmo_jax.estimator.partial_sums import Partial, blockwise, dense, similarity
-from proxmo_jax.estimator.types import masked_mean, positive
+from proxmo_jax.estimator.types import Array, masked_mean, positive
 
 
 def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:
@@ -23,13 +23,13 @@ def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:
 
 
 def soft_advantage(
-    score: jax.Array,
-    embedding: jax.Array,
-    mask: jax.Array,
+    score: Array,
+    embedding: Array,
+    mask: Array,
     *,
     temperature: jax.Array | float,
     exclude_self: bool = False,
-    row: jax.Array | None = None,
+    row: Array | None = None,
     kernel: str = "dense",
 ) -> jax.Array:
     """Step advantage with a proximity-weighted baseline (ProxMO, arXiv 2602.19225).
@@ -75,7 +75,7 @@ def soft_advantage(
 
 
 def proximity_weights(
-    embedding: jax.Array, mask: jax.Array, *, temperature: jax.Array | float, exclude_self: bool = False
+    embedding: Array, mask: Array, *, temperature: jax.Array | float, exclude_self: bool = False
 ) -> jax.Array:
     """Weights of the soft baseline: w_ij = softmax_j(c_ij / tau) over the steps j of the group.
 
@@ -100,7 +100,7 @@ def proximity_weights(
 
 
 def hard_advantage(
-    score: jax.Array, anchor: jax.Array, mask: jax.Array, *, std: bool = False, epsilon: jax.Array | float = 1e-6
+    score: Array, anchor: Array, mask: Array, *, std: bool = False, epsilon: jax.Array | float = 1e-6
 ) -> jax.Array:
     """Step advantage with an exact-match baseline (GiGPO, arXiv 2505.10978).
 

@@ -1,4 +1,4 @@
-"""Advantages for another trainer's steps: a file of steps in, a file of advantages out (`proxmo advantages`)."""
+"""Advantages for steps of another trainer: a file of steps in, a file of advantages out (`proxmo advantages`)."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from proxmo_jax.estimator.packing import SIMILAR, column, is_flag, shape_of, sho
 from proxmo_jax.estimator.types import Group, Settings
 
 NEEDED = ("group", "trajectory", "step", "reward", "success", "action_valid")
-ANSWERS = {
+RESULTS = {
     "discounted_return": "returns",
     "episode_advantage": "episode",
     "step_advantage": "step",
@@ -29,26 +29,37 @@ ANSWERS = {
 def advantages_of_file(
     source: Path, target: Path, settings: Settings, *, chunk: int = 64, similarity_threshold: float | None = None
 ) -> int:
-    """Read steps, compute their advantages, write them in the same order; returns the number of steps.
+    """Compute the advantages of the steps in a file and write them in the same order.
 
-    source, `.npz` or `.jsonl`: per step `group, trajectory, step, reward, success, action_valid`, and `texts` (the
-    anchor observations) if the settings compare steps; `response_mask` [N, L] or a list a line is optional. target:
-    `discounted_return, episode_advantage, step_advantage, advantage`, [N] float32, or under the response mask (all but
-    the return) as many numbers as the step's mask has, in an `.npz` with zeros up to the longest. The file appears
-    whole or not at all. `chunk` groups are computed at a time; `similarity_threshold` as in `steps_advantages`.
-    Raises UserError naming the file, the array and the row.
+    The target is written atomically.
+
+    Args:
+        source: `.npz` or `.jsonl` with `group, trajectory, step, reward, success, action_valid` of each step, and
+            `texts` (the anchor observations) if the settings compare steps. `response_mask`, [N, L] or a list in each
+            line, is optional.
+        target: `.npz` or `.jsonl` with `discounted_return, episode_advantage, step_advantage, advantage`, float32 [N].
+            With a response mask all but the return are per token, padded with zeros in an `.npz`.
+        settings: of the estimator.
+        chunk: groups computed at a time.
+        similarity_threshold: as in `steps_advantages`.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        UserError: naming the file, the array and the row.
     """
     steps = read_steps(source)
     try:
-        answer: dict[str, Any] = dict(
+        result: dict[str, Any] = dict(
             steps_advantages(steps, settings, chunk=chunk, similarity_threshold=similarity_threshold)
         )
         if "response_mask" in steps:
-            answer = _per_token(answer, steps["response_mask"])
+            result = _per_token(result, steps["response_mask"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    write_steps(target, answer)
-    return len(answer["advantage"])
+    write_steps(target, result)
+    return len(result["advantage"])
 
 
 def steps_advantages(
@@ -58,10 +69,20 @@ def steps_advantages(
     chunk: int | None = None,
     similarity_threshold: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The four answers [N] float32 of steps given as arrays or lists, in their order.
+    """Advantages of steps given as arrays or lists.
 
-    similarity_threshold: from which on texts share an anchor; None: 0.95 under "similar", else only equal ones do.
-    Raises UserError for steps that cannot be used, and for rewards so large that an answer is not finite.
+    Args:
+        steps: [N] values by name, as in `advantages_of_file`.
+        settings: of the estimator.
+        chunk: groups computed at a time (default: all).
+        similarity_threshold: ratio from which two texts share an anchor. Default: 0.95 under aggregation "similar";
+            otherwise only equal texts share one.
+
+    Returns:
+        float32 [N] by name (`RESULTS`), in the order of the steps.
+
+    Raises:
+        UserError: for steps that cannot be used, and for rewards so large that a result is not finite.
     """
     if settings.aggregation == "similar" and similarity_threshold is None:
         similarity_threshold = SIMILAR
@@ -75,9 +96,9 @@ def steps_advantages(
         similarity_threshold=similarity_threshold, max_features=settings.max_features,
     )  # fmt: skip
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
-    found = _compiled(batch, settings, chunk=chunk)
-    answer = {name: packing.unpack(getattr(found, ours)) for name, ours in ANSWERS.items()}
-    for name, values in answer.items():
+    advantages = _compiled(batch, settings, chunk=chunk)
+    result = {name: packing.unpack(getattr(advantages, ours)) for name, ours in RESULTS.items()}
+    for name, values in result.items():
         odd = ~np.isfinite(values)
         if odd.any():
             row = int(odd.argmax())
@@ -85,11 +106,22 @@ def steps_advantages(
             raise UserError(
                 f"{name}: row {row} is {values[row]}; the rewards of group {group} are too large for float32"
             )
-    return answer
+    return result
 
 
 def needed(steps: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
-    """What `Group.from_steps` takes of steps, with their texts or without. Raises UserError for what is missing."""
+    """The arguments of `Group.from_steps` among the steps' arrays.
+
+    Args:
+        steps: [N] values by name.
+        texts: whether texts are needed.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        UserError: for a missing array.
+    """
     names = (*NEEDED, "texts") if texts else NEEDED
     for name in names:
         if name not in steps:
@@ -100,9 +132,9 @@ def needed(steps: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
 _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 
-def _per_token(answer: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
-    """The answers but the return times each step's mask: float32 [N, L], or N of them as long as the step's own."""
-    count = len(answer["advantage"])
+def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
+    """The results times each step's response mask, [N, L] or N arrays [L]; the return stays per step."""
+    count = len(result["advantage"])
     masks = column(response_mask)
     if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
         raise UserError(f"response_mask: got shape {shape_of(masks)}, need ({count}, L), one row per step")
@@ -111,15 +143,15 @@ def _per_token(answer: dict[str, np.ndarray], response_mask: Any) -> dict[str, A
         if len(odd):
             row, at = odd[0].tolist()
             raise UserError(f"response_mask: row {row} has {shown(masks[row, at])} at place {at}, need 0 or 1")
-        spread: dict[str, Any] = {name: values[:, None] * masks.astype(np.float32) for name, values in answer.items()}
+        spread: dict[str, Any] = {name: values[:, None] * masks.astype(np.float32) for name, values in result.items()}
     else:
         masks = [_token_mask(mask, row) for row, mask in enumerate(masks)]
-        spread = {name: [v * mask for v, mask in zip(values, masks, strict=True)] for name, values in answer.items()}
-    return {**spread, "discounted_return": answer["discounted_return"]}
+        spread = {name: [v * mask for v, mask in zip(values, masks, strict=True)] for name, values in result.items()}
+    return {**spread, "discounted_return": result["discounted_return"]}
 
 
 def _token_mask(mask: Any, row: int) -> np.ndarray:
-    """The mask of one step, float32 [L]. Raises UserError for anything but a list of 0 and 1."""
+    """The response mask of one step, float32 [L]. Raises UserError for anything but a list of 0 and 1."""
     if not isinstance(mask, (list, tuple)):
         raise UserError(f"response_mask: row {row} has {shown(mask)}, need a list of 0 and 1")
     odd = next((at for at, value in enumerate(mask) if not is_flag(value)), None)
@@ -129,9 +161,16 @@ def _token_mask(mask: Any, row: int) -> np.ndarray:
 
 
 def read_steps(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file or the fields of a .jsonl one, lists. Raises UserError naming the file and the line.
+    """Read the arrays of an `.npz` file or the fields of a `.jsonl` file.
 
-    An array `NAME.json` of an .npz holds UTF-8 JSON, a list that comes back as `NAME` (see `write_steps`).
+    Args:
+        path: in an `.npz`, an array `NAME.json` holds a list as UTF-8 JSON, returned as `NAME` (see `write_steps`).
+
+    Returns:
+        An array or a list [N] by name.
+
+    Raises:
+        UserError: naming the file and the line.
     """
     if path.suffix == ".npz":
         return _read_arrays(path)
@@ -141,6 +180,7 @@ def read_steps(path: Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an `.npz` file."""
     try:
         data = np.load(path, allow_pickle=False)
         if not isinstance(data, np.lib.npyio.NpzFile):
@@ -159,6 +199,7 @@ def _read_arrays(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> dict[str, list]:
+    """The fields of a `.jsonl` file, each a list."""
     steps: dict[str, list] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -181,12 +222,16 @@ def _read_lines(path: Path) -> dict[str, list]:
     return steps
 
 
-def write_steps(path: Path, answer: Mapping[str, Any]) -> None:
-    """An .npz or .jsonl of arrays or lists with a row for each step. Raises UserError for another ending.
+def write_steps(path: Path, values: Mapping[str, Any]) -> None:
+    """Write arrays or lists with one row for each step to an `.npz` or `.jsonl` file. The file is written atomically.
 
-    Rows are numbers, strings or arrays [L]. In an .npz, L is the longest one's and zeros fill; strings are an array
-    `NAME.json` of bytes, as an array of strings is as wide as its longest. Written beside the target first, then moved
-    over it: what was there is kept until the new file is whole.
+    Args:
+        path: the target. An `.npz` pads rows of different lengths with zeros, and stores strings as UTF-8 JSON in an
+            array `NAME.json`, since an array of strings is as wide as its longest.
+        values: N numbers, strings or arrays [L] by name.
+
+    Raises:
+        UserError: for another ending of the name.
     """
     if path.suffix not in (".npz", ".jsonl"):
         raise UserError(f"{path}: need a name that ends in .npz or .jsonl")
@@ -194,10 +239,10 @@ def write_steps(path: Path, answer: Mapping[str, Any]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             if path.suffix == ".npz":
-                np.savez(file, **dict(_stored(name, values) for name, values in answer.items()))  # type: ignore[arg-type]
+                np.savez(file, **dict(_stored(name, rows) for name, rows in values.items()))  # type: ignore[arg-type]
             else:
-                for i in range(len(next(iter(answer.values())))):
-                    row = {name: _plain(values[i]) for name, values in answer.items()}
+                for i in range(len(next(iter(values.values())))):
+                    row = {name: _plain(rows[i]) for name, rows in values.items()}
                     file.write((json.dumps(row, allow_nan=False) + "\n").encode())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -207,7 +252,7 @@ def write_steps(path: Path, answer: Mapping[str, Any]) -> None:
 
 
 def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
-    """The name and the array that an .npz holds the values as."""
+    """(name, array) under which an `.npz` stores the values."""
     values = column(values)
     if isinstance(values, np.ndarray):
         return name, values
@@ -220,10 +265,12 @@ def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON takes it."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _umask() -> int:
+    """The umask of the process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -188,28 +188,23 @@ class Settings:
     """Added to standard deviations; with 0, equal scores still get advantage 0."""
 
     aggregation: Literal["none", "hard", "similar", "soft"] = static("soft")
-    """Step baseline: none (GRPO); hard, steps with equal observations (GiGPO); similar, steps with similar ones, which
-    are grouped when the batch is packed; soft, all steps weighted by proximity (ProxMO)."""
+    """Step baseline over no steps (none), equal (hard) or similar observations, or all steps by proximity (soft)."""
     episode_std: bool = static(False)
     """Divide the episode advantage by the unbiased standard deviation of the group."""
     step_std: bool = static(False)
     """Divide the step advantage by the unbiased standard deviation of the matching steps; not with aggregation soft."""
     episode_over: Literal["steps", "trajectories"] = static("steps")
-    """Samples of the episode statistics: steps (a long trajectory has more weight, as in the official code) or
-    trajectories."""
+    """Samples of the episode statistics: steps, as in the official code, or trajectories."""
     leave_one_out: bool = static(False)
     """Leave the sample itself out of its episode baseline (RLOO)."""
     success_rate: Literal["trajectories", "official"] = static("trajectories")
-    """Success rate p: trajectories, the fraction of successful trajectories, as in the paper; official, the mean
-    penalised score over steps, clamped to [0, 1], where a score above 0.5 is a success, as in the official code."""
+    """Rule for p: fraction of successful trajectories, or official: the clamped mean score, success above 0.5."""
     lone_step: Literal["zero", "official"] = static("zero")
-    """Episode advantage of a group with a single sample (one step, or one trajectory with episode_over trajectories):
-    zero, or official, the score itself, as in the official code."""
+    """Episode advantage of a lone step (or trajectory, with episode_over): zero, or official: the score itself."""
     exclude_self: bool = static(False)
     """Leave the step itself out of its soft baseline."""
     kernel: Literal["dense", "blockwise", "pallas"] = static("dense")
-    """Summation of soft baselines: dense, all pairs of a group at once; blockwise, with memory linear in the number of
-    turns; pallas, the same as a TPU kernel."""
+    """Summation of soft baselines: all pairs at once (dense), in linear memory (blockwise) or on a TPU (pallas)."""
     max_features: int = static(1024)
     """Size of the TF-IDF vocabulary."""
 
@@ -259,11 +254,13 @@ def sweep(settings: Settings, **values: Any) -> Settings:
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError for an unknown choice."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _number(name: str, value: Any) -> None:
+    """Raise UserError for a number outside its range."""
     least, most = RANGES[name]
     if not -LARGEST <= value <= LARGEST:
         raise UserError(f"{name} must be a finite number (float32), got {value}")
@@ -298,7 +295,7 @@ class Advantages:
     proximity: jax.Array | None = None
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(values: Array, mask: Array) -> jax.Array:
     """Mean over all axes under a mask, in two passes.
 
     The second pass removes the rounding of the first: with nearly equal scores one pass was off by 4e-2 of their
@@ -316,7 +313,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return mean + jnp.where(mask, values - mean, 0.0).sum() / count
 
 
-def masked_std(deviation: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_std(deviation: Array, mask: Array) -> jax.Array:
     """Unbiased standard deviation under a mask.
 
     Scaled by the largest deviation, so that squares of large values do not overflow and those of small ones do not

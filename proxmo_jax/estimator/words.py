@@ -1,42 +1,54 @@
-"""Word counts on the host: texts -> word ids and counts, by scikit-learn's default rule of what a word is.
+"""Word counts on the host: texts -> word ids and counts, by scikit-learn's default definition of a word.
 
-Knows texts and NumPy, not devices. Counting is the estimator's largest cost, so many texts are split in one pass and
-every text is counted once, however often it is seen.
+Counting is the largest cost of the estimator. Many texts are split in one pass, and counts are memoised by text.
 """
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 # Maximal runs of word characters; which of them count is decided once per word (`_Ids`).
 RUN = re.compile(r"\w+|\0")
 ASCII_RUN = bytes(c if chr(c).isalnum() or c in b"_\0" else 32 for c in range(128)).lower() + bytes(128)
-END = "\0"  # ends a text in a joined one; no word character, so it joins nothing
+END = "\0"  # separates joined texts; it is no word character
 
 
 class WordCounts(NamedTuple):
-    """Sparse word counts of `[...]` texts, `K` distinct words at most: ids int32 [..., K], counts float32 [..., K].
+    """Sparse word counts of texts `[...]`, with at most `K` distinct words each.
 
-    Unused slots have count 0; an id stands once in a row. `alphabetical` int32 [V]: rank of each word id among all
-    words, for ties.
+    Attributes:
+        ids: int32 [..., K]; an id occurs once in a row.
+        counts: float32 [..., K]; 0 in unused entries.
+        alphabetical: int32 [V], rank of each word id in alphabetical order, for ties.
     """
 
-    ids: Any
-    counts: Any
-    alphabetical: Any
+    ids: "jax.Array | np.ndarray"
+    counts: "jax.Array | np.ndarray"
+    alphabetical: "jax.Array | np.ndarray"
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The next power of two: padded shapes come from few sizes, so that few programs are compiled."""
+    """Round up to a power of two: few padded shapes, and hence few compiled programs.
+
+    Args:
+        size: at least 0.
+        smallest: the smallest result, a power of two.
+
+    Returns:
+        The padded size.
+    """
     return max(smallest, 1 << (max(size, 1) - 1).bit_length())
 
 
 class _Ids(dict):
-    """Word -> id; an unseen word gets the next id, and one that does not count gets -1."""
+    """Word -> id. A new word gets the next id, or -1 if it is too short to count."""
 
     def __init__(self, keep_digits: bool):
         super().__init__()
@@ -52,14 +64,19 @@ class _Ids(dict):
 
 
 class Vocabulary:
-    """Word ids, growing and free of collisions, and memoised counts of every text seen.
+    r"""Growing word ids without collisions, and memoised word counts of texts.
 
-    A word is scikit-learn's default, `\\b\\w\\w+\\b` of the lower-cased text. `keep_digits` also counts single digits,
-    so that 'drawer 1' and 'drawer 2' differ (scikit-learn drops single characters, and so does the method as
-    published). The memo is emptied when it holds more than `memo` texts.
+    A word is scikit-learn's default, `\b\w\w+\b` of the lower-cased text.
     """
 
     def __init__(self, keep_digits: bool = False, memo: int = 200_000):
+        """An empty vocabulary.
+
+        Args:
+            keep_digits: also count single digits, so that 'drawer 1' and 'drawer 2' differ. scikit-learn drops single
+                characters, and so does the published method.
+            memo: the memo is emptied when it holds more texts than this.
+        """
         self._ids = _Ids(keep_digits)
         self._memo_limit = memo
         self._alphabetical, self._ranked = np.zeros(0, np.int32), -1
@@ -69,16 +86,22 @@ class Vocabulary:
         return len(self._ids.words)
 
     def _forget(self) -> None:
-        # Counts of all texts end to end; those of text i lie at [_starts[i], _starts[i + 1]). Longer than in use, so
-        # that appending a few seldom copies all.
+        # Counts of all texts, concatenated; those of text i are at [_starts[i], _starts[i + 1]). The arrays have spare
+        # capacity, so that appending is amortised.
+        """Empty the memo."""
         self._memo: dict[str, int] = {}
         self._flat_ids, self._flat_counts = np.zeros(0, np.int32), np.zeros(0, np.float32)
         self._starts = np.zeros(1, np.int64)
 
     def rows(self, texts: Sequence[str], words: Sequence[Mapping[str, int] | None] | None = None) -> np.ndarray:
-        """A number for each text, int64 [N]: equal numbers, equal texts. Valid until the next call.
+        """Number texts; equal numbers mean equal texts. Numbers are valid until the next call.
 
-        words: counts of the texts' words where somebody has counted them already, by the same rule.
+        Args:
+            texts: N strings.
+            words: word counts of the texts, by the same definition, where they are known already.
+
+        Returns:
+            int64 [N].
         """
         if len(self._memo) > self._memo_limit:
             self._forget()
@@ -102,14 +125,14 @@ class Vocabulary:
         self._append(before, ids, counts, np.cumsum([len(counts) for counts in counted]))
 
     def _count(self, before: int, texts: list[str]) -> None:
-        """Append the counts of new texts, all split in one pass."""
+        """Count new texts, all split in one pass, and append the counts."""
         tokens = _runs(texts)
         self._ids[END] = -2
         ids = np.fromiter(map(self._ids.__getitem__, tokens), np.int64, len(tokens))
         text = np.cumsum(ids == -2)
         real = ids >= 0
         size = max(len(self), 1)
-        # One number for (text, word) sorts both at once; equal neighbours are one word of one text.
+        # Sorting one number per (text, word) sorts by both; equal neighbours are the same word of the same text.
         both = np.sort(text[real] * size + ids[real])
         first = np.flatnonzero(np.diff(both, prepend=-1))
         counts = np.diff(first, append=len(both))
@@ -119,19 +142,28 @@ class Vocabulary:
         self._append(before, (both - owner * size).astype(np.int32), counts.astype(np.float32), ends)
 
     def _append(self, before: int, ids: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> None:
-        """Put ids and counts of the texts numbered `before` and up, which end at `ends`, behind those of the others."""
+        """Store ids and counts of the texts numbered `before` and up; `ends` [N] are the ends of their slices."""
         used = int(self._starts[before])
         self._starts = _put(self._starts, before + 1, used + ends)
         self._flat_ids, self._flat_counts = _put(self._flat_ids, used, ids), _put(self._flat_counts, used, counts)
 
     def longest(self, rows: np.ndarray) -> int:
-        """The most distinct words of the texts numbered `rows`, int64 [N]."""
+        """The largest number of distinct words in a text.
+
+        Args:
+            rows: int64 [N], numbers of texts.
+        """
         return int((self._starts[rows + 1] - self._starts[rows]).max(initial=0))
 
     def cut(self, rows: np.ndarray, most: int) -> "Vocabulary":
-        """The vocabulary with only the `most` commonest words of the texts numbered `rows`, int64 [N], in those texts.
+        """The vocabulary with only the most frequent words of some texts, which are the ones TF-IDF keeps.
 
-        Those are the ones TF-IDF keeps (ties: the smaller word). Itself if no text has more than so many.
+        Args:
+            rows: int64 [N], numbers of texts; repeated ones count repeatedly.
+            most: how many words to keep (ties: the smaller word).
+
+        Returns:
+            A copy that has those texts only; the vocabulary itself if none of them has more distinct words than `most`.
         """
         used, repeats = np.unique(rows, return_counts=True)
         length = self._starts[used + 1] - self._starts[used]
@@ -151,9 +183,15 @@ class Vocabulary:
         return cut
 
     def gather(self, rows: np.ndarray, width: int | None = None) -> WordCounts:
-        """Counts of the texts numbered `rows` [...] (-1: none) as `[..., K]`, K a power of two or `width`.
+        """Word counts of texts by number.
 
-        Of a text with more distinct words than `width` the commonest are kept (ties: the smaller word).
+        Args:
+            rows: int64 [...], numbers of texts; -1 for none.
+            width: K; a text with more distinct words keeps its most frequent ones (ties: the smaller word). Default:
+                the next power of two that fits all.
+
+        Returns:
+            Counts [..., K].
         """
         rows = np.asarray(rows)
         flat = rows.reshape(-1)
@@ -179,11 +217,20 @@ class Vocabulary:
         width: int | None = None,
         words: Sequence[Mapping[str, int] | None] | None = None,
     ) -> WordCounts:
-        """Counts of many texts, `[N, K]`; `words` as in `rows`."""
+        """Word counts of texts.
+
+        Args:
+            texts: N strings.
+            width: as in `gather`.
+            words: as in `rows`.
+
+        Returns:
+            Counts [N, K].
+        """
         return self.gather(self.rows(texts, words), width)
 
     def alphabetical(self) -> np.ndarray:
-        """Rank of each word id in sorted order, int32, padded to a bucket with ranks past every word."""
+        """Rank of each word id in alphabetical order: int32 [V], V padded to a power of two."""
         if self._ranked != len(self):
             rank = np.arange(bucket(len(self), 256), dtype=np.int32)
             order = sorted(range(len(self)), key=self._ids.words.__getitem__)
@@ -193,7 +240,7 @@ class Vocabulary:
 
 
 def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
-    """The array with `values` written at `at`, grown to twice the need where they do not fit."""
+    """Write `values` at `at`; an array that is too short grows to twice the size needed."""
     end = at + len(values)
     if end > len(array):
         array = np.concatenate([array, np.zeros(2 * end - len(array), array.dtype)])
@@ -202,7 +249,7 @@ def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
 
 
 def _runs(texts: list[str]) -> list[str]:
-    """All runs of word characters of the lower-cased texts, in order, and an `END` after each text."""
+    """All runs of word characters of the lower-cased texts, in order, with an `END` after each text."""
     if any(END in text for text in texts):
         texts = [text.replace(END, " ") for text in texts]
     joined = f" {END} ".join([*texts, ""])

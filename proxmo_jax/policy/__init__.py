@@ -1,0 +1,1 @@
+"""The policy: decoder, adapters, checkpoints, tokenizers, sampling and sharding."""

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): which parameters are learned when there are some, and how they end.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): which parameters are trained, and how adapters are merged.
 
-With `PolicyConfig.lora_rank` r every linear layer x W of the decoder is x W + (alpha / r) (x A) B; A and B lie beside W
-in the tree of parameters, named `..._lora_a` and `..._lora_b`.
+With `PolicyConfig.lora_rank` r, every linear layer x W of the decoder becomes x W + (alpha / r) (x A) B. A and B are
+stored beside W in the parameter tree, named `..._lora_a` and `..._lora_b`.
 """
 
 from typing import Any
@@ -12,7 +12,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """(frozen, learned): adapters alone are learned where there are any, and everything where there are none."""
+    """Separate trainable from frozen parameters: adapters if there are any, else everything, is trainable.
+
+    Args:
+        params: all parameters of the policy.
+
+    Returns:
+        (frozen, trainable) trees.
+    """
     flat = flatten_dict(params)
     learned = {path: leaf for path, leaf in flat.items() if any("_lora_" in name for name in path)} or flat
     frozen = {path: leaf for path, leaf in flat.items() if path not in learned}
@@ -20,15 +27,31 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def join(frozen: Any, learned: Any) -> Any:
-    """The whole tree again; nothing is copied."""
+    """Reassemble the parameter tree, without copies.
+
+    Args:
+        frozen: first result of `split`.
+        learned: second result of `split`.
+
+    Returns:
+        All parameters of the policy.
+    """
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(learned)})
 
 
 @jax.jit
 def merge(params: Any, scale: jax.Array) -> Any:
-    """The same policy without adapters: W + scale A B in float32, in W's dtype. `scale` is alpha / r."""
+    """Merge adapters into the weights: W + scale A B in float32, stored in W's dtype.
+
+    Args:
+        params: all parameters of the policy.
+        scale: float32 [], alpha / r.
+
+    Returns:
+        The parameters of an equal policy without adapters.
+    """
     flat = flatten_dict(params)
-    answer = {path: leaf for path, leaf in flat.items() if not any("_lora_" in name for name in path)}
+    merged = {path: leaf for path, leaf in flat.items() if not any("_lora_" in name for name in path)}
     for path, leaf in flat.items():
         name = path[-2] if len(path) > 1 else ""
         if not name.endswith("_lora_a"):
@@ -37,6 +60,6 @@ def merge(params: Any, scale: jax.Array) -> Any:
         right = flat[(*path[:-2], name.replace("_lora_a", "_lora_b"), "kernel")]
         layers, rank = leaf.shape[0], leaf.shape[-1]
         product = jnp.einsum("lir,lro->lio", leaf.reshape(layers, -1, rank), right.reshape(layers, rank, -1))
-        kernel = answer[target]
-        answer[target] = (kernel + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
-    return unflatten_dict(answer)
+        kernel = merged[target]
+        merged[target] = (kernel + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+    return unflatten_dict(merged)

@@ -1,4 +1,4 @@
-"""Attention over packed rows with JAX's splash kernel: nothing of size [L, L] is made. For TPUs."""
+"""Attention over packed rows with JAX's splash attention kernel for TPUs; nothing of size [L, L] is allocated."""
 
 from functools import partial
 
@@ -8,15 +8,23 @@ from jax.sharding import PartitionSpec
 
 from proxmo_jax.policy.sharding import RULES
 
-BLOCK = 128  # lengths must be a multiple of it
+BLOCK = 128  # lengths must be a multiple
 
 
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention within segments. query [B, L, H, D], key and value [B, L, K, D], segments int32 [B, L].
+    """Causal attention within segments, equal to `jax.nn.dot_product_attention` with the corresponding mask.
 
-    As `jax.nn.dot_product_attention` with a mask of equal segments and earlier tokens; K divides H, L is a multiple of
-    128. Under `jax.set_mesh` rows and heads stay where `RULES` puts them. Lowered for anything but a TPU the kernel is
-    interpreted: right, and slow.
+    Under `jax.set_mesh`, rows and heads are sharded by `RULES`. On other devices than a TPU the kernel is interpreted,
+    which is slow.
+
+    Args:
+        query: float [B, L, H, D]; L is a multiple of 128.
+        key: float [B, L, K, D]; K divides H.
+        value: float [B, L, K, D].
+        segments: int32 [B, L].
+
+    Returns:
+        float [B, L, H, D].
     """
 
     def here(*arguments):
@@ -33,6 +41,7 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
 
 
 def _splash(query, key, value, segments, *, interpret: bool) -> jax.Array:
+    """`splash` on one device."""
     _, length, heads, head_dim = query.shape
     block = next(size for size in (512, 256, BLOCK) if length % size == 0)
     sizes = splash_attention.BlockSizes(

@@ -1,8 +1,7 @@
 """The policy: a decoder of the Qwen2, Qwen2.5 and Qwen3 architectures.
 
-RMSNorm, rotary positions, grouped queries with biases (Qwen2) or normalised heads (Qwen3), SwiGLU. Mathematics only; it
-knows no checkpoint names, no mesh, no sampling and no loss. Layers run under one `scan`, so a model of any depth
-compiles like one layer.
+RMSNorm, rotary positions, grouped-query attention with biases (Qwen2) or normalised heads (Qwen3), SwiGLU. The module
+contains only the mathematics. Layers run under one `scan`, so compile time does not grow with depth.
 """
 
 import dataclasses
@@ -21,17 +20,26 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-# Uniform within 1 / sqrt(inputs), as in the authors' code.
+# Uniform within 1 / sqrt(inputs), as in the code of LoRA's authors.
 LORA_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions (arXiv 2104.09864) and how they are stretched to longer texts.
+    """Rotary positions (arXiv 2104.09864) and their extension to longer contexts.
 
-    kind: default, linear (positions divided by `factor`) or yarn (arXiv 2309.00071: high frequencies kept, low ones
-    divided, with a ramp between the dimensions that turn `beta_fast` and `beta_slow` times in `original_length`, which
-    are rounded outwards if `truncate`).
+    YaRN (arXiv 2309.00071) keeps high frequencies and divides low ones by `factor`, with a ramp between the dimensions
+    that turn `beta_fast` and `beta_slow` times in `original_length`.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default", "linear" (positions divided by `factor`) or "yarn".
+        factor: of the context length.
+        original_length: tokens of the context that the model was trained on.
+        beta_fast: start of YaRN's ramp, in turns.
+        beta_slow: end of YaRN's ramp, in turns.
+        attention_factor: factor on sines and cosines; None: as in the paper.
+        truncate: round the ends of the ramp outwards.
     """
 
     theta: float = 10_000.0
@@ -44,7 +52,14 @@ class Rope:
     truncate: bool = True
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Radians per position, float64 [head_dim / 2], and what sines and cosines are multiplied by."""
+        """Rotary frequencies.
+
+        Args:
+            head_dim: dimensions of a head.
+
+        Returns:
+            Radians per position, float64 [head_dim / 2], and the factor on sines and cosines.
+        """
         exponent = np.arange(0, head_dim, 2) / head_dim
         frequency = self.theta**-exponent
         if self.kind == "linear":
@@ -67,14 +82,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Shape of the decoder, named as in Hugging Face's `config.json` where that has a name.
-
-    qkv_bias, qk_norm: Qwen2 has biases, Qwen3 normalised query and key heads. `max_position_embeddings` is the longest
-    sequence. dtype, param_dtype: what is computed in and what is stored; statistics, logits and softmax are float32.
-    remat: what is kept of a layer for its gradient: all ("none"), nothing ("full") or products with weights ("dots").
-    attention: of packed rows, "dense" or "splash" (`attention.splash`). lora_rank, lora_alpha: adapters (`adapters`),
-    kept in float32; rank 0: none.
-    """
+    """Shape of the decoder, with the names of Hugging Face's `config.json` where it has one."""
 
     vocab_size: int
     hidden_size: int = 64
@@ -87,25 +95,38 @@ class PolicyConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     qkv_bias: bool = True
+    """Biases of query, key and value (Qwen2)."""
     qk_norm: bool = False
+    """Normalised query and key heads (Qwen3)."""
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 32_768
+    """Tokens of the longest sequence."""
     dtype: str = "float32"
+    """Dtype of computation; statistics, logits and softmax are float32."""
     param_dtype: str = "float32"
+    """Dtype of stored parameters."""
     remat: str = "none"
+    """Rematerialisation: a layer keeps all (none), nothing (full) or products with weights (dots) for its gradient."""
     attention: str = "dense"
+    """Attention of packed rows: dense or splash (`attention.splash`)."""
     lora_rank: int = 0
+    """Rank of the adapters, which are float32 (`adapters`); 0: none."""
     lora_alpha: float = 32.0
+    """Scale of the adapters, over their rank."""
 
     def to_dict(self) -> dict:
+        """The fields as plain values."""
         return dataclasses.asdict(self)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens read so far: [layers, B, kv heads, head_dim, S] and
-    [layers, B, kv heads, S, head_dim], in the policy's dtype: as a decoding step's two products read them.
+    """KV cache in the policy's dtype, in the layouts that the two products of a decoding step read.
+
+    Attributes:
+        keys: [layers, B, kv heads, head_dim, S].
+        values: [layers, B, kv heads, S, head_dim].
     """
 
     keys: jax.Array
@@ -113,13 +134,32 @@ class Cache:
 
     @classmethod
     def empty(cls, config: PolicyConfig, batch: int, length: int) -> "Cache":
+        """A cache of zeros.
+
+        Args:
+            config: shape of the policy.
+            batch: B.
+            length: S.
+
+        Returns:
+            The cache.
+        """
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads)
         keys, values = (*shape, config.head_dim, length), (*shape, length, config.head_dim)
         return cls(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-    """Rotary position embedding, half-split as in Qwen2. x [B, L, H, D], positions [B, L]."""
+    """Rotary position embedding (arXiv 2104.09864), half-split as in Qwen2.
+
+    Args:
+        x: float [B, L, H, D].
+        positions: int32 [B, L].
+        rope: frequencies.
+
+    Returns:
+        float [B, L, H, D].
+    """
     half = x.shape[-1] // 2
     frequency, scale = rope.frequencies(x.shape[-1])
     angle = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
@@ -129,7 +169,7 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * weight, the statistic in float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight, with the statistic in float32 (arXiv 1910.07467)."""
 
     config: PolicyConfig
 
@@ -142,12 +182,32 @@ class RMSNorm(nn.Module):
 
 
 def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """query [B, L, H, D], key and value [B, S, K, D], mask bool [B, L, S]: token l may attend to token s."""
+    """Attention with a dense mask.
+
+    Args:
+        query: float [B, L, H, D].
+        key: float [B, S, K, D]; K divides H.
+        value: float [B, S, K, D].
+        mask: bool [B, L, S], token l may attend to token s.
+
+    Returns:
+        float [B, L, H, D].
+    """
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The same with keys [B, K, D, S] and values [B, K, S, D] as the cache has them; softmax in float32."""
+    """As `dense_attention` with the layouts of the KV cache; the softmax is in float32.
+
+    Args:
+        query: float [B, L, H, D].
+        keys: float [B, K, D, S].
+        values: float [B, K, S, D].
+        mask: bool [B, L, S].
+
+    Returns:
+        float [B, L, H, D].
+    """
     batch, length, heads, head_dim = query.shape
     groups = keys.shape[1]
     query = query.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -160,7 +220,7 @@ def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask:
 
 
 class Layer(nn.Module):
-    """One decoder layer; a scan body: carries the hidden states and all layers' caches, of which it writes its own."""
+    """One decoder layer as a scan body: carries hidden states and the KV cache of all layers, and updates its part."""
 
     config: PolicyConfig
     attend: Callable
@@ -202,8 +262,18 @@ class Layer(nn.Module):
 
 
 def written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, at: jax.Array) -> Cache:
-    """The cache with `key` and `value` [B, L, K, D] in a layer's slots from `at` on: one for all rows, or one each [B].
-    In place where the cache is carried by a loop."""
+    """Write keys and values of a layer into the KV cache; in place where the cache is a loop carry.
+
+    Args:
+        cache: of all layers.
+        key: float [B, L, K, D].
+        value: float [B, L, K, D].
+        layer: int32 [], index of the layer.
+        at: int32 [] or [B], the first slot, for all rows or for each.
+
+    Returns:
+        The cache.
+    """
     key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
     if jnp.ndim(at) == 0:
         return Cache(
@@ -213,25 +283,37 @@ def written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, at
     rows, heads, length, _ = value.shape
     row, head = jnp.arange(rows)[:, None, None], jnp.arange(heads)[:, None]
     slot = at[:, None, None] + jnp.arange(length)
-    return Cache(  # indices apart from each other come first: [B, K, L, D] both
+    return Cache(  # non-adjacent advanced indices come first: both [B, K, L, D]
         cache.keys.at[layer, row, head, :, slot].set(key.swapaxes(2, 3)),
         cache.values.at[layer, row, head, slot].set(value),
     )
 
 
 class Policy(nn.Module):
-    """Next-token logits. `attend(query, key, value, mask)` is the attention, `mask` whatever it takes for one."""
+    """Next-token logits.
+
+    Attributes:
+        config: shape of the policy.
+        attend: attention, called with (query, key, value, mask); the mask is in its own format.
+    """
 
     config: PolicyConfig
     attend: Callable = dense_attention
 
     @nn.compact
     def __call__(self, tokens, positions, mask, cache: Cache | None = None, write_at=0, places=None):
-        """tokens, positions int32 [B, L]; mask bool [B, L, S]: token l may attend to slot s.
+        """Run the decoder.
 
-        Without a cache S = L. With one, the L tokens' keys and values are written at slots `write_at`... (a number, or
-        one for each row, [B]) and S is the cache's length. Returns (logits float32 [B, L, V], cache); with `places`
-        int32 [B, A] logits after those tokens alone, [B, A, V].
+        Args:
+            tokens: int32 [B, L].
+            positions: int32 [B, L].
+            mask: bool [B, L, S], token l may attend to slot s; without a cache S = L.
+            cache: keys and values of these tokens are written to it; S is its length.
+            write_at: int [] or [B], first slot to write, for all rows or for each.
+            places: int32 [B, A], tokens whose logits are computed (default: all).
+
+        Returns:
+            Logits float32 [B, L, V] or [B, A, V], and the cache.
         """
         c = self.config
         normal, shape = nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size)
@@ -255,7 +337,7 @@ class Policy(nn.Module):
         return logits, cache
 
 
-# What each axis of each parameter is; `sharding.RULES` says where such an axis lies on the mesh.
+# Logical axes of each parameter; `sharding.RULES` maps them to mesh axes.
 LOGICAL_AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
@@ -292,11 +374,19 @@ LOGICAL_AXES = {
 
 
 def parameter_shapes(config: PolicyConfig):
-    """The tree of parameters as shapes and dtypes, nothing allocated."""
+    """Shapes and dtypes of the parameters as a tree, without allocation."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def init_params(config: PolicyConfig, key: jax.Array):
-    """Fresh parameters."""
+    """Initialise parameters.
+
+    Args:
+        config: shape of the policy.
+        key: random key.
+
+    Returns:
+        The tree of parameters.
+    """
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Policy(config).init(key, tokens, tokens, jnp.ones((1, 2, 2), bool))["params"]

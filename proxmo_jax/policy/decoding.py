@@ -33,7 +33,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """What does not change while `N` prompts are answered on `B` rows of the cache."""
+    """Constants while responses to `N` prompts are sampled on `B` rows of the KV cache."""
 
     params: Any
     prompts: jax.Array  # int32 [N, P], left-padded
@@ -86,7 +86,7 @@ class _Job:
 
 
 class _State(NamedTuple):
-    """The rows at work: which prompt each answers, how far it is, and the token it says next."""
+    """State of the rows: the prompt of each, its position, and its next token."""
 
     prompt: jax.Array  # int32 [B]; N: none
     start: jax.Array  # int32 [B], the prompt's first place in the row

@@ -1,4 +1,4 @@
-"""Sampling answers: prefill of left-padded prompts and decoding with a KV cache; rows that stop are given out again."""
+"""Drawing tokens from logits, and detecting the end of a response: stop tokens and stop strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,35 @@ from proxmo_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn and where they end. A program is compiled for each.
-
-    max_tokens   the longest answer
-    stop_ids     tokens that end one, themselves included
-    pad_id       what stands after the end
-    top_k        only the so many likeliest tokens may be drawn; 0: all
-    top_p        only the likeliest tokens that together have this probability may be drawn; 1: all
-    greedy       no random numbers are made; for temperature 0
-    """
+    """How responses are sampled and where they end. Each instance compiles a new program."""
 
     max_tokens: int
+    """Tokens of a response, at most."""
     stop_ids: tuple[int, ...]
+    """Tokens that end a response and belong to it."""
     pad_id: int = 0
+    """Padding after the end."""
     top_k: int = 0
+    """Sample from this many most likely tokens only; 0: all."""
     top_p: float = 1.0
+    """Sample from the most likely tokens up to this total probability only (nucleus sampling); 1: all."""
     greedy: bool = False
+    """Make no random numbers; for temperature 0."""
 
 
 def stop_table(texts: Sequence[str], strings: Sequence[str]) -> np.ndarray:
-    """The automaton that finds any of `strings` in a text said token by token: int16 [states, V].
+    """Build the automaton that finds any of the stop strings in a text read token by token (Aho and Corasick, 1975).
 
-    texts: what each token id says. State 0 is the start, the last state is reached when a string has been said, and is
-    never left; `table[state, token]` is the next state. (Aho and Corasick's automaton, run over each token's
-    characters.) Raises UserError for no string, or an empty one.
+    Args:
+        texts: text of each token id, V strings.
+        strings: stop strings.
+
+    Returns:
+        int16 [states, V]: `table[state, token]` is the next state. State 0 is the start; the last state means that a
+        stop string was found, and is never left.
+
+    Raises:
+        UserError: for no string, or an empty one.
     """
     if not strings or not all(strings):
         raise UserError("stop strings: need at least one, none of them empty")
@@ -47,11 +52,11 @@ def stop_table(texts: Sequence[str], strings: Sequence[str]) -> np.ndarray:
     step[end] = end
     for prefix, i in state.items():
         for c, j in alphabet.items():
-            said = prefix + c
-            if any(said.endswith(s) for s in strings):
+            text = prefix + c
+            if any(text.endswith(s) for s in strings):
                 step[i, j] = end
             else:
-                step[i, j] = next(state[said[n:]] for n in range(len(said) + 1) if said[n:] in state)
+                step[i, j] = next(state[text[n:]] for n in range(len(text) + 1) if text[n:] in state)
     longest = max(map(len, texts), default=0)
     codes = np.full((len(texts), longest), -1, np.int16)
     for row, text in zip(codes, texts, strict=True):
@@ -65,10 +70,17 @@ def stop_table(texts: Sequence[str], strings: Sequence[str]) -> np.ndarray:
 def draw(
     logits: jax.Array, keys: jax.Array, temperature: jax.Array, decoding: Decoding
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(token, log-prob) [B] from logits [B, V] with a key for each row; the likeliest token at temperature 0.
+    """Sample a token for each row; at temperature 0 the most likely one.
 
-    Log-probs are of the policy at this temperature (untempered when greedy) before `top_k` and `top_p` cut it, which is
-    what the learner computes.
+    Args:
+        logits: float32 [B, V].
+        keys: random keys [B].
+        temperature: float32 [].
+        decoding: top_k, top_p and greedy are used.
+
+    Returns:
+        Tokens int32 [B], and their log-probs float32 [B] under the policy at this temperature (1 at temperature 0)
+        before `top_k` and `top_p` are applied, as the trainer computes them.
     """
     log_probs = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0))
     allowed = log_probs
@@ -83,14 +95,22 @@ def draw(
             least = jnp.maximum(least, jnp.take_along_axis(ordered, count - 1, -1))
         allowed = jnp.where(log_probs >= least, log_probs, -jnp.inf)
     token = jnp.argmax(logits, -1)
-    if not decoding.greedy:  # a `cond` on the temperature would cost sampling a third of its speed on a CPU
+    if not decoding.greedy:  # static: a `cond` on the temperature slows sampling by a third on a CPU
         token = jnp.where(temperature > 0, jax.vmap(jax.random.categorical)(keys, allowed), token)
     token = token.astype(jnp.int32)
     return token, jnp.take_along_axis(log_probs, token[:, None], 1)[:, 0]
 
 
 def stops(token: jax.Array, decoding: Decoding) -> jax.Array:
-    """Which tokens [B] end an answer."""
+    """Whether a token ends its response.
+
+    Args:
+        token: int32 [B].
+        decoding: stop_ids is used.
+
+    Returns:
+        bool [B].
+    """
     return (
         jnp.isin(token, jnp.array(decoding.stop_ids, jnp.int32)) if decoding.stop_ids else jnp.zeros_like(token, bool)
     )

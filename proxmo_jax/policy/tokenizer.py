@@ -1,4 +1,4 @@
-"""Tokenizers: a word-level one for small policies, saved as an ordinary Hugging Face folder; language models' own."""
+"""Tokenizers: a word-level one for small policies, stored as a Hugging Face folder, and those of language models."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,14 +11,22 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.paths import plain_path
 
 PAD, UNKNOWN, STOP = "<pad>", "<unk>", "</action>"
-# A thing and its number are two words: all desks share one, and the numbers are read and copied alike for all things.
-# Longer numbers, as in a product's ASIN, are pairs of digits, so that one never seen can be copied, too.
+# An object and its number are two tokens: all desks share one, and numbers are tokens of their own.
+# Longer numbers, as in a product's ASIN, are pairs of digits, so that unseen ones can be copied.
 WORD = r"[^\W\d]+|\d{1,2}|[^\w\s]"
 SPECIAL = (PAD, UNKNOWN, "<think>", "</think>", "<action>", STOP)
 
 
 def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokenizerFast:
-    """One token per word, number or punctuation mark of `texts`, lower-cased; written to `folder`."""
+    """Build a tokenizer with one token for each word, number or punctuation mark, lower-cased.
+
+    Args:
+        texts: training texts.
+        folder: where it is written.
+
+    Returns:
+        The tokenizer; it pads on the left.
+    """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
@@ -44,7 +52,17 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder. Raises UserError if there is none."""
+    """Load the tokenizer of a folder.
+
+    Args:
+        folder: with `tokenizer.json`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{folder}: holds no tokenizer.json")
     with plain_path(folder) as plain:
@@ -56,9 +74,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_model_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A language model's tokenizer, whatever length and padding its files were saved with.
+    """Load the tokenizer of a language model; truncation and padding saved in its files are disabled.
 
-    Raises UserError if there is none that can be used, or it has tokens past the model's `vocab_size`.
+    Args:
+        folder: of the model.
+        vocab_size: of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: if there is none that can be used, or it has more tokens than `vocab_size`.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise UserError(f"--model: {folder} holds no tokenizer (tokenizer.json)")
@@ -77,12 +103,12 @@ def load_model_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFa
 
 
 def token_count(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest token id."""
+    """The largest token id + 1."""
     return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _reads_all(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer, no text cut or padded, and special tokens in a text read as such."""
+    """The tokenizer without truncation and padding, and with special tokens in texts parsed as such."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.split_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens = False

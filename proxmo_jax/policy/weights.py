@@ -1,7 +1,6 @@
-"""Hugging Face checkpoints of Qwen2, Qwen2.5 and Qwen3 <-> our parameters.
+"""Conversion between Hugging Face checkpoints of Qwen2, Qwen2.5 and Qwen3 and our parameters: names and layouts.
 
-Knows names and layouts, not mathematics. Parameters are read shard by shard, one tensor at a time, into arrays that lie
-where they are to lie; nothing holds a second copy of the model.
+Parameters are read one tensor at a time, directly into sharded arrays; there is never a second copy of the model.
 """
 
 import json
@@ -20,14 +19,17 @@ from safetensors.numpy import save_file
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import PolicyConfig, Rope, parameter_shapes
 
-SHARD = 4 << 30  # bytes in one file of a saved checkpoint
+SHARD = 4 << 30  # bytes of a file of a saved checkpoint, at most
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
 
 
 class Entry(NamedTuple):
-    """One of our parameters in a checkpoint: the name there (`{}` is the layer), and the way there and back.
+    """One of our parameters in a checkpoint.
 
-    `ours` takes their tensor and our shape (of one layer), `theirs` takes ours.
+    Attributes:
+        name: of the tensor in the checkpoint; `{}` is the layer.
+        ours: converts their tensor, given the shape of ours (of one layer).
+        theirs: converts our array (of one layer).
     """
 
     name: str
@@ -36,6 +38,7 @@ class Entry(NamedTuple):
 
 
 def _same(name: str) -> Entry:
+    """The same layout."""
     return Entry(name, lambda x, shape: x, lambda x: x)
 
 
@@ -82,7 +85,17 @@ ENTRIES = {
 
 
 def find_model(model: str) -> Path:
-    """A model's folder: the folder named, or a fetched copy of a hub id. Raises UserError if it is neither."""
+    """The folder of a model: a local one, or a download from the Hugging Face hub.
+
+    Args:
+        model: a folder or a hub id.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if it is neither.
+    """
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -98,7 +111,17 @@ def find_model(model: str) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError naming the file if it holds anything else."""
+    """Read an object from a JSON file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        UserError: naming the file, if it contains anything else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -109,19 +132,23 @@ def read_json(path: Path) -> dict:
 
 
 def _short(value: Any) -> str:
+    """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_config(folder: Path, **choices: Any) -> PolicyConfig:
-    """The policy's shape from `config.json`, with the defaults of `transformers`.
+    """Read the shape of a policy from `config.json`, with the defaults of `transformers`.
 
     Args:
         folder: a Hugging Face folder.
-        choices: dtype, param_dtype, remat and what else the file does not say.
+        choices: fields of `PolicyConfig` that the file does not contain: dtype, param_dtype, remat, ...
+
+    Returns:
+        The shape.
 
     Raises:
-        UserError: for a folder without one, and for an architecture or a setting that the policy does not have.
+        UserError: for a folder without the file, and an architecture or a setting that the policy does not support.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -130,13 +157,7 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     kind = data.get("model_type")
     if kind not in ("qwen2", "qwen3"):
         raise UserError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
-    hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
-    kv_heads = heads
-    if data.get("num_key_value_heads", 32) is not None:
-        kv_heads = _whole(data, "num_key_value_heads", path, 32)
-    head_dim = hidden // heads
-    if kind == "qwen3" or data.get("head_dim") is not None:
-        head_dim = _whole(data, "head_dim", path, 128)
+    hidden, heads, kv_heads, head_dim = _read_heads(data, kind, path)
     tied = data.get("tie_word_embeddings", False)
     _refuse(
         path,
@@ -167,6 +188,18 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     )
 
 
+def _read_heads(data: dict, kind: str, path: Path) -> tuple[int, int, int, int]:
+    """(hidden size, attention heads, key-value heads, dimensions of a head). Raises UserError."""
+    hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
+    kv_heads = heads
+    if data.get("num_key_value_heads", 32) is not None:
+        kv_heads = _whole(data, "num_key_value_heads", path, 32)
+    head_dim = hidden // heads
+    if kind == "qwen3" or data.get("head_dim") is not None:
+        head_dim = _whole(data, "head_dim", path, 128)
+    return hidden, heads, kv_heads, head_dim
+
+
 def _refuse(path: Path, wrong: dict[str, Any]) -> None:
     """Raise UserError for the first description that holds."""
     for what, holds in wrong.items():
@@ -174,8 +207,8 @@ def _refuse(path: Path, wrong: dict[str, Any]) -> None:
             raise UserError(f"{path}: has {what}")
 
 
-# Names of settings that could change what a decoder computes, and those of them that do not, or that are read here.
-# `transformers` reads no other than its own either, but a file that names one describes another model.
+# Settings whose names suggest that they change what a decoder computes, and those of them that do not or are read here.
+# `transformers` ignores unknown names, but a file that contains one describes another model.
 COMPUTES = re.compile(r"rope|rotary|attention|attn|norm|bias|scal|multiplier|softcap|window|expert|quant|per_layer")
 HARMLESS = re.compile(r"^_|dropout|flash|implementation|^output_")
 READ = (
@@ -185,7 +218,7 @@ READ = (
 
 
 def _other_computations(data: dict, kind: str) -> dict[str, Any]:
-    """What would make the model another one than the policy, each with whether it holds."""
+    """Descriptions of what would make the model differ from the policy, each with whether it holds."""
     types = data.get("layer_types")
     full = types is None or (isinstance(types, list) and all(t in ("full_attention", "attention") for t in types))
     unknown = [key for key, value in data.items() if value not in (None, False, [], {})]
@@ -202,7 +235,7 @@ def _other_computations(data: dict, kind: str) -> dict[str, Any]:
 
 
 def _whole(data: dict, key: str, path: Path, default: int | None = None) -> int:
-    """A number of things; `default`, if there is one, where the file does not name it. Raises UserError."""
+    """A positive whole number; `default`, if there is one, for a missing key. Raises UserError."""
     if key not in data and default is None:
         raise UserError(f"{path}: has no {key!r}")
     value = data.get(key, default)
@@ -212,10 +245,7 @@ def _whole(data: dict, key: str, path: Path, default: int | None = None) -> int:
 
 
 def _number(data: dict, key: str, path: Path, default: float | None = None, *, above: float | None = None) -> float:
-    """A finite number of at least 0, or greater than `above`; `default` where the file does not name it.
-
-    Raises UserError.
-    """
+    """A finite number of at least 0, or greater than `above`; `default` for a missing key. Raises UserError."""
     value = data.get(key, default)
     if (
         not isinstance(value, (int, float))
@@ -235,10 +265,10 @@ ROPE_KEYS = set(
 
 
 def _read_rope(data: dict, longest: int, path: Path) -> Rope:
-    """Positions as `transformers` 5 reads all three generations of names.
+    """Rotary parameters as `transformers` 5 reads all three generations of names.
 
-    `rope_scaling`, if it says anything, comes before `rope_parameters`; either may have one entry for each type of
-    layer. A theta in there comes before `rope_theta` beside it, and that before 10,000.
+    Non-empty `rope_scaling` takes precedence over `rope_parameters`; either may have one entry for each layer type.
+    Theta in there takes precedence over `rope_theta` beside it, and that over 10,000.
     """
     found = data.get("rope_scaling") or data.get("rope_parameters") or {}
     nested = isinstance(found, dict) and "full_attention" in found
@@ -261,16 +291,21 @@ def _read_rope(data: dict, longest: int, path: Path) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, _number(found, "factor", path, above=0))
-    # A length beside the rotary parameters comes first, unless they are written for each type of layer.
     if "original_max_position_embeddings" in data and not nested:
+        # A length beside the rotary parameters takes precedence, unless they are nested by layer type.
         found["original_max_position_embeddings"] = data["original_max_position_embeddings"]
+    return _read_yarn(found, theta, longest, path)
+
+
+def _read_yarn(found: dict, theta: float, longest: int, path: Path) -> Rope:
+    """YaRN's parameters. Raises UserError."""
     original = _whole({"original_max_position_embeddings": longest, **found}, "original_max_position_embeddings", path)
     if found.get("factor") is None:
         found["factor"] = longest / original
     factor = _number(found, "factor", path, above=0)
     return Rope(
         theta,
-        kind,
+        "yarn",
         factor,
         original,
         beta_fast=_number(found, "beta_fast", path) if found.get("beta_fast") else 32.0,
@@ -281,7 +316,7 @@ def _read_rope(data: dict, longest: int, path: Path) -> Rope:
 
 
 def _attention_factor(found: dict, factor: float, path: Path) -> float | None:
-    """What sines and cosines are multiplied by, where YaRN's parameters set it; None: what its paper says."""
+    """Factor on sines and cosines if YaRN's parameters set it; None: as in its paper."""
     if found.get("attention_factor") is not None:
         return _number(found, "attention_factor", path)
     if not (found.get("mscale") and found.get("mscale_all_dim")):
@@ -292,9 +327,16 @@ def _attention_factor(found: dict, factor: float, path: Path) -> float | None:
 
 
 def hugging_face_config(config: PolicyConfig) -> dict:
-    """`config.json` of the policy, for `transformers` 5 and under the names that 4 reads.
+    """The policy as a `config.json` for `transformers` 5, with the names that 4 reads as well.
 
-    Raises UserError for a policy that is neither a Qwen2 nor a Qwen3.
+    Args:
+        config: shape of the policy.
+
+    Returns:
+        A JSON object.
+
+    Raises:
+        UserError: for a policy that is neither a Qwen2 nor a Qwen3.
     """
     if config.qkv_bias == config.qk_norm:
         raise UserError("a policy with both biases and normalised heads, or with neither, is no Qwen2 and no Qwen3")
@@ -325,10 +367,19 @@ def hugging_face_config(config: PolicyConfig) -> dict:
 
 
 def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> Any:
-    """The parameters of a checkpoint, in `config.param_dtype`, laid out as `shardings` (a tree; default: one device).
+    """Load the parameters of a checkpoint.
 
-    Raises UserError once for everything that is wrong: no weights, a truncated file, names missing or left over,
-    shapes that are not the config's.
+    Args:
+        folder: a Hugging Face folder.
+        config: shape of the policy; parameters get `config.param_dtype`.
+        shardings: a tree of shardings (default: one device).
+
+    Returns:
+        The tree of parameters.
+
+    Raises:
+        UserError: once for everything that is wrong: no weights, a truncated file, missing or unexpected tensors,
+            shapes that differ from those of the config.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}
@@ -356,14 +407,23 @@ def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> A
 
 
 def _key(path) -> str:
+    """Path of a parameter, joined by slashes."""
     return "/".join(part.key for part in path)
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """The safetensors files of a checkpoint, each with the tensors to take from it; None: all that it holds.
+    """The safetensors files of a checkpoint, as `transformers` chooses them.
 
-    As in `transformers`: `model.safetensors`; without it what `model.safetensors.index.json` names, tensor by tensor;
-    nothing else. Raises UserError if there is neither, or a file is missing.
+    `model.safetensors`, or without it the files named in `model.safetensors.index.json`.
+
+    Args:
+        folder: a Hugging Face folder.
+
+    Returns:
+        The tensors to read from each file; None: all of them.
+
+    Raises:
+        UserError: if there is neither, or a file is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -386,7 +446,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int, ...]], where: dict[str, Any]) -> None:
-    """Raise UserError naming every tensor that is missing, left over, of another shape or of no float type."""
+    """Raise UserError naming every tensor that is missing, unexpected, of another shape or not of a float type."""
     wrong, used = [], set()
     for key, shape in shapes.items():
         entry = ENTRIES[key]
@@ -412,7 +472,7 @@ def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int
 
 
 def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any]) -> jax.Array:
-    """One parameter, each device's part of it read on its own."""
+    """One parameter; each device's shard is read separately."""
     entry = ENTRIES[key]
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -433,9 +493,20 @@ def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any])
 
 
 def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
-    """Write `config.json` and safetensors that `transformers` loads; returns the weight files.
+    """Write `config.json` and safetensors files that `transformers` loads.
 
-    A layer at a time is brought to the host, and a file is written when it holds `SHARD` bytes.
+    One layer at a time is copied to the host; a file has at most `SHARD` bytes.
+
+    Args:
+        folder: the target; made if it does not exist.
+        params: the tree of parameters.
+        config: shape of the policy.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        UserError: as `hugging_face_config`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -461,6 +532,11 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
             pending[entry.name.format(layer)] = tensor
             total += tensor.nbytes
     flush()
+    return _named(folder, written, total)
+
+
+def _named(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> list[Path]:
+    """Rename weight files as `transformers` expects; several get an index. `total`: bytes of all tensors."""
     if len(written) == 1:
         target = folder / "model.safetensors"
         written[0][0].replace(target)
@@ -478,4 +554,5 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
 
 
 def parameter_count(config: PolicyConfig) -> int:
+    """The number of parameters of a policy of this shape."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))

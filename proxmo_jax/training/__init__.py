@@ -1,0 +1,1 @@
+"""Training: rollout buffer, sequence packing, losses, policy updates and checkpoints."""

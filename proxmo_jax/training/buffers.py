@@ -1,6 +1,6 @@
-"""The rollout buffer: a rectangle `[episode, turn]` that lives on the device and is written in place, turn by turn.
+"""The rollout buffer `[episode, turn]` on the device, updated in place (donated) turn by turn.
 
-Episodes are group-major, so `[G * M, T]` is `[G, M, T]` without moving anything.
+Episodes are group-major, so `[G * M, T]` reshapes to `[G, M, T]` without a copy.
 """
 
 import dataclasses
@@ -17,11 +17,18 @@ from proxmo_jax.estimator.words import bucket
 @pytree
 @dataclass(frozen=True)
 class Buffer:
-    """Everything a rollout leaves behind. `G` groups, `E` episodes, `T` turns, `P` prompt and `R` response tokens.
+    """A rollout: `G` groups, `E` episodes, `T` turns, `P` prompt tokens, `R` response tokens.
 
-    prompts int32 [E, T, P] left-padded; responses int32 [E, T, R]; log_probs float32 [E, T, R] at rollout;
-    reward float32 [E, T]; action_valid, mask bool [E, T]; anchor int32 [E, T], which of its group's `U` distinct
-    observations the turn saw; word_ids int32, word_counts float32 [G, U, K], the words of those (`K` at most).
+    Attributes:
+        prompts: int32 [E, T, P], left-padded.
+        responses: int32 [E, T, R].
+        log_probs: float32 [E, T, R], of the response tokens at rollout.
+        reward: float32 [E, T].
+        action_valid: bool [E, T].
+        mask: bool [E, T], turns that happened.
+        anchor: int32 [E, T], index of the turn's observation among the `U` distinct ones of its group.
+        word_ids: int32 [G, U, K], words of the distinct observations, at most `K` each.
+        word_counts: float32 [G, U, K], their counts.
     """
 
     prompts: jax.Array
@@ -36,7 +43,19 @@ class Buffer:
 
     @classmethod
     def empty(cls, groups: int, members: int, turns: int, *, prompt: int, response: int, words: int) -> "Buffer":
-        """No turn yet. There is room for every turn of a group to see something new; `grow` makes more."""
+        """A buffer without turns, with room for a distinct observation in every turn (`grow` enlarges it).
+
+        Args:
+            groups: G.
+            members: M, episodes of each group.
+            turns: T.
+            prompt: P.
+            response: R.
+            words: K.
+
+        Returns:
+            The buffer.
+        """
         shape, texts = (groups * members, turns), (groups, members * turns, words)
         return cls(
             prompts=jnp.zeros((*shape, prompt), jnp.int32),
@@ -53,14 +72,22 @@ class Buffer:
 
 @partial(jax.jit, donate_argnums=0)
 def clear(buffer: Buffer) -> Buffer:
-    """The same memory with no turn in it."""
+    """The buffer without turns, in the same memory."""
     return jax.tree.map(jnp.zeros_like, buffer)
 
 
 def grow(buffer: Buffer, texts: int, words: int) -> Buffer:
-    """The buffer with room for so many distinct observations a group and words each; itself if it has that.
+    """Enlarge the buffer to at least `texts` distinct observations per group and `words` words each.
 
-    Room is made in powers of two, so that programs are compiled anew only a few times.
+    Sizes are powers of two, so that few programs are compiled.
+
+    Args:
+        buffer: the buffer.
+        texts: distinct observations of a group.
+        words: distinct words of an observation.
+
+    Returns:
+        The enlarged buffer with the same sharding; the buffer itself if it is large enough.
     """
     _, had_texts, had_words = buffer.word_ids.shape
     more_texts = bucket(texts) - had_texts if texts > had_texts else 0
@@ -76,10 +103,18 @@ def grow(buffer: Buffer, texts: int, words: int) -> Buffer:
 
 @partial(jax.jit, donate_argnums=0)
 def write(buffer: Buffer, episodes: jax.Array, turn: jax.Array, rows: dict[str, jax.Array]) -> Buffer:
-    """Write turn `turn` of `episodes` [B] in place. Episode ids past the end (batch padding) are dropped.
+    """Write one turn of some episodes in place.
 
-    Prompts may be narrower than the buffer's: they are right-aligned, as they are left-padded. Word counts [B, K] go
-    where the row's anchor says; rows that saw the same write the same.
+    Args:
+        buffer: donated.
+        episodes: int32 [B]; ids out of range (batch padding) are dropped.
+        turn: int32 [], the turn.
+        rows: new values [B, ...] of fields of the buffer by name. Prompts may be narrower than the buffer's and are
+            right-aligned. Word counts [B, K] are written at the anchor of their row; rows with the same observation
+            write the same values.
+
+    Returns:
+        The buffer.
     """
     fields = dict(buffer.__dict__)
     group = episodes // (buffer.mask.shape[0] // buffer.word_ids.shape[0])
@@ -96,5 +131,13 @@ def write(buffer: Buffer, episodes: jax.Array, turn: jax.Array, rows: dict[str, 
 
 @partial(jax.jit, donate_argnums=0)
 def forget(buffer: Buffer, episodes: jax.Array) -> Buffer:
-    """Take the turns of `episodes` [B] out of the mask: they change nothing any more. Ids past the end are dropped."""
+    """Remove episodes from the mask, so that they change no result.
+
+    Args:
+        buffer: donated.
+        episodes: int32 [B]; ids out of range are dropped.
+
+    Returns:
+        The buffer.
+    """
     return dataclasses.replace(buffer, mask=buffer.mask.at[episodes].set(False, mode="drop"))

@@ -1,4 +1,4 @@
-"""Saving and restoring a run with Orbax: parameters, optimiser state and where the run stands."""
+"""Checkpoints of a run with Orbax: parameters, optimiser state and progress."""
 
 import contextlib
 import json
@@ -15,11 +15,11 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.paths import LINK, linked, plain_path
 
 STATE, PROGRESS = "state", "progress"
-_STATUS = re.compile(r"[A-Z_]+: ")  # how TensorStore's errors begin: NOT_FOUND, RESOURCE_EXHAUSTED, ...
+_STATUS = re.compile(r"[A-Z_]+: ")  # prefix of TensorStore's errors: NOT_FOUND, RESOURCE_EXHAUSTED, ...
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest two are kept. A save that is cut off leaves the last one whole."""
+    """The checkpoints of one run folder; the newest two are kept. Saves are atomic."""
 
     def __init__(self, folder: Path):
         self._folder = Path(folder)
@@ -31,9 +31,15 @@ class Checkpoints:
         )
 
     def save(self, iteration: int, state: Any, progress: dict) -> None:
-        """Write state (a pytree of arrays) and progress (plain JSON) as of after `iteration`.
+        """Save the run after an iteration; nothing happens if there is a checkpoint of it.
 
-        Raises UserError, and leaves no checkpoint of this iteration, if it cannot be written or read back.
+        Args:
+            iteration: number of the iteration.
+            state: pytree of arrays.
+            progress: plain JSON.
+
+        Raises:
+            UserError: if it cannot be written or read back; no checkpoint of this iteration is left.
         """
         if iteration in self._manager.all_steps():
             return
@@ -48,7 +54,7 @@ class Checkpoints:
             raise
 
     def latest(self) -> int | None:
-        """The newest saved iteration."""
+        """The newest saved iteration, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -56,9 +62,17 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
-        """(state, progress) of a checkpoint (default: the newest); `like` gives structure, shapes and shardings.
+        """Restore a checkpoint.
 
-        Raises UserError if there is no such state to be read.
+        Args:
+            like: pytree with the structure, shapes and shardings of the state.
+            iteration: default: the newest.
+
+        Returns:
+            (state, progress).
+
+        Raises:
+            UserError: if there is no such state.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = {STATE: ocp.args.StandardRestore(target), PROGRESS: ocp.args.JsonRestore()}
@@ -68,14 +82,21 @@ class Checkpoints:
         return restored[STATE], restored[PROGRESS]
 
     def close(self) -> None:
+        """Release Orbax's resources."""
         self._manager.close()
         self._holder.cleanup()
 
 
 def save_params(folder: Path, params: Any, config: dict) -> None:
-    """Write a policy once: parameters, and its config as `config.json` beside them, when they can be read back.
+    """Save a policy: its parameters, and `config.json` once they have been read back.
 
-    Raises UserError if they cannot be written or read back.
+    Args:
+        folder: the target; made if it does not exist.
+        params: pytree of arrays.
+        config: plain JSON.
+
+    Raises:
+        UserError: if they cannot be written or read back.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +110,17 @@ def save_params(folder: Path, params: Any, config: dict) -> None:
 
 
 def load_params(folder: Path, like: Any) -> Any:
-    """Parameters written by `save_params`; `like` gives structure, shapes and shardings.
+    """Load parameters written by `save_params`.
 
-    Raises UserError if there are none to be read.
+    Args:
+        folder: of the policy.
+        like: pytree with the structure, shapes and shardings of the parameters.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        UserError: if there are none to be read.
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with plain_path(folder) as plain, ocp.StandardCheckpointer() as checkpointer, _reading(Path(folder)):
@@ -99,7 +128,7 @@ def load_params(folder: Path, like: Any) -> Any:
 
 
 def _verify(path: Path, like: Any, named: Path) -> None:
-    """Look up every array of a checkpoint on disk. Raises UserError if one is missing or of another shape or type."""
+    """Check shape and dtype of every array of a checkpoint on disk. Raises UserError if one is missing or differs."""
     with ocp.StandardCheckpointer() as checkpointer, _reading(named):
         found: Any = checkpointer.metadata(path)
     found = jax.tree.leaves(getattr(found.item_metadata, "tree", None), is_leaf=lambda leaf: hasattr(leaf, "shape"))
@@ -110,7 +139,7 @@ def _verify(path: Path, like: Any, named: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A disk's faults as a UserError; what Orbax logs of them is left out."""
+    """Convert errors of the disk to UserError, and silence Orbax's log."""
     try:
         with _unlogged():
             yield
@@ -122,7 +151,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without Orbax's log."""
+    """Silence Orbax's log."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -134,19 +163,19 @@ def _unlogged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """What is missing, damaged or of another policy as a UserError; Orbax logs nothing of it."""
+    """Convert missing, damaged and unfitting checkpoints to UserError, and silence Orbax's log."""
     try:
         with _unlogged():
             yield
     except Exception as error:
-        # Orbax raises a bare Exception where data are missing behind a whole index.
+        # Orbax raises a bare Exception if data are missing behind a complete index.
         if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
             raise
         raise UserError(f"{folder}: holds no checkpoint that can be read as this policy's ({_brief(error)})") from error
 
 
 def _brief(error: Exception) -> str:
-    """The system's words in an error, or its first 200 characters."""
+    """The system's message in an error, or its first 200 characters."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""The policy loss on token rows: PPO clip with dual clip, KL to the reference, entropy."""
+"""The policy loss on response tokens: PPO clip with dual clip, KL to the reference, entropy."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,12 +15,22 @@ def clipped_surrogate(
     clip_high: float | None = None,
     dual_clip: float = 3.0,
 ) -> jax.Array:
-    """PPO-clip per token: max(-A r, -A clip(r, 1 - clip, 1 + clip_high)); where A < 0 at most -A c (dual clip).
+    """Clipped surrogate per token (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729).
 
-    log_ratio = log pi - log pi_old and advantage, same shape -> loss of that shape. `clip_high` None is `clip`.
-    Sources: arXiv 1707.06347, 1912.09729 (dual clip, c > 1), 2503.14476 (the two ends apart).
+    max(-A r, -A clip(r, 1 - clip, 1 + clip_high)), and at most -A c where A < 0. Separate clip bounds: DAPO, arXiv
+    2503.14476.
+
+    Args:
+        log_ratio: float32 [...], log pi - log pi_old.
+        advantage: float32 [...].
+        clip: lower clip range.
+        clip_high: upper clip range; None: as `clip`.
+        dual_clip: c, above 1.
+
+    Returns:
+        float32 [...].
     """
-    # exp of a padding token's garbage must not become inf * 0 = nan in the gradient
+    # exp of a padding token must not become inf * 0 = nan in the gradient
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
     high = 1.0 + (clip if clip_high is None else clip_high)
     loss = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1.0 - clip, high))
@@ -28,12 +38,31 @@ def clipped_surrogate(
 
 
 def was_clipped(surrogate: jax.Array, log_ratio: jax.Array, advantage: jax.Array) -> jax.Array:
-    """1.0 where the clip, not the ratio, made the surrogate, so that the token has no gradient."""
+    """Whether the clip removed the gradient of a token.
+
+    Args:
+        surrogate: float32 [...], result of `clipped_surrogate`.
+        log_ratio: float32 [...].
+        advantage: float32 [...].
+
+    Returns:
+        float32 [...], 1 or 0.
+    """
     return (surrogate > -advantage * jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))).astype(jnp.float32)
 
 
 def low_var_kl(log_prob: jax.Array, reference: jax.Array) -> jax.Array:
-    """k3 of Schulman: exp(d) - d - 1, d = log ref - log pi (clamped to +-20), the result clamped to +-10 per token."""
+    """Schulman's k3 estimator of the KL divergence: exp(d) - d - 1 with d = log ref - log pi.
+
+    d is clamped to +-20 and the result to +-10.
+
+    Args:
+        log_prob: float32 [...], log pi.
+        reference: float32 [...], log ref.
+
+    Returns:
+        float32 [...].
+    """
     difference = jnp.clip(reference - log_prob, -20.0, 20.0)
     return jnp.clip(jnp.exp(difference) - difference - 1.0, -10.0, 10.0)
 
@@ -49,11 +78,20 @@ AGGREGATIONS = ("token_mean", "turn_mean_token_sum", "turn_mean_token_mean", "tu
 
 
 def token_weights(mask: jax.Array, turn_tokens: jax.Array, aggregation: str, length: int) -> jax.Array:
-    """What each response token weighs, so that sum(weight * value) is the mini-batch's loss, however it is cut up.
+    """Weights of response tokens such that sum(weight * value) is the loss of the mini-batch.
 
-    mask bool, turn_tokens (response tokens of the token's turn), same shape. With N tokens in M turns:
-    token_mean 1 / N; turn_mean_token_sum 1 / M; turn_mean_token_mean 1 / (M tokens of the turn); turn_sum_over_length
-    1 / `length`, the longest response. Source: verl's loss_agg_mode, where turns are sequences.
+    They do not depend on the number of micro-batches. With N tokens in M turns: token_mean 1 / N; turn_mean_token_sum
+    1 / M; turn_mean_token_mean 1 / (M * tokens of the turn); turn_sum_over_length 1 / `length`. Source: verl's
+    loss_agg_mode, where turns are sequences.
+
+    Args:
+        mask: bool [...].
+        turn_tokens: int32 [...], response tokens of the token's turn.
+        aggregation: one of `AGGREGATIONS`.
+        length: tokens of the longest response.
+
+    Returns:
+        float32 [...].
     """
     per_turn = jnp.where(mask, 1.0 / jnp.maximum(turn_tokens, 1), 0.0).astype(jnp.float32)
     turns = jnp.maximum(per_turn.sum(), 1e-6)
@@ -67,28 +105,48 @@ def token_weights(mask: jax.Array, turn_tokens: jax.Array, aggregation: str, len
 
 
 def token_log_probs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of `tokens` [...] under `logits` [..., V], and the entropy of each distribution; float32."""
+    """Log-probs of tokens, and the entropy of their distributions.
+
+    Args:
+        logits: float [..., V].
+        tokens: int [...].
+
+    Returns:
+        Log-probs float32 [...], entropy float32 [...].
+    """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    # A masked sum fuses with its gradient; the gradient of a gather is a scatter, slow on every device.
+    # A masked sum fuses with its gradient; the gradient of a gather is a scatter, which is slow on every device.
     chosen = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], log_probs, 0.0).sum(-1)
     return chosen, -(jnp.exp(log_probs) * log_probs).sum(-1)
 
 
 def token_mean(values: jax.Array, mask: jax.Array, total: jax.Array | None = None) -> jax.Array:
-    """Mean over the tokens under the mask (0 if there are none): every token weighs the same.
+    """Mean over the tokens under a mask; 0 without tokens.
 
-    `total` is the token count of the whole mini-batch when `values` is one of its micro-batches, whose means then
-    add up to the global one.
+    Args:
+        values: float32 [...].
+        mask: bool [...].
+        total: tokens of the whole mini-batch if `values` is a micro-batch; the means of micro-batches then sum to the
+            mean of the mini-batch.
+
+    Returns:
+        float32 [].
     """
     count = jnp.maximum(mask.sum() if total is None else total, 1).astype(jnp.float32)
     return jnp.where(mask, values, 0.0).sum() / count
 
 
 class PolicyLoss(NamedTuple):
-    """The loss and what a person wants to see of it; float32 scalars.
+    """The loss and its diagnostics, float32 scalars.
 
-    clip_fraction, approx_kl and gap (mean |log ratio|) are token means: at the first step after a rollout the ratio is
-    between trainer and sampler at the same parameters, and the gap is what the two disagree by.
+    Attributes:
+        loss: policy + kl_coef * kl - entropy_coef * entropy.
+        policy: weighted sum of the surrogate.
+        kl: weighted sum of the KL estimator.
+        entropy: weighted sum of the entropy.
+        clip_fraction: token mean of `was_clipped`.
+        approx_kl: token mean of -log ratio.
+        gap: token mean of |log ratio|; in the first step after a rollout, the mismatch between sampler and trainer.
     """
 
     loss: jax.Array
@@ -102,19 +160,24 @@ class PolicyLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The loss's constants; published values are the defaults. `kl` is of `KL`, `aggregation` of `AGGREGATIONS`.
-
-    longest_response: tokens, for the aggregation that divides by it.
-    """
+    """Constants of the loss; the defaults are the published values."""
 
     clip: float = 0.2
+    """Lower clip range of the probability ratio."""
     clip_high: float | None = None
+    """Upper clip range; None: as `clip`."""
     dual_clip: float = 3.0
+    """Bound c of the dual clip; above 1."""
     kl_coef: float = 0.01
+    """Coefficient of the KL term."""
     entropy_coef: float = 0.001
+    """Coefficient of the entropy bonus."""
     kl: str = "low_var_kl"
+    """Estimator of the KL divergence, one of `KL`."""
     aggregation: str = "token_mean"
+    """Weights of tokens and turns in the loss, one of `AGGREGATIONS`."""
     longest_response: int = 1
+    """Tokens of the longest response, the divisor of turn_sum_over_length."""
 
 
 def policy_loss(
@@ -129,25 +192,36 @@ def policy_loss(
     weight: jax.Array | None = None,
     total: jax.Array | None = None,
 ) -> PolicyLoss:
-    """Sum of weight * [surrogate + kl_coef * KL - entropy_coef * entropy] over the response tokens.
+    """PPO loss of response tokens: sum of weight * (surrogate + kl_coef * KL - entropy_coef * entropy).
 
-    logits [..., V]; the others [...]: sampled tokens, response mask, advantage, log-probs at rollout and of the
-    reference; `weight` as from `token_weights` (default: the token mean). `total` as in `token_mean`.
+    Args:
+        logits: float [..., V].
+        tokens: int32 [...], sampled tokens.
+        mask: bool [...], response tokens.
+        advantage: float32 [...].
+        old: float32 [...], log-probs at rollout.
+        reference: float32 [...], log-probs of the reference policy.
+        settings: constants of the loss.
+        weight: float32 [...], from `token_weights` (default: the token mean).
+        total: as in `token_mean`.
+
+    Returns:
+        The loss and its diagnostics.
     """
     log_prob, entropy = token_log_probs(logits, tokens)
     log_ratio = jnp.where(mask, log_prob - old, 0.0)
     if weight is None:
         weight = token_weights(mask, mask, "token_mean", 1)
 
-    def summed(values: jax.Array) -> jax.Array:
+    def weighted_sum(values: jax.Array) -> jax.Array:
         return (weight * jnp.where(mask, values, 0.0)).sum()
 
     surrogate = clipped_surrogate(
         log_ratio, advantage, clip=settings.clip, clip_high=settings.clip_high, dual_clip=settings.dual_clip
     )
-    policy = summed(surrogate)
-    kl = summed(KL[settings.kl](log_prob, jnp.where(mask, reference, log_prob)))
-    entropy = summed(entropy)
+    policy = weighted_sum(surrogate)
+    kl = weighted_sum(KL[settings.kl](log_prob, jnp.where(mask, reference, log_prob)))
+    entropy = weighted_sum(entropy)
     return PolicyLoss(
         loss=policy + settings.kl_coef * kl - settings.entropy_coef * entropy,
         policy=policy,

@@ -1,8 +1,4 @@
-"""One update of the policy: active turns packed into token rows, reference log-probs, PPO mini-batches.
-
-Turns are short and differ in length, so several share one row, kept apart by segment ids: no compute on padding,
-and one compiled shape for warm start and reinforcement alike.
-"""
+"""One update of the policy: log-probs of packed rows, PPO and behaviour-cloning steps with gradient accumulation."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.types import Advantages, Group, Settings
+from proxmo_jax.estimator.types import Advantages, Batch, Settings
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import splash
@@ -23,14 +19,28 @@ from proxmo_jax.training.rows import Rows
 
 
 class TrainState(NamedTuple):
-    """What is learned (`adapters.split`) and the optimiser's state; donated to every update."""
+    """Trainable parameters and optimiser state; donated to every update.
+
+    Attributes:
+        params: pytree, `adapters.split` of the policy's parameters.
+        opt_state: optax state.
+    """
 
     params: Any
     opt_state: Any
 
 
 def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
-    """Logits [B, A, V] of the response tokens; a token sees the earlier tokens of its own segment."""
+    """Logits of the response tokens; a token attends to the earlier tokens of its segment.
+
+    Args:
+        params: all parameters of the policy.
+        rows: token rows [B, L].
+        config: shape of the policy.
+
+    Returns:
+        float32 [B, A, V].
+    """
     if config.attention == "splash":
         policy, mask = Policy(config, splash), rows.segments
     else:
@@ -44,18 +54,27 @@ def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
 def row_log_probs(
     policies: tuple, rows: Rows, temperature: jax.Array, *, config: PolicyConfig, micro_batches: int = 1
 ) -> tuple[jax.Array, ...]:
-    """Log-probs of the response tokens [B, A] under each of the policies' parameters, at the rollout's temperature.
+    """Log-probs of the response tokens under several policies, in one pass over the rows.
 
-    Several policies (the one that is learned, the reference) share one pass over the rows, part by part.
+    Args:
+        policies: parameters of each policy (the trained one, the reference).
+        rows: token rows [B, L].
+        temperature: float32 [], of the rollout.
+        config: shape of the policies.
+        micro_batches: number of micro-batches, computed in sequence.
+
+    Returns:
+        float32 [B, A] for each policy.
     """
 
-    def of_part(part: Rows) -> tuple[jax.Array, ...]:
+    def of_micro_batch(micro_batch: Rows) -> tuple[jax.Array, ...]:
         return tuple(
-            token_log_probs(row_logits(params, part, config) / temperature, part.targets)[0] for params in policies
+            token_log_probs(row_logits(params, micro_batch, config) / temperature, micro_batch.targets)[0]
+            for params in policies
         )
 
-    answer = jax.lax.map(of_part, _parts(rows, micro_batches))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), answer)
+    log_probs = jax.lax.map(of_micro_batch, _micro_batches(rows, micro_batches))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), log_probs)
 
 
 def make_optimizer(
@@ -66,11 +85,21 @@ def make_optimizer(
     decay_steps: int | None = None,
     moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; a short linear warm-up, then a constant rate or a cosine down to a tenth of it.
+    """AdamW with gradient clipping, linear warm-up, and a constant rate or a cosine decay to a tenth.
 
-    Step i < `warmup` is done at (i + 1) / (warmup + 1) of the rate.
-    `moments_dtype`: what both moments are kept in between steps; they are computed in float32. The second moment's
-    decay, 0.98, moves it by more than bfloat16's grain; one of 0.999 would not.
+    Step i < `warmup` has the rate (i + 1) / (warmup + 1) * learning_rate.
+
+    Args:
+        learning_rate: after the warm-up.
+        weight_decay: decoupled.
+        max_norm: the gradient's global norm is clipped to this.
+        warmup: steps.
+        decay_steps: steps of the cosine decay; None: constant.
+        moments_dtype: storage dtype of both moments; they are computed in float32. The second moment decays by 0.98 a
+            step, which bfloat16 resolves; 0.999 would be lost in its rounding.
+
+    Returns:
+        The optimiser.
     """
     rate = optax.cosine_decay_schedule(learning_rate, decay_steps, 0.1) if decay_steps else lambda _: learning_rate
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
@@ -84,7 +113,7 @@ def make_optimizer(
 
 
 def _kept_in(adam: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """The same, its moments kept in `dtype` between steps."""
+    """The optimiser with its moments stored in `dtype` between steps."""
 
     def cast(state, to: str):
         return state._replace(**{name: optax.tree.cast(getattr(state, name), to) for name in ("mu", "nu")})
@@ -112,21 +141,35 @@ def policy_step(
     settings: LossSettings,
     micro_batches: int = 1,
 ) -> tuple[TrainState, PolicyLoss]:
-    """One optimiser step on one mini-batch of rows, its gradient summed over `micro_batches` parts.
+    """One optimiser step of PPO on a mini-batch, with gradient accumulation over micro-batches.
 
-    `rate` scales the optimiser's learning rate: iterations differ in their number of steps, so a schedule over
-    iterations cannot be the optimiser's own. `frozen`: the parameters that are not learned, beside adapters.
+    Args:
+        state: donated.
+        rows: token rows [B, L].
+        temperature: float32 [], of the rollout.
+        rate: factor on the learning rate. A schedule over iterations cannot be the optimiser's own, since iterations
+            differ in their number of steps.
+        frozen: parameters beside the adapters; None if all are trained.
+        config: shape of the policy.
+        optimizer: from `make_optimizer`.
+        settings: constants of the loss.
+        micro_batches: number of micro-batches; divides B.
+
+    Returns:
+        The new state, the loss and its diagnostics.
     """
 
-    def loss(params, part: Rows, weight, total):
-        logits = row_logits(adapters.join(frozen or {}, params), part, config) / temperature
-        columns = (part.targets, part.mask, part.advantage, part.old, part.reference)
-        parts = policy_loss(logits, *columns, settings, weight=weight, total=total)
-        return parts.loss, parts
+    def loss(params, micro_batch: Rows, weight, total):
+        logits = row_logits(adapters.join(frozen or {}, params), micro_batch, config) / temperature
+        r = micro_batch
+        terms = policy_loss(
+            logits, r.targets, r.mask, r.advantage, r.old, r.reference, settings, weight=weight, total=total
+        )
+        return terms.loss, terms
 
     weight = token_weights(rows.mask, rows.turn_tokens, settings.aggregation, settings.longest_response)
-    gradient, parts = _gradient(loss, state.params, rows, weight, micro_batches)
-    return _apply(state, gradient, optimizer, rate), parts
+    gradient, terms = _gradient(loss, state.params, rows, weight, micro_batches)
+    return _apply(state, gradient, optimizer, rate), terms
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "micro_batches"), donate_argnums=0)
@@ -138,10 +181,21 @@ def cloning_step(
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
 ) -> tuple[TrainState, jax.Array]:
-    """One step of behaviour cloning: the mean negative log-likelihood of the answer tokens."""
+    """One optimiser step of behaviour cloning: mean negative log-likelihood of the response tokens.
 
-    def loss(params, part: Rows, weight, _):
-        log_probs, _ = token_log_probs(row_logits(params, part, config), part.targets)
+    Args:
+        state: donated.
+        rows: token rows [B, L].
+        config: shape of the policy.
+        optimizer: from `make_optimizer`.
+        micro_batches: number of micro-batches; divides B.
+
+    Returns:
+        The new state, and the loss float32 [].
+    """
+
+    def loss(params, micro_batch: Rows, weight, _):
+        log_probs, _ = token_log_probs(row_logits(params, micro_batch, config), micro_batch.targets)
         value = -(weight * log_probs).sum()
         return value, value
 
@@ -151,30 +205,30 @@ def cloning_step(
 
 
 def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
-    """Gradient and report of `loss(params, rows, weight, total tokens)`, added up over micro-batches one by one.
+    """Gradient and auxiliary output of `loss(params, rows, weight, total tokens)`, accumulated over micro-batches.
 
-    Small parts keep the temporaries in cache: on two CPU cores 2 x 16 rows are half again as fast as 1 x 32.
+    Small micro-batches keep temporaries in cache: on two CPU cores 2 x 16 rows are 1.5 times as fast as 1 x 32.
     """
     total = rows.mask.sum()
     gradient = jax.grad(loss, has_aux=True)
     if micro_batches == 1:
         return gradient(params, rows, weight, total)
-    parts = _parts((rows, weight), micro_batches)
 
-    def add(so_far, part):
-        return jax.tree.map(jnp.add, so_far, gradient(params, *part, total)), None
+    def add(so_far, micro_batch):
+        return jax.tree.map(jnp.add, so_far, gradient(params, *micro_batch, total)), None
 
     whole = jax.eval_shape(gradient, params, rows, weight, total)
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), whole)  # bfloat16 would lose small parts
-    return jax.lax.scan(add, start, parts)[0]
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), whole)  # bfloat16 would lose small terms
+    return jax.lax.scan(add, start, _micro_batches((rows, weight), micro_batches))[0]
 
 
-def _parts(tree, count: int):
-    """Arrays [B, ...] as [count, B / count, ...], interleaved: an axis split over devices stays split in every part."""
+def _micro_batches(tree, count: int):
+    """Arrays [B, ...] as [count, B / count, ...], interleaved: a sharded axis stays sharded in every micro-batch."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 
 def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation, rate) -> TrainState:
+    """The state after one optimiser step."""
     gradient = optax.tree.cast(gradient, "float32")
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     updates = jax.tree.map(lambda x: rate * x, updates)
@@ -185,9 +239,17 @@ def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation,
 def estimate(
     buffer: Buffer, success: jax.Array, alphabetical: jax.Array, settings: Settings, *, texts: int
 ) -> Advantages:
-    """The estimator on a rollout. success bool [E] -> Advantages [G, M, T].
+    """Advantages of a rollout.
 
-    texts: no group saw more distinct observations; alphabetical int32 [V] as in `WordCounts`.
+    Args:
+        buffer: the rollout [E, T].
+        success: bool [E].
+        alphabetical: int32 [V], as in `WordCounts`.
+        settings: of the estimator.
+        texts: at least the most distinct observations of a group.
+
+    Returns:
+        `Advantages` [G, M, T].
     """
     groups, episodes = buffer.word_ids.shape[0], buffer.mask.shape[0]
 
@@ -195,7 +257,7 @@ def estimate(
         return x.reshape(groups, episodes // groups, *x.shape[1:])
 
     return batch_advantages(
-        Group(
+        Batch(
             reward=grouped(buffer.reward),
             mask=grouped(buffer.mask),
             success=grouped(success),

@@ -12,7 +12,7 @@ from proxmo_jax.estimator.batch import batch_advantages, pad_groups, pmapped_adv
 from proxmo_jax.estimator.embeddings import tfidf
 from proxmo_jax.estimator.packing import Packing
 from proxmo_jax.estimator.presets import PRESETS, gigpo, proxmo
-from proxmo_jax.estimator.steps_file import ANSWERS, steps_advantages
+from proxmo_jax.estimator.steps_file import RESULTS, steps_advantages
 from proxmo_jax.estimator.types import Group, Settings, sweep
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy.sharding import make_mesh
@@ -56,7 +56,7 @@ def test_file_order_and_names_change_nothing(seed, preset):
     }
     moved = {name: values[order] for name, values in renamed.items()}
     before, after = steps_advantages(steps, settings), steps_advantages(moved, settings)
-    for name in ANSWERS:
+    for name in RESULTS:
         np.testing.assert_allclose(after[name], before[name][order], rtol=1e-4, atol=3e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from proxmo_jax.cli import main
 from proxmo_jax.estimator.presets import PRESETS, proxmo
-from proxmo_jax.estimator.steps_file import ANSWERS, NEEDED, read_steps, steps_advantages, write_steps
+from proxmo_jax.estimator.steps_file import NEEDED, RESULTS, read_steps, steps_advantages, write_steps
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = Path(__file__).parents[1] / "cases" / "steps"
@@ -42,7 +42,7 @@ def test_the_command_gives_the_official_answers(name, tmp_path):
         main(["advantages", str(GOLDEN / f"{name}.npz"), str(target), "--preset", "official", *map(str, options)]) == 0
     )
     answer, wanted = np.load(target), np.load(GOLDEN / f"{name}.npz")
-    for key in ANSWERS:
+    for key in RESULTS:
         np.testing.assert_allclose(answer[key], wanted[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
@@ -56,7 +56,7 @@ def test_lines_and_arrays_give_the_same(preset, tmp_path):
     arrays = np.load(tmp_path / "out.npz")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     direct = steps_advantages(steps(), PRESETS[preset]())
-    for name in ANSWERS:
+    for name in RESULTS:
         np.testing.assert_allclose(arrays[name], direct[name])
         np.testing.assert_allclose([line[name] for line in lines], arrays[name], rtol=1e-6)
 
@@ -229,7 +229,7 @@ def test_files_with_arrays_of_strings_are_read_as_before(tmp_path):
     np.savez(tmp_path / "old.npz", **steps())
     write_steps(tmp_path / "new.npz", {**steps(), "texts": steps()["texts"].tolist()})
     old, new = (steps_advantages(read_steps(tmp_path / f"{age}.npz"), proxmo()) for age in ("old", "new"))
-    for name in ANSWERS:
+    for name in RESULTS:
         np.testing.assert_array_equal(old[name], new[name])
 
 

@@ -6,13 +6,15 @@ The text is only ever compared and cut, never evaluated.
 from collections.abc import Sequence
 
 ALFWORLD_TAIL, WEBSHOP_TAIL = 30, 20
+TAGS = ("<think>", "</think>", "<action>", "</action>")
 
 
 def project(answer: str, tail: int = ALFWORLD_TAIL) -> tuple[str, bool]:
     """(command, valid): the lower-cased text of the first action tag; without one, the last `tail` characters.
 
-    Valid needs both action tags (any case), both think tags as written, and no CJK ideograph. Admissibility in
-    the world is another question. Source: the official code's projections (spec, 'The published recipe').
+    Valid needs both action tags (any case), both think tags as written, and no CJK ideograph. What a prompt has begun
+    for the policy is a part of the answer. Admissibility in the world is another question. Source: the official code's
+    projections (spec, 'The published recipe').
     """
     text = answer.lower()
     start, end = text.find("<action>"), text.find("</action>")

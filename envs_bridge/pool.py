@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from envs_bridge.errors import UserError
-from envs_bridge.turn import SAID_AT_MOST, Observation
+from envs_bridge.turn import SAID_AT_MOST, Game, Observation
 from envs_bridge.worker import VERSION
 
 LIMIT = 1 << 26  # bytes of one answer; more is garbage
@@ -74,8 +74,8 @@ class Pool:
         for link in self._links:
             link.close()
 
-    def reset(self, games: Sequence[tuple[int, str]]) -> list[tuple[Observation, str] | None]:
-        """Start (slot, game file) pairs; answers (observation, task) in the same order, None for one that failed."""
+    def reset(self, games: Sequence[tuple[int, Game]]) -> list[tuple[Observation, str] | None]:
+        """Start (slot, game) pairs; answers (observation, task) in the same order, None for one that failed."""
         self._send("reset", games)
         return self._collect()
 
@@ -106,12 +106,12 @@ class Pool:
         self._links[worker] = _Link(self._command)
         self._greet([worker])
 
-    def _send(self, verb: str, entries: Sequence[tuple[int, str]]) -> None:
+    def _send(self, verb: str, entries: Sequence[tuple[int, Game]]) -> None:
         self._waiting = {}
         for position, (slot, _) in enumerate(entries):
             self._waiting.setdefault(self._worker_of(slot), []).append(position)
         for worker, positions in self._waiting.items():
-            self._links[worker].outgoing += json.dumps({verb: [entries[p] for p in positions]}).encode() + b"\n"
+            self._links[worker].outgoing += json.dumps({verb: [entries[p] for p in positions]}).encode("ascii") + b"\n"
             self._links[worker].write()
 
     def _collect(self) -> list[tuple[Observation, str] | None]:

@@ -2,13 +2,13 @@
 
 Two ways: `Notes` for small policies, read off the household's texts (which places were not visited yet, what was seen
 in the others, what is in hand), and `History` for language models, as published (the last turns as they were, the
-observation, the admissible actions). Length is cut where it hurts least, what is oldest first; the task is never cut.
+observation, the admissible actions). Length is cut where it hurts least, what is oldest first; the task comes last.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from envs_bridge.turn import Observation
 
@@ -22,12 +22,38 @@ _TAKEN = re.compile(r"You pick up the (.+) from the ")
 _PLACED = re.compile(r"You (?:move|put) the (.+) (?:to|in/on) the ")
 _CHANGED = re.compile(r"You (heat|clean|cool) the (.+) using the ")
 _STATES = {"heat": "hot", "clean": "clean", "cool": "cool"}
+# Where a text may be cut: after a word of ASCII letters and digits, or after any other character with what belongs to
+# it (accents, joined emoji, flags). Long runs without a space are cut all the same.
+_PIECE = re.compile(
+    r"\s{0,8}(?:[A-Za-z0-9_]{1,24}|[\U0001f1e6-\U0001f1ff]{2}|.)"
+    r"(?:\u200d.|[\u0300-\u036f\u20e3\ufe00-\ufe0f\U0001f3fb-\U0001f3ff])*",
+    re.S,
+)
 
 
 def _things(listing: str) -> list[str]:
     """['mug 1', 'pen 2'] from 'a mug 1, and a pen 2'; [] from 'nothing'."""
     words = (part.strip().removeprefix("and ").removeprefix("a ") for part in listing.split(","))
     return [word for word in words if word and word != "nothing"]
+
+
+class Cut(NamedTuple):
+    """One way to shorten a prompt: `write(n)` keeps `n` of the `size` parts of `what`, 0 <= n <= size."""
+
+    what: str
+    size: int
+    write: Callable[[int], str]
+
+
+def piece_ends(text: str) -> list[int]:
+    """Where a text may be cut, its start and its end included: never within a word of ASCII letters and digits (of 24
+    at most), nor within a character that is written as several."""
+    return [0, *(piece.end() for piece in _PIECE.finditer(text))]
+
+
+def readable(text: str) -> str:
+    """The text with `?` for each half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Memory(Protocol):
@@ -38,10 +64,21 @@ class Memory(Protocol):
 
     def prompt(self) -> str: ...
 
-    def shortened(self) -> Iterator[str]:
-        """Ever shorter prompts, for one that is too long."""
+    def shortened(self) -> Iterator[Cut]:
+        """How a prompt that is too long is cut, what hurts least first. Each cut begins where the one before it has
+        left nothing; the last is the task's."""
 
     def copy(self) -> "Memory": ...
+
+
+Kept = TypeVar("Kept", "Notes", "History")
+
+
+def _cut(memory: Kept, what: str, name: str) -> Cut:
+    """The cut of a field that is a text: its beginning is kept."""
+    text = getattr(memory, name)
+    ends = piece_ends(text)
+    return Cut(what, len(ends) - 1, lambda n: replace(memory, **{name: text[: ends[n]]}).prompt())
 
 
 @dataclass
@@ -91,35 +128,37 @@ class Notes:
     def copy(self) -> "Notes":
         return replace(self, places=dict(self.places))
 
-    def prompt(self, *, notes: int | None = None, words: int | None = None) -> str:
+    def prompt(self) -> str:
         """A short prompt for small policies: task, notes, what is seen now.
 
         Every place not visited yet stands behind its own `new`, and every thing before the place it was seen in, so
         that what a name means is told by the word beside it: two layers of attention can look that up.
-        `notes`: how many of the places seen before are described (all by default, the latest first to stay). `words`:
-        how many words of the current observation are kept (all by default).
         """
         new = " ".join(f"new {place}" for place, things in self.places.items() if things is None)
-        seen = [
-            " ".join(f"{thing} in {place}" for thing in things or ["nothing"])
+        seen = " ".join(
+            f"{thing} in {place}"
             for place, things in self.places.items()
             if things is not None
-        ]
-        kept = seen if notes is None else seen[len(seen) - notes :]
-        now = self.now if words is None else " ".join(self.now.split()[:words])
+            for thing in things or ["nothing"]
+        )
         return (
-            f"task : {self.task}\n{new}\nseen {' '.join(kept)}\nhand {self.hand}\n"
-            f"last {self.last}\nnow {now}\nat {self.here}\n"
+            f"task : {self.task}\n{new}\nseen {seen}\nhand {self.hand}\n"
+            f"last {self.last}\nnow {self.now}\nat {self.here}\n"
         )
 
-    def shortened(self) -> Iterator[str]:
-        """Ever shorter prompts: fewer notes on places, then fewer words of the observation."""
-        for notes in range(len(self.places), -1, -1):
-            yield self.prompt(notes=notes)
-        words = len(self.now.split())
-        while words > 0:
-            words //= 2
-            yield self.prompt(notes=0, words=words)
+    def shortened(self) -> Iterator[Cut]:
+        """Fewer notes on places (the latest stay), fewer places not visited, less of the observation, of the task."""
+        seen = [place for place, things in self.places.items() if things is not None]
+        new = [place for place, things in self.places.items() if things is None]
+
+        def with_places(kept: Sequence[str]) -> "Notes":
+            return replace(self, places={place: self.places[place] for place in kept})
+
+        yield Cut("notes", len(seen), lambda n: with_places([*new, *seen[len(seen) - n :]]).prompt())
+        yield Cut("places", len(new), lambda n: with_places(new[:n]).prompt())
+        bare = with_places([])
+        yield _cut(bare, "observation", "now")
+        yield _cut(replace(bare, now=""), "task", "task")
 
 
 @dataclass
@@ -153,34 +192,27 @@ class History:
     def copy(self) -> "History":
         return replace(self)
 
-    def prompt(
-        self, *, turns: int | None = None, list_actions: bool | None = None, words: int | None = None
-    ) -> str:  # fmt: skip
-        """Instruction, task, the last turns, the observation now, what can be done, how to answer.
-
-        `turns`, `words`: how many past turns and words of the observation are kept (all by default).
-        """
-        past = self.turns if turns is None else self.turns[len(self.turns) - turns :]
-        now = self.now if words is None else " ".join(self.now.split()[:words])
+    def prompt(self) -> str:
+        """Instruction, task, the last turns, the observation now, what can be done, how to answer."""
         parts = [f"You act in a text world, one action a turn. Your task: {self.task}"]
-        if past:
-            first = self.taken - len(past) + 1
-            lines = [f"[{first + i}] saw: {saw}\n[{first + i}] did: {did}" for i, (saw, did) in enumerate(past)]
+        if self.turns:
+            first = self.taken - len(self.turns) + 1
+            lines = [f"[{first + i}] saw: {saw}\n[{first + i}] did: {did}" for i, (saw, did) in enumerate(self.turns)]
             parts.append(f"You have taken {self.taken} actions. The latest:\n" + "\n".join(lines))
-        parts.append(f"Turn {self.taken + 1}. You see: {now}")
-        if self.list_actions if list_actions is None else list_actions:
+        parts.append(f"Turn {self.taken + 1}. You see: {self.now}")
+        if self.list_actions:
             parts.append("Possible actions:\n" + "\n".join(a for a in self.admissible if a != "help"))
         parts.append(
             "Think first, inside <think> and </think>. Then give exactly one action inside <action> and </action>."
         )
         return "\n\n".join(parts) + "\n"
 
-    def shortened(self) -> Iterator[str]:
-        """Ever shorter prompts: no past turns (as published for WebShop), then no list of actions, then fewer words of
-        the observation."""
-        yield self.prompt(turns=0)
-        words = len(self.now.split())
-        yield self.prompt(turns=0, list_actions=False)
-        while words > 0:
-            words //= 2
-            yield self.prompt(turns=0, list_actions=False, words=words)
+    def shortened(self) -> Iterator[Cut]:
+        """No past turns (as published for WebShop), then no list of actions, then less of the observation, of the
+        task."""
+        alone = replace(self, turns=())
+        yield Cut("turns", 0, lambda _: alone.prompt())
+        bare = replace(alone, list_actions=False)
+        yield Cut("actions", 0, lambda _: bare.prompt())
+        yield _cut(bare, "observation", "now")
+        yield _cut(replace(bare, now=""), "task", "task")

@@ -1,10 +1,10 @@
 """A worker process: plays many environments for the pool, one batched message per turn. Never imports JAX.
 
 Started as `python -m envs_bridge.worker ENGINE`, ENGINE one of `ENGINES`. JSON lines over stdin and a private copy of
-stdout (libraries print). Requests: {"reset": [[slot, game file], ...]} and {"step": [[slot, command], ...]}; the answer
-is a list with one [seen, reward, done, won, task] per entry, or a sentence for an entry that could not be done. `seen`
-is [text, admissible commands (a line each), counts of the text's words] the first time this worker says that, and its
-number after.
+stdout (libraries print). Requests: {"reset": [[slot, game], ...]} and {"step": [[slot, command], ...]}; a game is a
+file, or a shop's [folder, number, kind]. The answer is a list with one [seen, reward, done, won, task] per entry, or a
+sentence for an entry that could not be done. `seen` is [text, admissible commands (a line each), counts of the text's
+words] the first time this worker says that, and its number after.
 
 Runs under Python 3.8 to 3.12, whatever the engine's packages need; an engine is imported when it is asked for.
 """
@@ -18,18 +18,20 @@ import re
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
-from envs_bridge.turn import SAID_AT_MOST, Environment, Observation
+from envs_bridge.turn import SAID_AT_MOST, Environment, Game, Goal, Observation
 
-VERSION = 3
-WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.words` counts, which this process must not import
+VERSION = 4
+WORD = re.compile(r"\b\w\w+\b")  # as `proxmo_jax.estimator.words` counts, which this process must not import
 
 
 def load_fast(path: str) -> Environment:
     """Our household engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
     from envs_bridge.household.dialect import ForeignGame
     from envs_bridge.household.engine import Household
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     try:
         return Household.load(path)
@@ -42,33 +44,33 @@ def load_fast(path: str) -> Environment:
 
 def load_textworld(path: str) -> Environment:
     """ALFWorld's own engine, its repeated work remembered."""
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     return GenuineHousehold.load(path)
 
 
 def load_textworld_stock(path: str) -> Environment:
     """ALFWorld's own engine as it is."""
-    from envs_bridge.household.genuine import GenuineHousehold
+    from envs_bridge.household.upstream import GenuineHousehold
 
     return GenuineHousehold.load_stock(path)
 
 
-def load_shop(game: str) -> Environment:
+def load_shop(game: Goal) -> Environment:
     """Our shop engine, on a prepared catalogue."""
     from envs_bridge.shop.engine import Shopping
 
-    return Shopping.load(game)
+    return Shopping.load(Goal(*game))
 
 
-def load_webshop(game: str) -> Environment:
+def load_webshop(game: Goal) -> Environment:
     """WebShop itself."""
-    from envs_bridge.shop.genuine import GenuineShop
+    from envs_bridge.shop.upstream import GenuineShop
 
-    return GenuineShop.load(game)
+    return GenuineShop.load(Goal(*game))
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[Any], Environment]] = {
     "fast": load_fast,
     "textworld": load_textworld,
     "textworld-stock": load_textworld_stock,
@@ -95,9 +97,9 @@ class Worker:
                     replies.append(str(error) or type(error).__name__)
         return replies
 
-    def _reset(self, slot: int, path: str) -> Observation:
+    def _reset(self, slot: int, game: Game) -> Observation:
         self._worlds.pop(slot, None)
-        world = self._load(path)
+        world = self._load(game)
         seen = world.reset()
         self._worlds[slot] = world
         return seen
@@ -111,9 +113,8 @@ class Worker:
         said = seen.text, seen.admissible
         number = self._said.get(said)
         if number is None:
-            lines = "\n".join(seen.admissible)
-            if lines.count("\n") > max(len(seen.admissible) - 1, 0):
-                raise ValueError("an admissible command holds a line break")
+            # A command of two lines could not be told from two, nor be listed in a prompt.
+            lines = "\n".join(command for command in seen.admissible if "\n" not in command)
             if len(self._said) >= SAID_AT_MOST:  # only where the pool will do so, too
                 self._said.clear()
             self._said[said] = len(self._said)
@@ -128,12 +129,12 @@ def word_counts(text: str) -> Counter:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")  # half a character becomes a question mark
     os.dup2(2, 1)
     worker = Worker(ENGINES[sys.argv[1]])
     print(json.dumps({"version": VERSION}), file=pipe, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(worker.answer(json.loads(line))), file=pipe, flush=True)
+    for line in sys.stdin.buffer:
+        print(json.dumps(worker.answer(json.loads(line)), ensure_ascii=False), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

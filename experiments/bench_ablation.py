@@ -33,10 +33,12 @@ from rich.console import Console
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import TASK_TYPES, Game, build_game
 from envs_bridge.household.generate import make_game
-from experiments import ablate_estimator, ablation, bench_estimator
-from experiments import vector_household as vh
+from experiments import bench_estimator
 from experiments.timing import timed
-from experiments.vector_agent import (
+from proxmo_jax.ablation import grid as ablate_estimator
+from proxmo_jax.ablation import runner as ablation
+from proxmo_jax.ablation import vector_household as vh
+from proxmo_jax.ablation.vector_agent import (
     Knobs,
     Rollout,
     Scores,
@@ -47,10 +49,11 @@ from experiments.vector_agent import (
     make_run,
     make_update,
 )
-from proxmo_jax.advantages import proxmo
+from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
-from proxmo_jax.steps_file import needed
-from proxmo_jax.types import Group
+from proxmo_jax.estimator.presets import proxmo
+from proxmo_jax.estimator.steps_file import needed
+from proxmo_jax.estimator.types import Group
 
 GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
 OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps, where no checkout is given (BENCHMARKS.md, Estimator)
@@ -76,7 +79,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     for name in ("seeds", "iterations", "text_iterations"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
@@ -93,7 +96,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = "\n".join(lines)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -292,7 +295,9 @@ def time_scaling(console: Console) -> list[str]:
         flags = f"--xla_force_host_platform_device_count={devices}"
         root = Path(__file__).resolve().parents[1]
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
+        )
         if done.returncode:
             raise UserError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
         seconds = float(done.stdout.split()[-1])
@@ -307,7 +312,7 @@ def time_scaling(console: Console) -> list[str]:
 
 def time_runs(runs: int) -> None:
     """Print the median seconds of ten iterations of so many runs, split over this process's devices."""
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     spec = Spec(iterations=10, eval_every=10)

@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 from envs_bridge.household.engine import Household
 from envs_bridge.household.generate import generate_games
 from envs_bridge.household.verify import command_for
 from envs_bridge.pool import Pool
 from experiments import bench_shop
+from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     if config.shop_products < 0:
         raise UserError(f"--shop-products must be at least 0, got {config.shop_products}")
     for name in ("at_most", "steps", "environments", "turns", "workers"):
@@ -84,7 +84,7 @@ def main(config: Config, console: Console | None = None) -> str:
         episodes = [(str(game), script(str(game), config.steps, config.seed)) for game in games]
         engines = ["fast"] if config.python is None else list(NAMES)
         timings = {}
-        for engine in track(engines, "timing engines", console=console):
+        for engine in watched(engines, "timing engines", console, len(engines)):
             timings[engine] = time_engine(engine, episodes, config)
         pool = time_pool([game for game, _ in episodes], config)
     text = report(config, len(games), timings, pool)
@@ -93,7 +93,7 @@ def main(config: Config, console: Console | None = None) -> str:
         text += "\n\n" + bench_shop.measure(options, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -122,7 +122,8 @@ def ask_timing(python: str, request: dict) -> dict:
         [python, "-m", "experiments.engine_timing"],
         input=json.dumps(request),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=ROOT,
         check=False,
     )

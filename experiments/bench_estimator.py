@@ -26,16 +26,16 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.household.generate import generate_games
-from proxmo_jax.advantages import official, proxmo
-from proxmo_jax.batch import batch_advantages
+from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
-from proxmo_jax.steps_file import steps_advantages
-from proxmo_jax.types import Group
+from proxmo_jax.estimator.batch import batch_advantages
+from proxmo_jax.estimator.presets import official, proxmo
+from proxmo_jax.estimator.steps_file import steps_advantages
+from proxmo_jax.estimator.types import Group
 
 OFFICIAL = Path(__file__).with_name("official_timing.py")
 
@@ -62,7 +62,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     if config.official is not None and not (config.official / "proxmo" / "core_proxmo.py").is_file():
         raise UserError(f"--official: {config.official} holds no proxmo/core_proxmo.py; name a checkout of ProxMO-RL")
     if not config.groups or min(config.groups) < 1:
@@ -80,7 +80,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = report(config, rows, kernel_memory(), million_steps() if config.million else None)
     console.print(text, highlight=False, markup=False)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -91,9 +91,9 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
         name: [] for name in ("texts", "group", "trajectory", "step", "reward", "success", "action_valid")
     }
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as bar:
+    with tempfile.TemporaryDirectory() as folder:
         games = generate_games(Path(folder), split="train", count=groups, seed=seed, level="hard")
-        for g, game in enumerate(bar.track(games, description="playing")):
+        for g, game in enumerate(watched(games, "playing", console, len(games))):
             world = Household.load(str(game))
             for m in range(members):
                 habits = Habits(search_rate=0.95, mistake_rate=rng.choice((0.8, 1.0)))
@@ -160,7 +160,7 @@ def time_official(config: Config, steps: dict[str, Any]) -> dict[str, float]:
         np.savez(source, **{**steps, "texts": np.array(steps["texts"])})
         command = [str(config.official_python), str(OFFICIAL), str(config.official), str(source), str(target)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"--official: the official code failed under {config.official_python}: {last}")
@@ -189,8 +189,8 @@ import json, resource, sys, time
 import numpy as np
 from rich.console import Console
 from experiments.bench_estimator import play
-from proxmo_jax.advantages import proxmo
-from proxmo_jax.steps_file import steps_advantages
+from proxmo_jax.estimator.estimator import proxmo
+from proxmo_jax.estimator.steps_file import steps_advantages
 steps = play(128, 1, Console(stderr=True))
 copies = -(-1_000_000 // len(steps["texts"]))
 count = len(steps["texts"])
@@ -211,7 +211,7 @@ print(json.dumps({"steps": count * copies, "seconds": took, "gigabytes": peak}))
 
 def million_steps() -> dict[str, float]:
     """A million steps from raw texts, compilation included, in a process of its own; its time and peak memory."""
-    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"the run over a million steps failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -23,17 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from envs_bridge.collect import demonstrations
 from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
 from experiments.timing import timed
+from proxmo_jax.agent.report import terminal
+from proxmo_jax.agent.rollout import demonstrations
 from proxmo_jax.errors import UserError
-from proxmo_jax.learner import Rows, TrainState, make_optimizer, pack_turns, policy_step
-from proxmo_jax.losses import LossSettings
-from proxmo_jax.policy import PolicyConfig, init_params
-from proxmo_jax.sampling import Decoding, sample
-from proxmo_jax.sharding import keep_freed_memory
+from proxmo_jax.policy.decoder import PolicyConfig, init_params
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import keep_freed_memory
+from proxmo_jax.training.losses import LossSettings
+from proxmo_jax.training.rows import Rows, pack_turns
+from proxmo_jax.training.update import TrainState, make_optimizer, policy_step
 
 HERE = Path(__file__).resolve().parent
 # glibc's names for what `keep_freed_memory` sets, so that the peer has it, too.
@@ -68,7 +71,7 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     for name in ("turns", "decode_rows", "decode_steps", "layers", "repeat"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
@@ -89,7 +92,7 @@ def main(config: Config, console: Console | None = None) -> str:
     text = report(config, request, ours, theirs)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -223,7 +226,8 @@ def time_tunix(python: Path, request: dict) -> dict:
         [str(python), str(HERE / "tunix_timing.py")],
         input=json.dumps(request),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env={**os.environ, **KEEP_FREED_MEMORY, "JAX_PLATFORMS": jax.default_backend()},
         check=False,
     )

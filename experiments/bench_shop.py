@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,6 +29,7 @@ from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.expert import demonstrate
 from envs_bridge.shop.generate import KINDS, generate_catalogue
 from envs_bridge.shop.search import build_index
+from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,11 +55,11 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
-    console = console or Console()
+    console = console or terminal()
     text = measure(config, console)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if config.append is not None:
-        with config.append.open("a") as file:
+        with config.append.open("a", encoding="utf-8") as file:
             file.write(f"\n{text}\n")
     return text
 
@@ -79,7 +80,11 @@ def measure(config: Config, console: Console) -> str:
         })  # fmt: skip
         console.print(f"{small['steps_per_second']:,.0f} steps a second; now {config.products:,} products to search in")
         began = time.time()
-        large = large_catalogue(folder / "large", prepared, config.products)
+        with progress_bar(console) as bar:
+            task = bar.add_task("laying out products", total=config.products, note="")
+            large = large_catalogue(
+                folder / "large", prepared, config.products, lambda count: bar.update(task, completed=count)
+            )
         built = time.time() - began
         rng = random.Random(1)
         queries = [" ".join(words(rng, rng.randint(3, 20))) for _ in range(config.queries)]
@@ -109,7 +114,7 @@ def recorded(prepared: Path, traces: Path) -> list[tuple[int, list[str]]]:
     """The recorded actions, each beside the goal of the same product (what a session does depends on no more)."""
     catalogue = Catalogue(prepared)
     goals = {catalogue.goal(i)["asin"]: i for i in range(catalogue.goal_count)}
-    episodes = json.loads(traces.read_text())
+    episodes = json.loads(traces.read_text(encoding="utf-8"))
     return [(goals.get(e["goal"]["asin"], 0), [s["action"] for s in e["steps"]]) for e in episodes]
 
 
@@ -129,8 +134,9 @@ def words(rng: random.Random, count: int) -> list[str]:
     return [known[rank] if rank < len(known) else f"word{rank}" for rank in ranks]
 
 
-def large_catalogue(folder: Path, prepared: Path, products: int) -> Path:
-    """A catalogue of so many products with texts of some sixty words; the goals are another's."""
+def large_catalogue(folder: Path, prepared: Path, products: int, on_products: Callable[[int], None]) -> Path:
+    """A catalogue of so many products with texts of some sixty words; the goals are another's. `on_products(count)` is
+    told of every ten thousand."""
     folder.mkdir()
     for name in ("goals.jsonl", "goals.npy", "query.json", "category.json"):
         (folder / name).symlink_to(prepared / name)
@@ -148,6 +154,8 @@ def large_catalogue(folder: Path, prepared: Path, products: int) -> Path:
                 text = " ".join(words(rng, rng.randint(20, 100)))
                 lines.add({"asin": f"B{row:09d}", "title": text[:80], "price_tag": f"${row + 1.0}", "text": text})
                 yield text
+                if row % 10_000 == 9999:
+                    on_products(row + 1)
 
     build_index(folder, texts())
     return folder
@@ -156,8 +164,8 @@ def large_catalogue(folder: Path, prepared: Path, products: int) -> Path:
 def ask(request: dict) -> dict:
     """`shop_timing`'s answer. Raises UserError with what it said last."""
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.shop_timing"], input=json.dumps(request), capture_output=True, text=True,
-        cwd=ROOT, check=False,
+        [sys.executable, "-m", "experiments.shop_timing"], input=json.dumps(request), cwd=ROOT, check=False,
+        capture_output=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"timing the shop failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")

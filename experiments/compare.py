@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from proxmo_jax.report import learning_curve, read_metrics, wilson
+from proxmo_jax.agent.report import learning_curve, read_metrics, wilson
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = None) -> None:
@@ -18,7 +18,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = Non
     print("|---|---|---|---|---|---|---|---|")
     by_method: dict[str, list[list[dict]]] = {}
     for run in runs:
-        config, rows = json.loads((run / "config.json").read_text()), read_metrics(run / "metrics.jsonl")
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        rows = read_metrics(run / "metrics.jsonl")
         tested = [r for r in rows if "eval/success_rate" in r]
         trained = [r for r in rows if "time/iteration" in r]
         count = tested[-1]["eval/games"]

@@ -20,8 +20,8 @@ from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 
 from experiments.bench_estimator import play
-from proxmo_jax.embeddings import tfidf, token_counts
-from proxmo_jax.words import Vocabulary, WordCounts
+from proxmo_jax.estimator.embeddings import tfidf, token_counts
+from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
 NEAREST = 5
 
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     steps = play(config.groups, config.seed, Console(stderr=True))
     worlds = {"household": (steps["texts"], steps["group"].tolist())}
     if config.shop_traces is not None:
-        episodes = json.loads(config.shop_traces.read_text())
+        episodes = json.loads(config.shop_traces.read_text(encoding="utf-8"))
         seen = [
             (step["observation"], episode["mode"])
             for episode in episodes

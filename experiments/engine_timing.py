@@ -20,7 +20,7 @@ from envs_bridge.worker import ENGINES
 
 
 def main() -> None:
-    pipe = os.fdopen(os.dup(1), "w")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print
     request = json.load(sys.stdin)
     answer = side_by_side(request) if "turns" in request else one_by_one(request)
@@ -76,7 +76,7 @@ def one_by_one(request: dict) -> dict:
 
 def resident() -> float:
     """MiB of memory this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -18,7 +18,7 @@ from envs_bridge.shop.engine import Shopping
 
 
 def main() -> None:
-    pipe = os.fdopen(os.dup(1), "w")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     catalogue = Catalogue(Path(request["folder"]))
@@ -62,7 +62,7 @@ def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float, forge
 def memory() -> dict[str, float]:
     """MiB of this process's own, and of files that are mapped."""
     found = {"own": 0.0, "mapped": 0.0}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == "Anonymous":
             found["own"] = int(value.split()[0]) / 1024

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 
 def main() -> None:
-    pipe = os.fdopen(os.dup(1), "w")
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     import jax.numpy as jnp

@@ -1,14 +1,15 @@
 """`proxmo`: the command line. The only room that opens the experiments' doors."""
 
 import dataclasses
+import io
 import os
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import tyro
-from rich.console import Console
 
 from envs_bridge.errors import UserError as WorldUserError
 from proxmo_jax.errors import UserError
@@ -36,16 +37,36 @@ proxmo COMMAND --help lists the options."""
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence on stderr and exit status 2, a bug in its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no run
     try:
         return _dispatch(arguments)
-    except (UserError, WorldUserError, OSError) as error:
-        if os.environ.get("PROXMO_TRACEBACK"):
+    except (UserError, WorldUserError, OSError, RuntimeError) as error:
+        said, out_of_memory = str(error), str(error).startswith("RESOURCE_EXHAUSTED")  # as XLA says it
+        if os.environ.get("PROXMO_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"proxmo: {' '.join(str(error).split())}", file=sys.stderr)
+        if out_of_memory:
+            said = (
+                f"the device's memory does not suffice ({said[:200]}); smaller --decode-rows, --micro-batch-tokens,"
+                " --groups or --chunk need less"
+            )
+        print(f"proxmo: {' '.join(said.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("proxmo: interrupted", file=sys.stderr)
         return 130
+
+
+def _find_devices() -> None:
+    """Start JAX on its devices. Raises UserError if it finds none of the platform that $JAX_PLATFORMS names."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform without its plugin is an assertion of JAX's
+        name = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error) or "no plugin for it is installed"
+        raise UserError(f"JAX_PLATFORMS={name}: JAX finds no such device ({reason}); cpu is always there") from error
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -105,22 +126,26 @@ class AdvantagesOptions:
     episode_over: str | None = None
     leave_one_out: bool | None = None
     success_rate: str | None = None
+    lone_step: str | None = None
     exclude_self: bool | None = None
     kernel: str | None = None
     max_features: int | None = None
     similarity_threshold: float | None = None
+    """difflib ratio from which on texts share an anchor; with gigpo_similarity 0.95 where it is not given."""
 
 
 def _advantages(arguments: list[str]) -> int:
-    from proxmo_jax.advantages import PRESETS
-    from proxmo_jax.steps_file import advantages_of_file
+    from proxmo_jax.estimator.presets import PRESETS
+    from proxmo_jax.estimator.steps_file import advantages_of_file
 
     options = tyro.cli(AdvantagesOptions, args=arguments, prog="proxmo advantages")
+    _find_devices()
     knobs = {name: value for name, value in vars(options).items() if value is not None}
     source, target, preset = (knobs.pop(name) for name in ("source", "target", "preset"))
+    threshold = knobs.pop("similarity_threshold", None)
     if preset not in PRESETS:
         raise UserError(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    count = advantages_of_file(source, target, PRESETS[preset](**knobs))
+    count = advantages_of_file(source, target, PRESETS[preset](**knobs), similarity_threshold=threshold)
     print(f"{target}: advantages of {count} steps by {preset}")
     return 0
 
@@ -142,7 +167,7 @@ class VerifyOptions:
 def _verify_household(arguments: list[str]) -> int:
     from envs_bridge.household.verify import lockstep, playable
     from envs_bridge.pool import Pool
-    from proxmo_jax.report import progress_bar
+    from proxmo_jax.agent.report import progress_bar, terminal
 
     options = tyro.cli(VerifyOptions, args=arguments, prog="proxmo verify-env household")
     files = sorted(str(path) for path in options.games.rglob("game.tw-pddl"))
@@ -156,7 +181,7 @@ def _verify_household(arguments: list[str]) -> int:
     if not games:
         raise UserError(f"--games: {options.games} holds no game that our engine plays")
     engine = "textworld-stock" if options.stock else "textworld"
-    with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(Console()) as bar:
+    with Pool(1, python=options.python, engine=engine, timeout=600) as pool, progress_bar(terminal()) as bar:
         task = bar.add_task("comparing", total=options.episodes, note="")
         found = lockstep(
             games,
@@ -202,9 +227,10 @@ def _verify_shop(arguments: list[str]) -> int:
 
 def _check_model(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from experiments import check_model
+    from proxmo_jax.agent import check_model
 
     options = tyro.cli(check_model.Config, args=arguments, prog="proxmo check-model", description=check_model.__doc__)
+    _find_devices()
     return 0 if check_model.main(options) else 1
 
 
@@ -213,10 +239,11 @@ def _bench(name: str, *arguments: str) -> int:
 
     bench = importlib.import_module(f"experiments.bench_{name}")
     if name == "ablation":
-        from experiments.ablation import use_every_core
+        from proxmo_jax.ablation.runner import use_every_core
 
         use_every_core()
     options = tyro.cli(bench.Config, args=arguments, prog=f"proxmo bench {name}", description=bench.__doc__)
+    _find_devices()
     bench.main(options)
     return 0
 
@@ -224,30 +251,40 @@ def _bench(name: str, *arguments: str) -> int:
 def _ablate(name: str, *arguments: str) -> int:
     import importlib
 
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     module = importlib.import_module(
-        {"estimator": "experiments.ablate_estimator", "train": "experiments.ablation"}[name]
+        {"estimator": "proxmo_jax.ablation.grid", "train": "proxmo_jax.ablation.runner"}[name]
     )
     if name == "train":
         module.use_every_core()
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo ablate {name}", description=module.__doc__)
+    _find_devices()
     module.main(options)
     return 0
 
 
 def _train(arguments: list[str]) -> int:
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no PyTorch
-    from experiments import train
+    from proxmo_jax.agent import settings as setup
+    from proxmo_jax.agent import train
 
-    default = _defaults(arguments, train.Config)
-    config = tyro.cli(train.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
-    if config.resume and not any(word.startswith("--iterations") for word in arguments):
-        config = dataclasses.replace(config, iterations=0)  # as many as the run has stored
+    def parse(default):
+        return tyro.cli(setup.Config, args=arguments, default=default, prog="proxmo train", description=train.__doc__)
+
+    _find_devices()
+    config = parse(_defaults(arguments, setup.Config))
+    if config.resume:  # the settings are the run's, and what else is asked for is named; it can be made longer
+        stored = setup.stored_config(config)
+        asked = parse(dataclasses.replace(stored, **_recipe(arguments, setup.Config, named=True)))
+        longer = _value_of(arguments, "--iterations") is not None and asked.iterations > stored.iterations
+        if others := setup.not_taken(stored, asked, longer=longer):
+            print(f"--resume goes on with the run's own settings; not taken: {', '.join(others)}", flush=True)
+        config = dataclasses.replace(stored, iterations=asked.iterations if longer else stored.iterations)
     train.main(config)
     return 0
 
@@ -255,12 +292,15 @@ def _train(arguments: list[str]) -> int:
 def _with_run(command: str, arguments: list[str]) -> int:
     import importlib
 
-    from proxmo_jax.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    module = importlib.import_module({"eval": "experiments.evaluate", "export": "experiments.export"}[command])
+    module = importlib.import_module(
+        {"eval": "proxmo_jax.agent.evaluate", "export": "proxmo_jax.agent.export"}[command]
+    )
     options = tyro.cli(module.Config, args=arguments, prog=f"proxmo {command}", description=module.__doc__)
+    _find_devices()
     module.main(options)
     return 0
 
@@ -274,32 +314,60 @@ def _value_of(arguments: list[str], option: str) -> str | None:
 
 
 def _defaults(arguments: list[str], cls):
-    """The settings of the recipe or file named by --config, or else of the recipe of --env's name, if there is one.
-    Raises UserError naming the file and the fault."""
+    """The settings, with those of a recipe in their place. Raises UserError as `_recipe` does."""
+    return cls(**_recipe(arguments, cls))
+
+
+def _recipe(arguments: list[str], cls, *, named: bool = False) -> dict[str, Any]:
+    """What the recipe or file named by --config sets, or else (unless `named`) the recipe of --env's name, if there is
+    one. Raises UserError naming the file and the fault."""
     import experiments
 
     recipes = Path(experiments.__file__).parent / "configs"
     name, env = (_value_of(arguments, option) for option in ("--config", "--env"))
     if name is None:
-        if env is None or not env.isalpha() or not (recipes / f"{env}.toml").is_file():
-            return cls()
+        if named or env is None or not env.isalpha() or not (recipes / f"{env}.toml").is_file():
+            return {}
         name = env
     recipe = recipes / f"{name}.toml"
     try:
-        values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text())
+        values = tomllib.loads((recipe if recipe.is_file() else Path(name)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: {name} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {name} is not TOML ({error})") from error
-    known = {f.name: f for f in cls.__dataclass_fields__.values()}
-    values = {k.replace("-", "_"): v for k, v in values.items()}
-    unknown = sorted(set(values) - set(known))
+    if isinstance(table := values.get("chat_template_args"), dict):
+        from proxmo_jax.agent.chat import settings_of
+
+        values["chat_template_args"] = list(settings_of(table))
+    kinds = get_type_hints(cls)
+    unknown = sorted(key for key in values if key.replace("-", "_") not in kinds)
     if unknown:
         raise UserError(f"--config: {name} sets {', '.join(unknown)}, which is no setting of train")
-    for key, value in values.items():
-        default = known[key].default
-        if isinstance(default, Path) or default is None:
-            values[key] = Path(value)
-        elif not isinstance(value, (int, float) if isinstance(default, float) else type(default)):
-            raise UserError(f"--config: {key} must be {type(default).__name__}, got {value!r}")
-    return cls(**values)
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(settings) < len(values):
+        raise UserError(f"--config: {name} sets a setting twice, spelled with - and with _")
+    for key in ("config", "resume"):
+        if key in settings:
+            raise UserError(f"--config: {name} sets {key}, which belongs on the command line")
+    return {key: _setting(key, value, kinds[key]) for key, value in settings.items()}
+
+
+def _setting(key: str, value: Any, kind: Any) -> Any:
+    """A TOML value as a setting of this type holds it; TOML has no paths, no tuples, and nothing for None (but "").
+    Raises UserError for a value of another type."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is int and is_number and isinstance(value, int):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    optional = type(None) in get_args(kind)
+    if (kind is Path or Path in get_args(kind)) and isinstance(value, str) and (value or optional):
+        return Path(value) if value else None
+    named = {bool: "true or false", int: "int", float: "a finite float", str: "a string"}
+    needed = {**named, tuple[str, ...]: "a list of strings"}.get(kind, "a string (a path)")
+    raise UserError(f"--config: {key} must be {needed}, got {value!r}")

@@ -9,8 +9,8 @@ for sums that are smaller than their terms.
 import jax
 import numpy as np
 
-from proxmo_jax.policy import PolicyConfig
-from proxmo_jax.sampling import Samples
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.decoding import Samples
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -5,7 +5,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from proxmo_jax.policy import PolicyConfig, init_params
+from proxmo_jax.policy.decoder import PolicyConfig, init_params
 
 
 @cache

@@ -1,4 +1,5 @@
-"""What `transformers` and torch answer for tiny random Qwen checkpoints, recorded so that the tests need neither.
+"""What `transformers` and torch answer for tiny random Qwen checkpoints, and how they read odd configs: recorded, so
+that the tests need neither.
 
 python tests/qwen_record.py           # needs torch; writes tests/golden/qwen/
 """
@@ -29,6 +30,101 @@ CASES = {
         },
     ),
 }
+
+YARN_4 = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default"}
+# Changes to `config.json`; rotary settings in the three generations of their names.
+POSITIONS = {
+    "nothing is said": {},
+    "theta beside": {"rope_theta": 1e6},
+    "theta beside parameters without one": {"rope_parameters": PLAIN, "rope_theta": 1e6},
+    "theta inside and another beside": {"rope_parameters": {**PLAIN, "rope_theta": 5e5}, "rope_theta": 1e6},
+    "empty parameters": {"rope_parameters": {}, "rope_theta": 1e6},
+    "parameters that are null": {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1e6},
+    "scaling beside parameters": {
+        "rope_scaling": YARN_4, "rope_parameters": {**PLAIN, "rope_theta": 5e5}, "rope_theta": 1e6,
+    },
+    "scaling beside parameters, no theta beside": {
+        "rope_scaling": YARN_4, "rope_parameters": {**PLAIN, "rope_theta": 5e5},
+    },
+    "plain scaling beside stretched parameters": {
+        "rope_scaling": PLAIN, "rope_parameters": {**YARN_4, "rope_theta": 5e5},
+    },
+    "empty scaling beside parameters": {"rope_scaling": {}, "rope_parameters": {**YARN_4, "rope_theta": 5e5}},
+    "two names of the kind": {"rope_scaling": {**YARN_4, "rope_type": "linear"}, "rope_theta": 1e6},
+    "theta inside the scaling": {"rope_scaling": {**YARN_4, "rope_theta": 2e5}, "rope_theta": 1e6},
+    "theta is null": {"rope_theta": None},
+    "theta inside is null": {"rope_parameters": {**PLAIN, "rope_theta": None}, "rope_theta": 1e6},
+    "theta is text": {"rope_theta": "1e6"},
+    "kind is null": {"rope_parameters": {"rope_type": None}},
+    "by layer, none": {"rope_parameters": {"full_attention": None}},
+    "yarn, factor null": {"rope_scaling": {**YARN_4, "factor": None}},
+    "yarn, no length": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "yarn, length null": {"rope_scaling": {**YARN_4, "original_max_position_embeddings": None}},
+    "yarn, length beside": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": 48,
+    },
+    "yarn, length inside and beside": {"rope_scaling": YARN_4, "original_max_position_embeddings": 16},
+    "yarn, no lengths at all": {"max_position_embeddings": ..., "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    "yarn, attention factor": {"rope_scaling": {**YARN_4, "attention_factor": 1.5}},
+    "yarn, betas": {"rope_scaling": {**YARN_4, "beta_fast": 2, "beta_slow": 0.5}},
+    "yarn, betas of 0": {"rope_scaling": {**YARN_4, "beta_fast": 0, "beta_slow": 0}},
+    "yarn, betas the wrong way round": {"rope_scaling": {**YARN_4, "beta_fast": 0.25, "beta_slow": 4}},
+    "yarn, equal betas": {"rope_scaling": {**YARN_4, "beta_fast": 1, "beta_slow": 1, "truncate": False}},
+    "yarn, both mscales": {"rope_scaling": {**YARN_4, "mscale": 0.7, "mscale_all_dim": 1.3}},
+    "yarn, one mscale": {"rope_scaling": {**YARN_4, "mscale": 0.7}},
+    "yarn, not truncated": {"rope_scaling": {**YARN_4, "beta_fast": 2, "truncate": False}},
+    "yarn, truncate null": {"rope_scaling": {**YARN_4, "beta_fast": 2, "truncate": None}},
+    "yarn, shorter": {"rope_scaling": {**YARN_4, "factor": 0.5}},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "linear, no factor": {"rope_scaling": {"type": "linear"}},
+    "linear, factor null": {"rope_scaling": {"type": "linear", "factor": None}},
+    "default with a factor": {"rope_scaling": {"type": "default", "factor": 2.0}},
+    "head_dim": {"head_dim": 32},
+    "heads of keys null": {"num_key_value_heads": None},
+    "hidden size as text": {"hidden_size": "64"},
+    "tied null": {"tie_word_embeddings": None},
+    "epsilon null": {"rms_norm_eps": None},
+}  # fmt: skip
+
+
+def config_with(kind: str, changes: dict) -> dict:
+    """A `config.json` with one thing about it; `...` leaves a name out."""
+    plain = {
+        "model_type": kind, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    return {key: value for key, value in {**plain, **changes}.items() if value is not ...}
+
+
+def record_positions() -> None:
+    """Eight frequencies, the factor of sines, head_dim and heads of keys of each of POSITIONS; null: refused."""
+    import tempfile
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found: dict[str, dict[str, dict | None]] = {"qwen2": {}, "qwen3": {}}
+    for kind, answers in found.items():
+        for name, changes in POSITIONS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(config_with(kind, changes)))
+                try:
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).model
+                except Exception:
+                    answers[name] = None
+                    continue
+            frequencies = model.rotary_emb.inv_freq
+            answers[name] = {
+                "frequencies": [float(f"{x:.8g}") for x in frequencies[:: len(frequencies) // 8].tolist()],
+                "scale": float(model.rotary_emb.attention_scaling),
+                "head_dim": model.layers[0].self_attn.head_dim,
+                "kv_heads": model.config.num_key_value_heads,
+            }
+    kinds = []
+    for kind, answers in found.items():
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(answer)}" for name, answer in answers.items())
+        kinds.append(f'"{kind}": {{\n{lines}\n}}')
+    (FOLDER / "positions.json").write_text("{" + ",\n".join(kinds) + "}\n")
 
 
 def prompts() -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +159,7 @@ def main() -> None:
         model.save_pretrained(FOLDER / name)
         np.savez(FOLDER / name / "answers.npz", logits=logits.numpy(), greedy=greedy.numpy()[:, 17:])
         print(name, sorted(json.loads((FOLDER / name / "config.json").read_text()))[:4])
+    record_positions()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from fresh import fresh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from proxmo_jax.policy import PolicyConfig
-from proxmo_jax.weights import save_weights
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.weights import save_weights
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -16,13 +16,16 @@ from envs_bridge.household.generate import SPLITS
 
 GENERATION = {"move": "'move X to Y', as since December 2024", "put": "'put X in/on Y', as before December 2024"}
 
+UNREADABLE = "unreadable"
+
 
 @dataclass
 class Survey:
     """What a data folder holds.
 
     games: game files by split, sorted. wordings: how many play in which wording. foreign: one sentence for each game
-    that our engine leaves to ALFWorld's own. left_out: how many were left out, by reason.
+    that our engine leaves to ALFWorld's own. left_out: how many were left out, by reason. unreadable: one sentence for
+    each file that is no game.
     """
 
     folder: Path
@@ -30,6 +33,7 @@ class Survey:
     wordings: Counter = field(default_factory=Counter)
     foreign: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{split} {len(games)}" for split, games in self.games.items())
@@ -37,10 +41,18 @@ class Survey:
         lines += [f"wording {GENERATION[wording]}: {count} games" for wording, count in sorted(self.wordings.items())]
         if len(self.wordings) > 1:
             lines.append("The data mixes two wordings: an agent trained on one will fail at the other.")
-        lines += [f"left out: {count} {reason}" for reason, count in sorted(self.left_out.items())]
+        lines += [f"left out: {reason}" for reason in self.reasons()]
         if self.foreign:
             lines.append(f"{len(self.foreign)} games are left to ALFWorld's own engine; the first: {self.foreign[0]}")
         return "\n".join(lines)
+
+    def reasons(self) -> list[str]:
+        """How many games were left out, and why."""
+        first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
+        return [
+            f"{count} {reason}{first if reason == UNREADABLE else ''}"
+            for reason, count in sorted(self.left_out.items())
+        ]
 
 
 def data_folder(data: Path | None) -> Path:
@@ -80,7 +92,8 @@ def survey(
             else:
                 games.append(str(path))
     if not any(found.games.values()):
-        raise UserError(f"--data: {found.folder} holds no playable game in {', '.join(splits)}")
+        why = "; ".join(found.reasons()) or "there is no SPLIT/TASK/TRIAL/game.tw-pddl"
+        raise UserError(f"--data: {found.folder} holds no playable game in {', '.join(splits)}: {why}")
     return found
 
 
@@ -94,9 +107,12 @@ def _why_left_out(path: Path, task_types: Sequence[str], found: Survey) -> str:
     try:
         data = read_game_file(str(path))
     except GameFileError as error:
-        return f"unreadable ({error})"
-    if not data.get("solvable"):
-        return "not known to be solvable"
+        found.unreadable.append(str(error))
+        return UNREADABLE
+    if "solvable" not in data:
+        return "without 'solvable', which ALFWorld asks for"
+    if not data["solvable"]:
+        return "not solvable"
     try:
         found.wordings[read_dialect(data["pddl_domain"], data["grammar"]).wording] += 1
     except ForeignGame as error:

@@ -6,12 +6,12 @@ counted from the end of the sorted ids.
 """
 
 import functools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from envs_bridge.household.dialect import Dialect, ForeignGame, GameFileError, read_dialect
+from envs_bridge.text import load_json
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -98,7 +98,7 @@ def read_game_file(path: str) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise GameFileError(f"{path}: cannot be read ({error})") from error
     try:
-        data = json.loads(text)
+        data = load_json(text)
     except ValueError as error:
         raise GameFileError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, dict):

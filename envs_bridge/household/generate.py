@@ -7,6 +7,7 @@ walkthrough before it is written.
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +39,18 @@ LEVELS = {
 }
 
 
-def generate_games(folder: Path, *, split: str, count: int, seed: int, level: str = "easy") -> list[Path]:
+def generate_games(
+    folder: Path,
+    *,
+    split: str,
+    count: int,
+    seed: int,
+    level: str = "easy",
+    on_game: Callable[[int], None] | None = None,
+) -> list[Path]:
     """Write `count` games, the six task types in turn, under `folder/split`; returns the game files.
 
+    `on_game(count)` is told of the progress.
     Raises UserError for an unknown split or level, or a count below 1.
     """
     if split not in SPLITS:
@@ -55,9 +65,11 @@ def generate_games(folder: Path, *, split: str, count: int, seed: int, level: st
         name, game, trajectory = make_game(split, index, seed, level, task_type)
         target = Path(folder) / split / name / f"trial_{split}_{level}_{seed}_{index:05d}"
         target.mkdir(parents=True, exist_ok=True)
-        (target / "traj_data.json").write_text(json.dumps(trajectory))
-        (target / "game.tw-pddl").write_text(json.dumps(game))
+        (target / "traj_data.json").write_text(json.dumps(trajectory), encoding="utf-8")
+        (target / "game.tw-pddl").write_text(json.dumps(game), encoding="utf-8")
         files.append(target / "game.tw-pddl")
+        if on_game:
+            on_game(index + 1)
     return files
 
 
@@ -74,8 +86,8 @@ def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> 
     target, destination, placed, phrase = drawn
     problem = _problem(rng, house, placed, task_type, target, destination)
     game = {
-        "pddl_domain": (HERE / "household.pddl").read_text(),
-        "grammar": (HERE / "household.twl2").read_text().replace("UNKNOWN GOAL", phrase),
+        "pddl_domain": (HERE / "household.pddl").read_text(encoding="utf-8"),
+        "grammar": (HERE / "household.twl2").read_text(encoding="utf-8").replace("UNKNOWN GOAL", phrase),
         "pddl_problem": problem,
         "solvable": True,
     }

@@ -18,14 +18,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from envs_bridge.errors import UserError
 from envs_bridge.shop.search import Lucene, build_index, mapped
+from envs_bridge.text import escapes_halves, load_json, whole_characters
 
-VERSION = 1
+VERSION = 2
 SEED = 233  # of WebShop's shuffling of the goals; ours of the prices and limits, too, which WebShop leaves to chance
 SPLITS = ("train", "valid", "test")
 # WebShop's own ranges of its goals' order, test first; a tenth each where there are fewer than twice as many goals.
@@ -42,8 +43,12 @@ class CatalogueError(UserError):
 def read_array(path: Path, size: int = 1 << 22) -> Iterator[dict]:
     """The objects of a JSON array, one at a time. Raises CatalogueError for what is not one, or is cut off."""
     decoder, buffer, at, number = json.JSONDecoder(), "", 0, 0
-    with path.open(encoding="utf-8") as file:
-        buffer = file.read(size).lstrip()
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise CatalogueError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
+        buffer = _text(file, size, path).lstrip()
         if not buffer.startswith("["):
             raise CatalogueError(f"{path}: need a JSON array of products, found {buffer[:20]!r}")
         at = 1
@@ -55,21 +60,28 @@ def read_array(path: Path, size: int = 1 << 22) -> Iterator[dict]:
             try:
                 found, end = decoder.raw_decode(buffer, at)
             except ValueError as error:
-                more = file.read(max(size, len(buffer)))
+                more = _text(file, max(size, len(buffer)), path)
                 if not more:
                     raise CatalogueError(f"{path}: cut off or not JSON after {number} products ({error})") from error
                 buffer, at = buffer[at:] + more, 0
                 continue
             if not isinstance(found, dict):
                 raise CatalogueError(f"{path}: product {number} is {type(found).__name__}, need an object")
-            yield found
+            yield whole_characters(found) if escapes_halves(buffer[at:end]) else found
             at, number = end, number + 1
+
+
+def _text(file: TextIO, size: int, path: Path) -> str:
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise CatalogueError(f"{path}: is not UTF-8 ({error.reason})") from error
 
 
 def read_object(path: Path) -> dict:
     """A JSON object by ASIN. Raises CatalogueError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CatalogueError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -150,13 +162,16 @@ def read_reviews(path: Path) -> dict[str, tuple[str, list]]:
     """(rating, [title, score, body]) by ASIN; nothing where there is no such file."""
     if not path.is_file():
         return {}
-    return {
-        entry["asin"]: (
-            str(entry["average_rating"]),
-            [[r.get("title"), r.get("score", r.get("stars")), r.get("review", "")] for r in entry["reviews"]],
-        )
-        for entry in read_array(path)
-    }
+    try:
+        return {
+            entry["asin"]: (
+                str(entry["average_rating"]),
+                [[r.get("title"), r.get("score", r.get("stars")), r.get("review", "")] for r in entry["reviews"]],
+            )
+            for entry in read_array(path)
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CatalogueError(f"{path}: need asin, average_rating and a list of reviews of each ({error!r})") from error
 
 
 def read_products(data: Path) -> Iterator[tuple[dict[str, Any], dict]]:
@@ -168,6 +183,8 @@ def read_products(data: Path) -> Iterator[tuple[dict[str, Any], dict]]:
         asin = raw.get("asin")
         if not isinstance(asin, str):
             raise CatalogueError(f"{path}: product {number} has no asin")
+        if not asin.isascii():
+            raise CatalogueError(f"{path}: product {number}: asin must be of ASCII characters, got {asin!r:.40}")
         if asin == "nan" or len(asin) > 10 or asin in seen:
             continue
         seen.add(asin)
@@ -254,8 +271,13 @@ def splits(count: int) -> dict[str, range]:
 
 
 def cache_folder() -> Path:
-    """Where prepared catalogues lie: $PROXMO_CACHE, or ~/.cache/proxmo."""
-    return Path(os.environ.get("PROXMO_CACHE") or Path.home() / ".cache" / "proxmo")
+    """Where prepared catalogues lie: $PROXMO_CACHE, or ~/.cache/proxmo. Raises CatalogueError without a home."""
+    if named := os.environ.get("PROXMO_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "proxmo"
+    except RuntimeError as error:
+        raise CatalogueError("no home folder to keep prepared catalogues in; name one with PROXMO_CACHE") from error
 
 
 def prepare(
@@ -277,17 +299,22 @@ def prepare(
     target = (cache or cache_folder()) / f"shop-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".shop-"))
     try:
-        _write(folder, path, goals, on_product)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".shop-"))
         try:
-            folder.rename(target)
-        except OSError:  # another process was quicker
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            _write(folder, path, goals, on_product)
+            try:
+                folder.rename(target)
+            except OSError:  # another process was quicker
+                if not target.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        remedy = "" if cache else "; name a folder that can be written with PROXMO_CACHE"
+        reason = error.strerror or error
+        raise CatalogueError(f"{target.parent}: cannot keep the prepared catalogue ({reason}){remedy}") from error
     return target
 
 
@@ -336,7 +363,7 @@ def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None
     for name, values in labels.items():
         words, codes = np.unique(np.array(values, object).astype(str), return_inverse=True)
         np.save(folder / f"{name}.npy", codes.astype(np.int32))
-        (folder / f"{name}.json").write_text(json.dumps(words.tolist()))
+        (folder / f"{name}.json").write_text(json.dumps(words.tolist()), encoding="utf-8")
 
 
 class Lines:
@@ -354,7 +381,7 @@ class Lines:
         np.save(self._path.with_suffix(".npy"), np.array(self._starts, np.int64))
 
     def add(self, value: dict) -> None:
-        written = self._file.write(json.dumps(value).encode() + b"\n")
+        written = self._file.write(json.dumps(value).encode("ascii") + b"\n")
         self._starts.append(self._starts[-1] + written)
 
 
@@ -403,5 +430,5 @@ class Catalogue:
 
     def labelled(self, name: str, value: str) -> list[int]:
         """Rows of all products of a query or category."""
-        words = json.loads((self.folder / f"{name}.json").read_text())
+        words = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         return np.flatnonzero(self._codes[name] == words.index(value)).tolist() if value in words else []

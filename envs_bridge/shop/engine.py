@@ -6,7 +6,6 @@
 import functools
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from envs_bridge.shop import pages
 from envs_bridge.shop.catalogue import Catalogue
 from envs_bridge.shop.pages import PAGE_SIZE, SUBPAGES, Page
 from envs_bridge.shop.reward import Nouns, default_nouns, score
-from envs_bridge.turn import SEARCH_COMMAND, Observation
+from envs_bridge.turn import SEARCH_COMMAND, Goal, Observation, bracketed, clicks
 
 HITS = 50
 MODES = ("text", "text_rich")
 HOST = "http://127.0.0.1:3000"  # of the addresses, which WebShop looks into to know where it is
-_ACTION = re.compile(r"(.+)\[(.+)\]")
 _PAGE_NAMES = ("search_results", "item_page", "item_sub_page", "done")
 
 
@@ -59,9 +57,7 @@ class Shop:
 
     def step(self, action: str) -> tuple[str, float, bool]:
         """(observation, reward, done). What is neither a search nor something to click changes nothing."""
-        match = _ACTION.match(action)
-        name, argument = match.groups() if match else (action, "")
-        argument, reward = argument.lower(), 0.0
+        (name, argument), reward = bracketed(action), 0.0
         if self.done:
             pass
         elif name == "search" and argument:
@@ -180,13 +176,12 @@ class Shopping:
         self.goal, self.task = goal, goal["instruction_text"].strip()
 
     @classmethod
-    def load(cls, game: str) -> "Shopping":
-        """game: `FOLDER#NUMBER#KIND`, the folder a prepared catalogue, which a process opens once."""
-        folder, number, _ = game.rsplit("#", 2)
-        catalogue = opened(folder)
-        if not 0 <= int(number) < catalogue.goal_count:
-            raise UserError(f"{folder}: has {catalogue.goal_count} goals, got number {number}")
-        return cls(catalogue, catalogue.goal(int(number)), number)
+    def load(cls, game: Goal) -> "Shopping":
+        """game: its folder is a prepared catalogue, which a process opens once."""
+        catalogue = opened(game.folder)
+        if not 0 <= game.number < catalogue.goal_count:
+            raise UserError(f"{game.folder}: has {catalogue.goal_count} goals, got number {game.number}")
+        return cls(catalogue, catalogue.goal(game.number), str(game.number))
 
     def reset(self) -> Observation:
         self._shop.reset()
@@ -206,6 +201,8 @@ def opened(folder: str) -> Catalogue:
 
 
 def admissible(page: Page) -> tuple[str, ...]:
+    """What does something on a page; an ASIN in small letters, as an option that WebShop cannot read, does nothing."""
     if page.first:
         return (SEARCH_COMMAND,)
-    return tuple(f"click[{label}]" for label in page.clickables)
+    unknown = {text.lower() for text, kind in page.pieces if kind == "link" and text != text.upper()}
+    return clicks(label for label in page.clickables if label not in unknown)

@@ -32,7 +32,8 @@ def next_command(world: Shopping, notes: ShopNotes) -> str:
 
 def wanted_words(world: Shopping) -> str:
     """Attributes and kind of thing, as the instruction says them: what stands before its options."""
-    return re.sub(r"^.*?\b(?:a|an|me) ", "", world.task.partition(" in ")[0].lower())
+    words = re.sub(r"^.*?\b(?:a|an|me) ", "", world.task.partition(" in ")[0].lower())
+    return " ".join(re.sub(r"[\[\]]", " ", words).split())  # brackets would end the search
 
 
 def _options(goal: dict) -> list[str]:

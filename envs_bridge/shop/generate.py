@@ -119,7 +119,7 @@ def generate_catalogue(folder: Path, *, count: int = 4000, seed: int = 0) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, ([products[i] for i in order], attributes, human), strict=True):
         temporary = folder / f"{name}.tmp"
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(folder / name)
     return folder
 

@@ -1,10 +1,11 @@
 """What a small policy reads at a turn in the shop: the task, and of the page what decides the next click."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from envs_bridge.turn import SEARCH_COMMAND, Observation
+from envs_bridge.prompts import Cut, piece_ends
+from envs_bridge.turn import SEARCH_COMMAND, Observation, clicks
 
 SEPARATOR = " [SEP] "
 _PRICE = re.compile(r"\$(\d+)(?:\.\d+)?")
@@ -51,7 +52,7 @@ class ShopNotes:
                 break
             if part in values and name:
                 groups.setdefault(name, []).append(part)
-            else:
+            elif not name or clicks([part.lower()]):  # else a value that cannot be clicked
                 name = part
         return groups
 
@@ -62,26 +63,34 @@ class ShopNotes:
         starts = [i for i in starts if i + 2 < len(parts) and parts[i + 2].startswith("$")]
         return [f"{parts[i]} {parts[i + 1]} {' '.join(_PRICE.findall(parts[i + 2])[:1])}" for i in starts]
 
-    def prompt(self, *, rows: int | None = None, words: int | None = None) -> str:
-        """Task, kind of page, what is on it. `rows`: results that are shown; `words` of any other page."""
-        lines = [f"task : {self.task}"]
-        if SEARCH_COMMAND in self.page.admissible:
-            lines.append("page search")
-        elif "click[buy now]" in self.page.admissible:
-            lines.append("page item")
-            open_groups = {n: v for n, v in self.options().items() if n not in self.chosen}
-            lines += [f"open {name} : {' , '.join(values)}" for name, values in open_groups.items()]
-            lines.append("chosen " + " , ".join(self.chosen.values()))
-        elif shown := self.rows():
-            lines += ["page results", *shown[:rows]]
-        else:
-            text = self.page.text.replace(SEPARATOR, " , ")
-            lines.append("page other " + " ".join(text.split()[:words]))
-        return "\n".join([*lines, f"last {self.last}"]) + "\n"
+    def prompt(self) -> str:
+        """Task, kind of page, what is on it, what was done last."""
+        return self._written(self.task, "\n".join(self._lines(self.rows())))
 
-    def shortened(self) -> Iterator[str]:
-        """Ever shorter prompts: fewer results, fewer words."""
-        for rows in range(9, 0, -1):
-            yield self.prompt(rows=rows)
-        for words in (40, 20, 10, 5):
-            yield self.prompt(rows=1, words=words)
+    def _written(self, task: str, page: str) -> str:
+        return f"task : {task}\n{page}\nlast {self.last}\n"
+
+    def _lines(self, rows: Sequence[str]) -> list[str]:
+        """The page as the policy reads it, with these of its results."""
+        if SEARCH_COMMAND in self.page.admissible:
+            return ["page search"]
+        if "click[buy now]" in self.page.admissible:
+            open_groups = {n: v for n, v in self.options().items() if n not in self.chosen}
+            lines = [f"open {name} : {' , '.join(values)}" for name, values in open_groups.items()]
+            return ["page item", *lines, "chosen " + " , ".join(self.chosen.values())]
+        if rows:
+            return ["page results", *rows]
+        return ["page other " + " ".join(self.page.text.replace(SEPARATOR, " , ").split())]
+
+    def shortened(self) -> Iterator[Cut]:
+        """Fewer results, less of the page, less of the task."""
+        rows = self.rows()
+        if rows:
+            yield Cut(
+                "results", len(rows) - 1, lambda n: self._written(self.task, "\n".join(self._lines(rows[: n + 1])))
+            )
+        page = "\n".join(self._lines(rows[:1]))
+        ends = piece_ends(page)
+        yield Cut("observation", len(ends) - 1, lambda n: self._written(self.task, page[: ends[n]]))
+        task_ends = piece_ends(self.task)
+        yield Cut("task", len(task_ends) - 1, lambda n: self._written(self.task[: task_ends[n]], ""))

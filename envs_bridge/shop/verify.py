@@ -123,7 +123,7 @@ def _replay_plain(episodes: list[dict], data: Path, cache: Path, comparison: Com
 
 def _replay_lucene(found: dict, cache: Path, comparison: Comparison) -> None:
     for name, content in found["catalogue"].items():
-        (cache / Path(name).name).write_text(json.dumps(content))
+        (cache / Path(name).name).write_text(json.dumps(content), encoding="utf-8")
     catalogue = Catalogue(prepare(cache, cache=cache / "prepared"))
     prices = {"human": found["product_prices_human"], "synthetic": found["product_prices_synthetic"]}
     humans = [goal["instruction_text"] for goal in found["goals_human"]]

@@ -1,0 +1,23 @@
+"""Strength and shape of the success-rate-aware modulation: range against exponent.
+
+python -m proxmo_jax.ablation.studies.modulation --quick
+"""
+
+from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.estimator.presets import proxmo
+
+STUDY = Study(
+    "modulation",
+    "How do the range of the modulation (published: 0.05) and its exponent alpha (published: 4) change the learning?",
+    [
+        Cell("none", proxmo(modulation_range=0.0)),
+        *(
+            Cell(f"range {width:g}, alpha {alpha:g}", proxmo(modulation_range=width, alpha=alpha))
+            for width in (0.05, 0.3, 0.9)
+            for alpha in (1.0, 4.0, 8.0)
+        ),
+    ],
+)
+
+if __name__ == "__main__":
+    from_command_line(STUDY)

@@ -1,0 +1,434 @@
+"""The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from envs_bridge.actions import ALFWORLD_TAIL, project
+from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.prompts import Cut, Memory, Notes, piece_ends, readable
+from envs_bridge.turn import Game, Observation
+from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.words import Vocabulary, bucket
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import batch_bucket, split
+from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
+
+TRIES = 3
+MOST_WORDS = 2048  # different words of an observation that are compared, at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that make shapes static: turns per episode, tokens per prompt and response.
+
+    words: different words per observation that a buffer has room for at first; it grows with what is observed.
+    """
+
+    turns: int = 16
+    prompt: int = 128
+    response: int = 8
+    words: int = 128
+
+
+@dataclass
+class Rollout:
+    """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
+
+    prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; score float32 [E], the
+    worlds' own rewards added up; transcripts: per episode (observation, answer) pairs; rates
+    over all turns; texts: the most distinct observations that a group saw; finished bool [E], False for an episode that
+    could not be played; lost: how often one was lost with its worker.
+    """
+
+    buffer: Buffer | None
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+    won: np.ndarray
+    score: np.ndarray
+    transcripts: list[list[tuple[str, str]]]
+    tasks: list[str]
+    valid: float = 0.0
+    admissible: float = 0.0
+    texts: int = 0
+    finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    lost: int = 0
+
+
+@dataclass
+class Player:
+    """The policy as the loop sees it: prompts in, sampled tokens out.
+
+    decoding, table, slots: how answers are drawn and end, how many side by side (`policy.sampling`). start: begins
+    the memory of an episode from its task and first observation, which is how prompts are written. render: a prompt as
+    the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
+    policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out. spell: a
+    command as the world spells it, from the admissible ones. tail: how much of an answer without tags is taken for one.
+    say: told in a sentence what had to be cut; often the same one.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    config: PolicyConfig
+    limits: Limits
+    mesh: Mesh
+    decoding: Decoding
+    table: jax.Array | None = None
+    slots: int = 0
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    start: Callable[[str, Observation], Memory] = Notes.start
+    render: Callable[[str], str] = str
+    answer_start: str = ""
+    skip_special_tokens: bool = False
+    spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
+    tail: int = ALFWORLD_TAIL
+    say: Callable[[str], None] = lambda sentence: None
+
+    def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
+        """Token ids of each prompt, cut to the limit. Raises UserError if not even an empty prompt fits."""
+        rows = self._read([memory.prompt() for memory in memories])
+        for i, ids in enumerate(rows):
+            if len(ids) > self.limits.prompt:
+                rows[i] = self._shortened(memories[i])
+        return rows
+
+    def check_room(self) -> None:
+        """Raises UserError if a prompt is too long that has no task and in which nothing is seen."""
+        length = len(self._read([self.start("", Observation("", ())).prompt()])[0])
+        if length > self.limits.prompt:
+            raise UserError(
+                f"prompt: without task and observation it has {length} tokens, need at most {self.limits.prompt}"
+                " (--max-prompt-tokens)"
+            )
+
+    def _read(self, prompts: Sequence[str]) -> list[list[int]]:
+        texts = [readable(self.render(prompt)) for prompt in prompts]
+        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def _shortened(self, memory: Memory) -> list[int]:
+        """The longest prompt of the first cut that can make it fit."""
+        for cut in _cuts(memory):
+            if ids := self._longest(cut):
+                if cut.what == "task":
+                    self.say(f"A task is too long for prompts of {self.limits.prompt} tokens: its end is left out.")
+                return ids
+        raise UserError(f"prompt: an empty one has more than {self.limits.prompt} tokens (--max-prompt-tokens)")
+
+    def _longest(self, cut: Cut) -> list[int]:
+        """The longest prompt of a cut that fits, by bisection; [] if none does."""
+        (ids,) = self._read([cut.write(0)])
+        if len(ids) > self.limits.prompt:
+            return []
+        low, high = 0, cut.size  # all of it is known to be too long
+        while high - low > 1:
+            middle = (low + high) // 2
+            (longer,) = self._read([cut.write(middle)])
+            if len(longer) <= self.limits.prompt:
+                low, ids = middle, longer
+            else:
+                high = middle
+        return ids
+
+    def pad(self, rows: Sequence[list[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
+        longest = max(map(len, rows))
+        width = min(self.limits.prompt, -(-longest // 32) * 32)
+        prompts = np.full((batch, width), self.decoding.pad_id, np.int32)
+        lengths = np.zeros(batch, np.int32)
+        for i, ids in enumerate(rows):
+            prompts[i, width - len(ids) :] = ids
+            lengths[i] = len(ids)
+        return prompts, lengths
+
+    def observe(
+        self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int, words: int
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Word counts of a turn's observations and their numbers in their groups, padded to `batch` rows.
+
+        seen: for each observation the numbers given so far in its group; new texts get the next ones. The workers have
+        counted the words; here they only become arrays, `words` wide or wider where an observation has more.
+        """
+        texts = [world.text for world in worlds]
+        rows = self.vocabulary.rows(texts, [world.words for world in worlds])
+        most = self.vocabulary.longest(rows)
+        if most > MOST_WORDS:
+            self.say(f"An observation has more than {MOST_WORDS} different words: its commonest are compared.")
+        counts = self.vocabulary.gather(rows, max(words, min(bucket(most), MOST_WORDS)))
+        padding = ((0, batch - len(texts)), (0, 0))
+        anchor = np.zeros(batch, np.int32)
+        anchor[: len(texts)] = [
+            numbers.setdefault(text, len(numbers)) for text, numbers in zip(texts, seen, strict=True)
+        ]
+        return {
+            "word_ids": np.pad(counts.ids, padding),
+            "word_counts": np.pad(counts.counts, padding),
+            "anchor": anchor,
+        }
+
+
+def _cuts(memory: Memory) -> Iterator[Cut]:
+    """A memory's cuts, and a last one of all the text it then writes: names and commands can be long, too."""
+    cut = Cut("task", 0, lambda _: memory.prompt())
+    for cut in memory.shortened():
+        yield cut
+    text = cut.write(0)
+    ends = piece_ends(text)
+    yield Cut("task", len(ends) - 1, lambda n: text[: ends[n]])
+
+
+def collect(
+    player: Player,
+    params,
+    pool: Pool,
+    games: Sequence[Game],
+    key: jax.Array,
+    *,
+    temperature: float,
+    buffer: Buffer | None = None,
+    reward_scale: float = 10.0,
+    reward_score: bool = False,
+    penalise_inadmissible: bool = False,
+    on_turn: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Play one episode of every game to its end or the turn limit, all side by side.
+
+    games: one per episode (a group's members name the same one, group after group). With a buffer, every
+    turn is written into it; it comes back in the rollout, the one given is consumed. reward_score: the worlds' own
+    rewards are written, not success; both times `reward_scale`. `on_turn(turn, active)` is told of the
+    progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still lost then is
+    in nobody's statistics. Raises WorkerError if that is all of them.
+    """
+    limits, count = player.limits, len(games)
+    shape = (count, limits.turns)
+    rollout = Rollout(
+        None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool),
+        np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
+    )  # fmt: skip
+    play = _Play(
+        player, params, pool, list(games), rollout, temperature, reward_scale, reward_score, penalise_inadmissible
+    )
+    if buffer is not None:
+        play.buffer = clear(buffer)
+        play.seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
+    for attempt in range(TRIES):
+        waiting = np.flatnonzero(~rollout.finished)
+        play.start(waiting)
+        for turn in range(limits.turns):
+            if len(play.active) == 0:
+                break
+            if on_turn:
+                on_turn(turn, len(play.active))
+            play.turn(turn, jax.random.fold_in(key, attempt * limits.turns + turn))
+        play.flush()
+        rollout.finished[play.active] = True  # out of turns
+        lost = np.flatnonzero(~rollout.finished)
+        play.forget(lost)
+        if len(lost) == 0:
+            break
+    if not rollout.finished.any():
+        raise WorkerError(f"no episode could be played: {pool.fault}")
+    turns = max(int((rollout.prompt_lengths > 0).sum()), 1)
+    rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
+    rollout.texts = max(map(len, play.seen_in_group), default=0)
+    rollout.buffer = play.buffer
+    return rollout
+
+
+@dataclass
+class _Play:
+    """Episodes under way: what the worlds said last, and where it is written down."""
+
+    player: Player
+    params: Any
+    pool: Pool
+    games: list[Game]
+    rollout: Rollout
+    temperature: float
+    reward_scale: float
+    reward_score: bool
+    penalise_inadmissible: bool
+    buffer: Buffer | None = None
+    seen_in_group: list[dict[str, int]] = field(default_factory=list)  # the number of each text a group saw
+
+    def __post_init__(self):
+        count = len(self.games)
+        nothing = Observation("", ())
+        self.memories: list[Memory] = [self.player.start("", nothing)] * count
+        self.latest = [nothing] * count
+        self.valid, self.admissible_turns = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.active = np.arange(count)
+        self.unwritten: tuple | None = None  # a turn that is complete on the host: episodes, turn, fields
+
+    def start(self, episodes: np.ndarray) -> None:
+        """Reset the worlds of these episodes; those that answer are active."""
+        answers = self.pool.reset([(int(e), self.games[e]) for e in episodes])
+        for e, started in zip(episodes, answers, strict=True):
+            if started is not None:
+                self.latest[e], self.rollout.tasks[e] = started
+                self.memories[e] = self.player.start(self.rollout.tasks[e], self.latest[e])
+        self.active = episodes[[started is not None for started in answers]]
+
+    def turn(self, turn: int, key: jax.Array) -> None:
+        """One turn of every active episode: prompts, answers, the worlds' answers, all written down."""
+        player, rollout, active = self.player, self.rollout, self.active
+        batch = batch_bucket(len(active), player.mesh)
+        prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
+        samples = sample(
+            self.params,
+            *split(player.mesh, (prompts, lengths)),
+            key,
+            jnp.float32(self.temperature),
+            player.table,
+            config=player.config,
+            decoding=player.decoding,
+            slots=player.slots,
+            mesh=player.mesh,
+        )
+        tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
+        answers = player.tokenizer.backend_tokenizer.decode_batch(
+            [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
+            skip_special_tokens=player.skip_special_tokens,
+        )
+        projected = [project(player.answer_start + answer, player.tail) for answer in answers]
+        projected = [
+            (player.spell(command, self.latest[e].admissible), valid)
+            for e, (command, valid) in zip(active, projected, strict=True)
+        ]
+        self.pool.send_step([(int(e), command) for e, (command, _) in zip(active, projected, strict=True)])
+
+        # While the worlds play this turn, the last one goes to the device.
+        self.flush()
+        observed: dict[str, np.ndarray] = {}
+        if self.buffer is not None:
+            members = len(self.games) // len(self.seen_in_group)
+            numbers = [self.seen_in_group[e // members] for e in active]
+            words = self.buffer.word_ids.shape[2]
+            observed = player.observe([self.latest[e] for e in active], numbers, batch, words)
+        reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
+
+        seen = self.pool.receive()
+        for i, (e, now) in enumerate(zip(active, seen, strict=True)):
+            if now is None:
+                continue
+            command, well_formed = projected[i]
+            possible = self.latest[e].admits(command)
+            self.valid[e] += well_formed
+            self.admissible_turns[e] += possible
+            reward[i] = self.reward_scale * (now.reward if self.reward_score else now.won)
+            rollout.score[e] += now.reward
+            valid[i] = well_formed and (possible or not self.penalise_inadmissible)
+            rollout.transcripts[e].append((self.latest[e].text, command))
+            rollout.won[e], rollout.finished[e] = now.won, now.done
+            self.memories[e].remember(command, now)
+            self.latest[e] = now
+        rollout.prompt_lengths[active, turn] = lengths[: len(active)]
+        rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
+        episodes = np.full(batch, len(self.games), np.int32)  # rows past the active ones fall off the end
+        episodes[: len(active)] = active
+        fields = {
+            "prompts": prompts,
+            "responses": samples.tokens,
+            "log_probs": samples.log_probs,
+            "reward": reward,
+            "action_valid": valid,
+            "mask": np.ones(batch, bool),
+            **observed,
+        }
+        self.unwritten = episodes, jnp.int32(turn), fields
+        self.active = active[[now is not None and not now.done for now in seen]]
+
+    def flush(self) -> None:
+        """Send the turn that is complete to the buffer, which grows as it must; does not wait for the device."""
+        if self.unwritten and self.buffer is not None:
+            texts = max(map(len, self.seen_in_group))
+            self.buffer = grow(self.buffer, texts, self.unwritten[2]["word_ids"].shape[1])
+            self.buffer = write(self.buffer, *self.unwritten)
+        self.unwritten = None
+
+    def forget(self, episodes: np.ndarray) -> None:
+        """Leave nothing of these episodes, as if they had not begun."""
+        rollout = self.rollout
+        rollout.lost += len(episodes)
+        rollout.prompt_lengths[episodes] = rollout.response_lengths[episodes] = 0
+        rollout.won[episodes], rollout.score[episodes] = False, 0.0
+        self.valid[episodes] = self.admissible_turns[episodes] = 0
+        for e in episodes:
+            rollout.transcripts[e] = []
+        if self.buffer is not None and len(episodes):
+            members = len(self.games) // len(self.seen_in_group)
+            for g, numbers in enumerate(self.seen_in_group):
+                if not rollout.finished[g * members : (g + 1) * members].any():
+                    numbers.clear()  # what lost attempts saw takes no room
+            padded = np.full(bucket(len(self.games)), len(self.games), np.int32)
+            padded[: len(episodes)] = episodes
+            self.buffer = forget(self.buffer, padded)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One turn to clone: what the policy would read, and what to answer."""
+
+    memory: Memory
+    command: str
+
+
+def demonstrations(
+    episodes: Iterable[tuple[str, list[tuple[Observation, str]]]],
+    start: Callable[[str, Observation], Memory] = Notes.start,
+) -> list[Example]:
+    """The turns of demonstrated episodes (task; what was seen and done), as a policy with such a memory reads them."""
+    examples = []
+    for task, turns in episodes:
+        if not turns:
+            continue
+        memory = start(task, turns[0][0])
+        for t, (_, command) in enumerate(turns):
+            examples.append(Example(memory.copy(), command))
+            if t + 1 < len(turns):
+                memory.remember(command, turns[t + 1][0])
+    return examples
+
+
+def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout:
+    """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does.
+
+    A command longer than the response limit is left out. Raises UserError if none is left.
+    """
+    limits = player.limits
+    answers = [f"{readable(example.command)}{player.tokenizer.eos_token}" for example in examples]
+    backend = player.tokenizer.backend_tokenizer
+    responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
+    longest = max(map(len, responses))
+    if longest > limits.response:
+        room = f"{limits.response} (--max-response-tokens)"
+        kept = [i for i, ids in enumerate(responses) if len(ids) <= limits.response]
+        if not kept:
+            raise UserError(
+                f"response: every command has {min(map(len, responses))} tokens or more, need at most {room}"
+            )
+        left_out = len(responses) - len(kept)
+        player.say(
+            f"{left_out} of {len(responses)} demonstrated commands are left out: they have up to {longest} tokens,"
+            f" need at most {room}"
+        )
+        examples, responses = [examples[i] for i in kept], [responses[i] for i in kept]
+    count = len(examples)
+    prompts = player.encode([example.memory for example in examples])
+    prompt_array = np.zeros((count, 1, limits.prompt), np.int32)
+    response_array = np.zeros((count, 1, limits.response), np.int32)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        prompt_array[i, 0, limits.prompt - len(prompt) :] = prompt
+        response_array[i, 0, : len(response)] = response
+    empty = Buffer.empty(count, 1, 1, prompt=1, response=limits.response, words=1)
+    buffer = dataclasses.replace(empty, prompts=jnp.asarray(prompt_array), responses=jnp.asarray(response_array))
+    prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
+    response_lengths = np.array([[len(r)] for r in responses], np.int32)
+    return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), np.ones(count, np.float32), [], [])

@@ -1,0 +1,290 @@
+"""The border: ragged steps, named and ordered as they come, into rectangles `[group, member, turn]` and back.
+
+Host only; knows NumPy. Rows are counted from 0.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.words import bucket
+
+SIMILAR = 0.95  # difflib ratio from which on two texts share an anchor in GiGPO's `similar` variant
+
+
+def column(values: Any) -> Any:
+    """Rows as they came: an array of numbers or times as it is, everything else as a list, in which nothing is cast.
+
+    NumPy would make floats of mixed ints, strings of ints beside strings, and every string as wide as the longest.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        return values.tolist()  # None where a value is missing
+    if not isinstance(values, (list, tuple)):
+        values = np.asarray(values)
+        if values.ndim and values.dtype.kind in "OUS":
+            return values.tolist()
+    return values
+
+
+def shape_of(values: Any) -> tuple[int, ...]:
+    return values.shape if isinstance(values, np.ndarray) else (len(values),)
+
+
+def shown(value: Any) -> str:
+    """A value of the user's in a message: short, on one line."""
+    value = value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value
+    text = repr(value) if not isinstance(value, np.generic) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def numbered(names: Any, name: str = "ids") -> tuple[np.ndarray, int]:
+    """(a number 0.. for each id int64 [N], how many ids there are). Equal numbers, equal ids.
+
+    Ids are ints of any size or strings, all of one kind. Raises UserError naming the row of any other, as of one that
+    is missing (None, NaN, an empty string).
+    """
+    names = column(names)
+    if isinstance(names, np.ndarray) and names.dtype.kind in "iu" and names.ndim == 1:
+        distinct, index = np.unique(names, return_inverse=True)
+        return index, len(distinct)
+    names = names.tolist() if isinstance(names, np.ndarray) else names
+    if set(map(type, names)) not in ({int}, {str}):
+        names = [_identity(value, name, row) for row, value in enumerate(names)]
+        kinds = [type(value) for value in names]
+        odd = next((row for row, kind in enumerate(kinds) if kind is not kinds[0]), None)
+        if odd is not None:
+            raise UserError(
+                f"{name}: row 0 has {shown(names[0])} and row {odd} {shown(names[odd])}, need ints or strings, not both"
+            )
+    seen: dict[Any, int] = {}
+    index = np.fromiter((seen.setdefault(value, len(seen)) for value in names), np.int64, len(names))
+    if "" in seen:
+        _identity("", name, int(np.flatnonzero(index == seen[""])[0]))
+    return index, len(seen)
+
+
+def _identity(value: Any, name: str, row: int) -> int | str | bytes:
+    """The id as a plain int or string. Raises UserError for what is neither, and for an empty string."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, (str, bytes)) and value:
+        return str(value) if isinstance(value, str) else bytes(value)
+    raise UserError(f"{name}: row {row} has {shown(value)}, need an int or a string that is not empty")
+
+
+def ranks(steps: Any, name: str = "step") -> np.ndarray:
+    """The rank of each among the distinct ones, int64 [N]; compared in the type they came in, so never rounded.
+
+    Numbers, or times as NumPy has them. Raises UserError naming the row of anything else.
+    """
+    steps = column(steps)
+    if isinstance(steps, np.ndarray):
+        if steps.dtype.kind not in "iubfmM":
+            raise UserError(f"{name}: need numbers or times, got {steps.dtype}")
+        odd = np.isnat(steps) if steps.dtype.kind in "mM" else ~np.isfinite(steps)
+        if odd.any():
+            raise UserError(f"{name}: row {odd.argmax()} has {steps[odd.argmax()]}, need finite numbers")
+        return np.unique(steps, return_inverse=True)[1]
+    steps = numbers(steps, name)
+    place = {value: rank for rank, value in enumerate(sorted(set(steps)))}
+    return np.fromiter(map(place.__getitem__, steps), np.int64, len(steps))
+
+
+def numbers(values: Sequence[Any], name: str) -> list:
+    """A list of finite Python numbers, ints of any size. Raises UserError naming the row of anything else."""
+    if not set(map(type, values)) <= {int, float, bool}:
+        values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{name}: row {row} has {shown(value)}, need a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}: row {row} has {value}, need finite numbers")
+    return list(values)
+
+
+def finite(values: Any, name: str, ndim: int = 1) -> np.ndarray:
+    """The values `[N]`, or `[N, D]` for `ndim` 2, as float32.
+
+    Raises UserError naming the first row with one that is not a finite number, or none that float32 has.
+    """
+    values = column(values)
+    if not isinstance(values, np.ndarray) and ndim == 1:
+        values = np.array([_as_float(value) for value in numbers(values, name)])
+    elif not isinstance(values, np.ndarray):
+        try:
+            values = np.array(values, np.float64)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{name}: need rows of numbers, all of one length ({error})") from error
+    if values.dtype.kind not in "fiub":
+        raise UserError(f"{name}: need numbers, got {values.dtype}")
+    if values.ndim != ndim:
+        raise UserError(f"{name}: got shape {values.shape}, need one {'number' if ndim == 1 else 'vector'} per step")
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    odd = np.argwhere(~np.isfinite(single))
+    if len(odd):
+        value = values[tuple(odd[0])]
+        most = np.finfo(np.float32).max
+        need = f"numbers from -{most:.2g} to {most:.2g} (float32)" if np.isfinite(value) else "finite numbers"
+        raise UserError(f"{name}: row {odd[0][0]} has {value}, need {need}")
+    return single
+
+
+def _as_float(value: float) -> float:
+    """A Python number as a float; an int that is too large is as large as a float can be."""
+    most = float(np.finfo(np.float64).max)
+    return float(min(max(value, -most), most))
+
+
+def flags(values: Any, name: str) -> np.ndarray:
+    """The values `[N]` as bool. Raises UserError naming the row of anything but true and false, or 1 and 0."""
+    values = column(values)
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise UserError(f"{name}: got shape {values.shape}, need true or false (1 or 0) for each step")
+        odd = ~np.isin(values, (0, 1)) if values.dtype.kind in "biuf" else np.ones(len(values), bool)
+    else:
+        odd = np.array([not is_flag(value) for value in values], bool)
+    if odd.any():
+        row = int(odd.argmax())
+        raise UserError(f"{name}: row {row} has {shown(values[row])}, need true or false (1 or 0)")
+    return np.array(values, bool)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is true or false, or 1 or 0."""
+    return isinstance(value, (bool, int, float, np.bool_, np.number)) and value in (0, 1)
+
+
+def strings(values: Any, name: str) -> list[str]:
+    """The values as a list of strings. Raises UserError naming the row of anything else."""
+    values = column(values)
+    if isinstance(values, np.ndarray):
+        raise UserError(f"{name}: need strings, got {values.dtype}")
+    if set(map(type, values)) - {str}:
+        odd = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+        if odd is not None:
+            raise UserError(f"{name}: row {odd} has {shown(values[odd])}, need a string")
+    return list(values)
+
+
+def similar_anchors(texts: Sequence[str], group: Any, threshold: float = SIMILAR) -> np.ndarray:
+    """Anchor ids by similarity instead of identity (GiGPO's `similar` variant).
+
+    First fit in file order inside each group: a step joins the first cluster whose first text has a difflib
+    ratio >= threshold with its own, else founds one. texts N, group ids [N] -> int32 [N].
+    """
+    if not 0 < threshold <= 1:
+        raise UserError(f"similarity_threshold must be above 0 and at most 1, got {threshold}")
+    owners, _ = numbered(group, "group")
+    if len(texts) != len(owners):
+        raise UserError(f"texts: got {len(texts)} rows, need {len(owners)}, one per step")
+    anchor = np.empty(len(texts), np.int32)
+    clusters: dict[int, list[tuple[str, int]]] = {}
+    founded = 0
+    for i, (text, owner) in enumerate(zip(texts, owners.tolist(), strict=True)):
+        mine = clusters.setdefault(owner, [])
+        for representative, cluster in mine:
+            if difflib.SequenceMatcher(None, text, representative).ratio() >= threshold:
+                anchor[i] = cluster
+                break
+        else:
+            anchor[i] = founded
+            mine.append((text, founded))
+            founded += 1
+    return anchor
+
+
+class Packing:
+    """Where each of `N` ragged steps lies in the rectangle `[G, M, T]`; built once at the border, on the host.
+
+    Groups and trajectories may be named by ints or strings (`numbered`) and come in any order; a trajectory's turns
+    are ordered by `step` (`ranks`). Raises UserError naming the array for an empty batch, lengths that differ, a
+    trajectory found in two groups and a repeated (trajectory, step).
+    """
+
+    def __init__(self, group: Any, trajectory: Any, step: Any):
+        group, trajectory, step = column(group), column(trajectory), column(step)
+        shape = shape_of(group)
+        if len(shape) != 1 or shape[0] == 0:
+            raise UserError(f"group: need a non-empty array of shape (N,), got shape {shape}")
+        for name, values in (("trajectory", trajectory), ("step", step)):
+            if shape_of(values) != shape:
+                raise UserError(f"{name}: got shape {shape_of(values)}, need {shape} as group has")
+        rank = ranks(step)
+        group_index, groups = numbered(group, "group")
+        trajectory_index, trajectories = numbered(trajectory, "trajectory")
+        owner = np.empty(trajectories, np.int64)
+        owner[trajectory_index] = group_index
+        if np.any(owner[trajectory_index] != group_index):
+            bad = trajectory[np.flatnonzero(owner[trajectory_index] != group_index)[0]]
+            raise UserError(f"trajectory: {shown(bad)} stands in two groups; a trajectory belongs to one")
+
+        order = np.lexsort((rank, trajectory_index))
+        same = trajectory_index[order][1:] == trajectory_index[order][:-1]
+        twice = np.flatnonzero(same & (rank[order][1:] == rank[order][:-1]))
+        if len(twice):
+            at = order[twice[0]]
+            raise UserError(
+                f"step: trajectory {shown(trajectory[at])} has step {shown(step[at])} twice; each may stand once"
+            )
+        starts = np.flatnonzero(np.r_[True, ~same])
+        turn = np.empty(len(group), np.int64)
+        turn[order] = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
+
+        by_owner = np.argsort(owner, kind="stable")
+        first_of_group = np.searchsorted(owner[by_owner], np.arange(groups))
+        member = np.empty(len(owner), np.int64)
+        member[by_owner] = np.arange(len(owner)) - first_of_group[owner[by_owner]]
+
+        self._trajectory = trajectory
+        self.index = (group_index, member[trajectory_index], turn)
+        self.shape = tuple(int(i.max()) + 1 for i in self.index)
+
+    def __len__(self) -> int:
+        return len(self.index[0])
+
+    def pack(self, values: np.ndarray, name: str = "values") -> np.ndarray:
+        """Per-step `[N, ...]` to `[G, M, T, ...]`, zeros on padding."""
+        values = np.asarray(values)
+        if values.shape[:1] != (len(self),):
+            raise UserError(f"{name}: got shape {values.shape}, need {len(self)} rows, one per step")
+        rectangle = np.zeros(self.shape + values.shape[1:], values.dtype)
+        rectangle[self.index] = values
+        return rectangle
+
+    def pack_trajectories(self, values: np.ndarray, name: str) -> np.ndarray:
+        """A per-step flag bool [N] that is the same on all steps of a trajectory, to `[G, M]`.
+
+        Raises UserError naming a trajectory whose steps disagree.
+        """
+        flag = self.pack(values, name).max(axis=2)
+        differs = np.flatnonzero(values != flag[self.index[:2]])
+        if len(differs):
+            at = differs[0]
+            trajectory = shown(self._trajectory[at])
+            raise UserError(f"{name}: the steps of trajectory {trajectory} disagree; need one value for all")
+        return flag
+
+    def unpack(self, rectangle: Any) -> np.ndarray:
+        """`[G, M, T, ...]` back to per-step `[N, ...]` in the input's order."""
+        return np.asarray(rectangle)[self.index]
+
+    def distinct(self, numbers: np.ndarray, name: str = "numbers") -> tuple[np.ndarray, np.ndarray]:
+        """The distinct ones of each group among ints >= 0 [N], and which of them each step has.
+
+        Returns (row int32 [N], table int64 [G, U]): table[g, row] is the step's number; U is a power of two, -1 fills.
+        """
+        group, size = self.index[0], int(numbers.max(initial=0)) + 1
+        if len(numbers) != len(self):
+            raise UserError(f"{name}: got {len(numbers)} rows, need {len(self)}, one per step")
+        both, which = np.unique(group * size + numbers, return_inverse=True)
+        owner = both // size
+        row = np.arange(len(both)) - np.searchsorted(owner, np.arange(self.shape[0]))[owner]
+        table = np.full((self.shape[0], bucket(int(row.max()) + 1)), -1, np.int64)
+        table[owner, row] = both - owner * size
+        return row[which].astype(np.int32), table

@@ -1,0 +1,26 @@
+"""Paths of plain characters, for libraries that do not take every name that a system does."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+LINK = "folder"
+
+
+def linked(folder: Path) -> tempfile.TemporaryDirectory:
+    """A temporary folder with a link to `folder` in it, named LINK, whose path has plain characters alone.
+
+    Orbax and TensorStore read some characters of a path as patterns, separators or schemes: in a folder `lr[1e-4]`
+    they merge nothing, and `a*b` also means other folders. Tokenizers and safetensors take UTF-8 alone.
+    """
+    holder = tempfile.TemporaryDirectory(prefix="proxmo-")
+    (Path(holder.name) / LINK).symlink_to(folder.resolve(), target_is_directory=True)
+    return holder
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """`linked`, as the path itself."""
+    with linked(Path(folder)) as holder:
+        yield Path(holder) / LINK

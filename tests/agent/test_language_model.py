@@ -1,0 +1,123 @@
+"""A language model trained end to end, exported, and what is said of models that do not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_train import proxmo
+from tiny_model import write_tiny_model
+
+from proxmo_jax import cli
+from proxmo_jax.agent.player import chat, language_player, make_player
+from proxmo_jax.agent.report import read_metrics
+from proxmo_jax.agent.settings import Config, check
+from proxmo_jax.policy.sharding import make_mesh
+from proxmo_jax.policy.weights import load_weights, read_config
+
+RUN = (
+    "--prompt history --train-games 6 --eval-games 2 --groups 2 --members 2 --max-turns 2 --max-prompt-tokens 1500"
+    " --max-response-tokens 12 --row-length 1536 --rows-per-batch 2 --micro-batch-tokens 3072 --decode-rows 2"
+    " --workers 1 --eval-every 2 --save-every 1 --stop </action> --top-k 50"
+).split()
+FULL = "--dtype bfloat16 --remat full --moments-dtype bfloat16".split()
+ADAPTERS = "--lora-rank 4 --learning-rate 0.01 --old-log-probs trainer --kl-weight 0 --attention splash".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [FULL, ADAPTERS], ids=["full", "adapters"])
+def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_path, capsys, options):
+    out = tmp_path / "run"
+    done = proxmo("train", "--model", str(model), "--out", str(out), "--iterations", "1", *RUN, *options)
+    assert done.returncode == 0, done.stderr
+    assert "before training: 0 of 2" in done.stdout
+    done = proxmo("train", "--resume", "--out", str(out), "--iterations", "2")
+    assert done.returncode == 0, done.stderr
+    assert [row["iteration"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
+    done = proxmo("export", str(out), str(tmp_path / "policy"))
+    assert done.returncode == 0, done.stderr
+    assert "iteration 2" in done.stdout
+    config = read_config(tmp_path / "policy")
+    assert config == read_config(model)
+    before, after = load_weights(model, config), load_weights(tmp_path / "policy", config)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    if options is ADAPTERS:
+        assert moved["embedding"] == moved["layers"]["query"]["bias"] == 0
+        assert moved["layers"]["query"]["kernel"] > 0
+    again = proxmo("eval", str(out), "--games", "2")  # the program that training evaluated with
+    assert again.returncode == 0, again.stderr
+    assert json.loads((out / "eval.json").read_text())["iteration"] == 2
+    assert cli.main(["export", str(out), str(tmp_path / "policy")]) == 2
+    assert "is in use; name a new folder" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    options = ["--model", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *options]) == 2
+    assert "absent is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_go_through_the_models_own_template(model):
+    player = language_player(Config(model=str(model)), make_mesh(devices=jax.devices()[:1]))
+    assert chat(player.tokenizer, "go") == "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n"
+    ids = player.tokenizer.encode(player.render("go"), add_special_tokens=False)
+    assert ids[0] == 257  # the template's tokens are special ones, not letters
+    assert player.decoding.stop_ids == (256, 258)
+    player.tokenizer.chat_template = None
+    assert chat(player.tokenizer, "go") == "go"
+
+
+def spoil(name, change):
+    def apply(folder):
+        data = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**data, **change}))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("harm", "options", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), {}, "holds no tokenizer"),
+        (lambda f: (f / "model.safetensors").unlink(), {}, "holds no weights"),
+        (spoil("config.json", {"vocab_size": 100}), {}, "has 259 tokens, need at most the 100 of its vocab_size"),
+        (None, {"max_prompt_tokens": 40_000}, "add up to 40008, need at most the model's 32768"),
+        (None, {"tensor": 8}, "does not divide heads 4 by tensor 8, kv_heads 2 by tensor 8"),
+        (None, {"model": "/nowhere/at/all"}, "--model: /nowhere/at/all is not a folder"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(model, tmp_path, harm, options, message):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    if harm:
+        harm(folder)
+    config = Config(**{"model": str(folder), **options})
+    mesh = make_mesh(0, config.fsdp, config.tensor)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        make_player(config, mesh)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+@pytest.mark.parametrize(("env", "turns", "prompt"), [("alfworld", 50, 2048), ("webshop", 15, 4096)])
+def test_recipes_are_loaded_by_name(env, turns, prompt, size, tmp_path, monkeypatch):
+    """The published constants; everything else of them is the check's to refuse."""
+    (tmp_path / "train").mkdir()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    config = cli._defaults(["--config", f"{env}_qwen2.5_{size}"], Config)
+    assert (config.groups, config.members, config.max_turns, config.iterations) == (16, 8, turns, 150)
+    assert (config.learning_rate, config.final_rate, config.kl_weight, config.clip) == (1e-6, 1.0, 0.01, 0.2)
+    assert (config.max_prompt_tokens, config.max_response_tokens, config.history) == (prompt, 512, 2)
+    assert config.model == f"Qwen/Qwen2.5-{size.upper()}-Instruct"
+    check(config)  # on the tests' eight devices

@@ -1,0 +1,317 @@
+"""Rollouts whose worker dies in the middle, and whose texts are long: nothing broken is learned from, nothing stops."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scripted import ScriptedPool, say, small_player
+from tiny_model import write_tiny_model
+
+from envs_bridge.household.expert import Habits, episodes
+from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.prompts import ANSWER_START, History, Notes
+from envs_bridge.shop.notes import ShopNotes
+from envs_bridge.worker import WORD
+from proxmo_jax.agent.player import make_player
+from proxmo_jax.agent.rollout import TRIES, Example, Limits, Player, collect, demonstration_buffer, demonstrations
+from proxmo_jax.agent.settings import Config
+from proxmo_jax.agent.train import Evaluation, rollout_row
+from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.presets import proxmo
+from proxmo_jax.policy.decoder import PolicyConfig, init_params
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import make_mesh, replicate
+from proxmo_jax.policy.tokenizer import build_word_tokenizer
+from proxmo_jax.training.buffers import Buffer, write
+from proxmo_jax.training.update import estimate
+
+TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def player(games, tmp_path_factory):
+    demos = demonstrations(episodes(games, seed=0, habits=Habits(), max_turns=20))
+    texts = [f"{demo.memory.prompt()} {demo.command}" for demo in demos]
+    tokenizer = build_word_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"))
+    size = -(-len(tokenizer) // 32) * 32
+    config = PolicyConfig(vocab_size=size, hidden_size=32, intermediate_size=48, head_dim=8, num_hidden_layers=1)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    decoding = Decoding(4, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    limits = Limits(turns=TURNS, prompt=128, response=4)
+    return Player(
+        tokenizer, config, limits, mesh, decoding, render=lambda p: p + ANSWER_START, answer_start=ANSWER_START
+    )
+
+
+def play(player, pool, games, on_turn=None):
+    params = init_params(player.config, jax.random.key(0))
+    limits = player.limits
+    buffer = Buffer.empty(2, 8, TURNS, prompt=limits.prompt, response=limits.response, words=limits.words)
+    files = [game for game in games[:2] for _ in range(8)]
+    buffer = replicate(player.mesh, buffer)
+    return collect(player, params, pool, files, jax.random.key(1), temperature=1.0, buffer=buffer, on_turn=on_turn)
+
+
+def test_lost_episodes_are_played_anew(player, games):
+    turns = []
+
+    def kill_once(turn, active):
+        turns.append((turn, active))
+        if turns == [(0, 16), (1, 16)]:
+            os.kill(pool._links[1].process.pid, signal.SIGKILL)
+
+    with Pool(2) as pool:
+        rollout = play(player, pool, games, kill_once)
+    assert turns == [(0, 16), (1, 16), (2, 8), (0, 8), (1, 8), (2, 8)]
+    assert rollout.lost == 8
+    assert rollout.finished.all()
+    assert (rollout.prompt_lengths > 0).all()
+    assert np.asarray(rollout.buffer.mask).all()
+    assert [len(transcript) for transcript in rollout.transcripts] == [TURNS] * 16
+
+
+def test_a_game_file_deleted_under_way_costs_its_episodes_alone(player, games, tmp_path):
+    """The other group plays on, and nothing of the lost one is learned from."""
+    gone = tmp_path / "game.tw-pddl"
+    gone.write_bytes(Path(games[0]).read_bytes())
+    with Pool(2) as pool:
+        assert play(player, pool, [str(gone), games[1]]).finished.all()
+    gone.unlink()
+    with Pool(2) as pool:  # whose workers have not read the file yet
+        rollout = play(player, pool, [str(gone), games[1]])
+        assert "cannot be read" in pool.fault
+    assert rollout.finished.tolist() == [False] * 8 + [True] * 8
+    assert rollout.lost == 8 * TRIES
+    mask = np.asarray(rollout.buffer.mask)
+    assert not mask[:8].any()
+    assert mask[8:].all()
+
+
+def test_what_stays_lost_is_nowhere(player, games):
+    """One group's worker dies every time: the group is out of mask, lengths and rates; the other is whole."""
+
+    def kill_always(turn, active):
+        if turn == 1:
+            os.kill(pool._links[1].process.pid, signal.SIGKILL)
+
+    with Pool(2) as pool:
+        rollout = play(player, pool, games, kill_always)
+    assert rollout.finished.tolist() == [True] * 8 + [False] * 8
+    mask = np.asarray(rollout.buffer.mask)
+    assert mask[:8].all()
+    assert not mask[8:].any()
+    assert not rollout.prompt_lengths[8:].any()
+    assert 0 <= rollout.admissible <= 1
+
+
+def test_no_episode_at_all_is_an_error(player, games, tmp_path):
+    with Pool(1) as pool, pytest.raises(WorkerError, match=r"no episode could be played: .*cannot be read"):
+        play(player, pool, [str(tmp_path / "gone"), str(tmp_path / "gone too")])
+
+
+def play_script(player, script, *, groups, members, words=16):
+    params = init_params(player.config, jax.random.key(0))
+    limits = player.limits
+    buffer = Buffer.empty(groups, members, limits.turns, prompt=limits.prompt, response=limits.response, words=words)
+    games = [str(g) for g in range(groups) for _ in range(members)]
+    return collect(
+        player, params, ScriptedPool(script), games, jax.random.key(1), temperature=1.0,
+        buffer=replicate(player.mesh, buffer),
+    )  # fmt: skip
+
+
+def check_words(player, rollout, members):
+    """Every turn's anchor names the row that has the words of the text that was seen."""
+    buffer, names = jax.device_get(rollout.buffer), player.vocabulary._ids.words
+    assert buffer.mask.sum() == sum(map(len, rollout.transcripts))
+    for e, turns in enumerate(rollout.transcripts):
+        for t, (text, _) in enumerate(turns):
+            row = e // members, buffer.anchor[e, t]
+            found = zip(buffer.word_ids[row], buffer.word_counts[row], strict=True)
+            assert {names[i]: n for i, n in found if n} == Counter(WORD.findall(text.lower()))
+
+
+def test_room_for_words_grows_with_what_is_seen(tmp_path):
+    """What was written before is kept, a few programs are enough, and a second rollout needs none."""
+    player, said = small_player(tmp_path, turns=6), []
+    player.say = said.append
+
+    def script(slot, attempt, turn):
+        return say(" ".join(f"word{i}" for i in range((slot % 2 + 1) * 10 * (turn + 1))))
+
+    before = write._cache_size()
+    rollout = play_script(player, script, groups=2, members=4)
+    assert rollout.buffer.word_ids.shape == (2, 24, 128)
+    check_words(player, rollout, 4)
+    assert write._cache_size() - before <= 2 * 4  # widths 16, 32, 64, 128, each at most twice
+    assert not said
+
+
+def test_an_observation_with_too_many_words_keeps_its_commonest(tmp_path, monkeypatch):
+    monkeypatch.setattr("proxmo_jax.agent.rollout.MOST_WORDS", 32)
+    player, said = small_player(tmp_path), []
+    player.say = said.append
+    text = " ".join(f"w{i:02d}" for i in range(60)) + " w59 w59 w30"
+    rollout = play_script(player, lambda slot, attempt, turn: say(text), groups=1, members=2)
+    buffer, names = jax.device_get(rollout.buffer), player.vocabulary._ids.words
+    assert buffer.word_ids.shape[2] == 32
+    found = {names[i]: n for i, n in zip(buffer.word_ids[0, 0], buffer.word_counts[0, 0], strict=True) if n}
+    assert found == {"w59": 3, "w30": 2, **{f"w{i:02d}": 1 for i in range(30)}}
+    assert set(said) == {"An observation has more than 32 different words: its commonest are compared."}
+
+
+def test_what_lost_attempts_saw_leaves_room_for_the_others(tmp_path):
+    """One member is lost at its last turn, twice, and sees something new each time; the other's group is the same."""
+    player = small_player(tmp_path, turns=12)
+
+    def script(slot, attempt, turn):
+        if slot == 1 and attempt < 2 and turn == 12:
+            return None
+        return say(f"attempt{attempt} of{slot} at{turn} is here")
+
+    rollout = play_script(player, script, groups=1, members=2)
+    assert rollout.lost == 2
+    assert rollout.finished.all()
+    assert rollout.texts == 48  # of 24 turns
+    check_words(player, rollout, 2)
+
+
+def test_lost_episodes_are_in_no_statistic(tmp_path):
+    """Groups of two: one solved by a member, one whose other member is lost, one lost altogether."""
+    player = small_player(tmp_path)
+
+    def script(slot, attempt, turn):
+        if slot >= 3:
+            return None if turn == 2 else say("lost soon", reward=0.5)
+        over = {"done": True, "won": True, "reward": 1.0} if slot != 1 and turn == 2 else {}
+        return say(f"turn {turn}", **over)
+
+    rollout = play_script(player, script, groups=3, members=2)
+    assert rollout.finished.tolist() == [True] * 3 + [False] * 3
+    row = rollout_row(Config(members=2, reward_scale=10.0, env="shop"), rollout)
+    assert row["train/success_rate"] == pytest.approx(2 / 3)
+    assert row["train/reward"] == pytest.approx(20 / 3)
+    assert row["train/score"] == pytest.approx(2 / 3)
+    assert row["train/turns"] == pytest.approx((2 + 3 + 2) / 3)
+    assert row["train/mixed_groups"] == 0.5  # the first of the two that were played
+    assert rollout.score[3:].tolist() == [0, 0, 0]
+    mask = np.asarray(rollout.buffer.mask)
+    assert mask.sum(1).tolist() == [2, 3, 2, 0, 0, 0]
+    answer = estimate(rollout.buffer, rollout.won, player.vocabulary.alphabetical(), proxmo(), texts=6)
+    np.testing.assert_allclose(np.asarray(answer.success_rate), [0.5, 1.0, 0.0])
+    assert not np.asarray(answer.joint)[1:, 1].any()
+
+    class Silent:
+        def print(self, *_):
+            pass
+
+    games = [f"x#{i}#{kind}" for i, kind in enumerate("aabbcc")]
+    evaluation = Evaluation(Config(env="shop"), player, ScriptedPool(script), games)
+    row = evaluation.run(init_params(player.config, jax.random.key(0)), Silent(), "before")
+    assert row["eval/games"] == 3
+    assert row["eval/turns"] == pytest.approx(7 / 3)
+    assert row["eval/success_rate"] == pytest.approx(2 / 3)
+    assert row["eval/score"] == pytest.approx(2 / 3)
+    assert {k: v for k, v in row.items() if k.startswith("eval/success_rate/")} == {
+        "eval/success_rate/a": 0.5,
+        "eval/success_rate/b": 1.0,
+    }
+
+
+LONG = {
+    "words": "on the table is a cup and " * 400,
+    "chinese": "桌子上有一个苹果和一把椅子" * 400,
+    "json": '{"items":[' + ",".join(f'{{"id":{i},"name":"lamp_{i}"}}' for i in range(900)) + "]}",
+    "one run": "x" * 9000,
+    "emoji": "👩‍👩‍👧🇩🇪👍🏽" * 900,
+    "spaces": " \n" * 5000,
+    "half an emoji": "lamp \ud83d " * 900,
+}
+MEMORIES = {
+    "history": lambda task, seen: History.start(task, seen),
+    "notes": Notes.start,
+    "shop": ShopNotes.start,
+}
+
+
+@pytest.fixture(scope="module")
+def language_player(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder)
+    config = Config(model=str(folder), max_prompt_tokens=900, row_length=1024, prompt="history")
+    return make_player(config, make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("memory", list(MEMORIES))
+@pytest.mark.parametrize("text", list(LONG))
+def test_a_long_observation_is_cut_by_tokens(language_player, text, memory):
+    """Nearly all the room is used: what is left is less than what may not be divided, or the observation's space."""
+    notes = MEMORIES[memory]("find the cup", say("a room"))
+    notes.remember("look", say(LONG[text]))
+    ids = language_player.encode([notes])[0]
+    assert len(ids) <= 900
+    said = language_player.tokenizer.decode(ids)
+    assert "find the cup" in said
+    assert "\ufffd" not in said
+    assert said.startswith("<|im_start|>user")
+    assert said.endswith("assistant\n")  # the template is whole
+    if text == "spaces" and memory == "shop":  # which writes one space for many
+        return
+    assert len(ids) > 900 - 40
+
+
+@pytest.mark.parametrize("memory", list(MEMORIES))
+@pytest.mark.parametrize("text", list(LONG))
+def test_a_long_task_is_cut_last_and_that_is_said(language_player, text, memory, monkeypatch):
+    said = []
+    monkeypatch.setattr(language_player, "say", said.append)
+    notes = MEMORIES[memory](LONG[text], say("a room"))
+    ids, other = language_player.encode([notes, MEMORIES[memory]("find the cup", say("a room"))])
+    assert 900 - 40 < len(ids) <= 900
+    assert len(other) < 500
+    assert said == ["A task is too long for prompts of 900 tokens: its end is left out."]
+
+
+def test_long_names_and_commands_end_nothing_either(language_player):
+    notes = Notes.start("find the cup", say("a room"))
+    notes.here, notes.hand, notes.last = "desk " * 500, "cup " * 500, "go " * 500
+    assert 860 < len(language_player.encode([notes])[0]) <= 900
+    notes = Notes.start("find the cup", say("a room"))
+    notes.places = {f"cabinet {i}": None for i in range(300)}
+    ids = language_player.encode([notes])[0]
+    assert 860 < len(ids) <= 900
+    assert "now You are in the middle of a room." in language_player.tokenizer.decode(ids)
+
+
+def test_the_most_that_fits_is_kept(tmp_path):
+    """Against every number of words, one after the other; a word is a token here."""
+    player = small_player(tmp_path)
+    for length in range(40, 120, 7):
+        notes = Notes("task", "word is on the table " * length)
+        notes.places = {f"new {i}": ["word"] * (i % 3) for i in range(length % 5)}
+        ids = player.encode([notes])[0]
+        assert len(ids) == player.limits.prompt
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_played(tmp_path):
+    small_player(tmp_path, prompt=20).check_room()
+    with pytest.raises(UserError, match=r"without task and observation it has \d+ tokens, need at most 8 \(--max-p"):
+        small_player(tmp_path, prompt=8).check_room()
+
+
+def test_demonstrated_commands_that_are_too_long_are_left_out(tmp_path):
+    player, said = small_player(tmp_path, response=3), []
+    player.say = said.append
+    notes = Notes.start("task", say("a room"))
+    examples = [Example(notes, command) for command in ("look", "look at the table " * 20, "look at")]
+    rollout = demonstration_buffer(player, examples)
+    assert rollout.response_lengths.tolist() == [[2], [3]]
+    assert said == [
+        "1 of 3 demonstrated commands are left out: they have up to 81 tokens, need at most 3 (--max-response-tokens)"
+    ]
+    with pytest.raises(UserError, match="every command has 81 tokens or more, need at most 3"):
+        demonstration_buffer(player, examples[1:2])

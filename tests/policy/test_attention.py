@@ -1,0 +1,98 @@
+"""The splash kernel (interpreted here) against masked attention on packed rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fresh import fresh
+from tpu_compiler import compile_for_tpu
+
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, split
+from proxmo_jax.training.rows import Rows
+from proxmo_jax.training.update import row_log_probs, row_logits
+
+DENSE = PolicyConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_hidden_layers=2, initializer_range=0.2,
+)  # fmt: skip
+SPLASH = dataclasses.replace(DENSE, attention="splash")
+
+
+def packed(count=4, length=256) -> Rows:
+    """Rows of three turns and padding, borders inside and between the kernel's blocks."""
+    rng = np.random.default_rng(0)
+    turns = (70, 58, 100)
+    segments = np.repeat([np.repeat([1, 2, 3, 0], [*turns, length - sum(turns)])], count, 0).astype(np.int32)
+    positions = np.repeat([np.concatenate([np.arange(n) for n in (*turns, length - sum(turns))])], count, 0)
+    places = np.repeat([[5, 60, 69, 71, 127, 128, 200, 227]], count, 0).astype(np.int32)
+    like = np.zeros(places.shape, np.float32)
+    return Rows(
+        tokens=rng.integers(0, 64, (count, length)).astype(np.int32), positions=positions.astype(np.int32),
+        segments=segments, places=places, targets=rng.integers(0, 64, places.shape).astype(np.int32),
+        mask=like == 0, advantage=like, old=like, reference=like, turn_tokens=places * 0 + 8,
+    )  # fmt: skip
+
+
+def test_values_and_gradients_are_those_of_masked_attention():
+    params, rows = fresh(DENSE), packed()
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 64)), jnp.float32)
+    found = {}
+    for config in (DENSE, SPLASH):
+        value = jax.jit(jax.value_and_grad(lambda p, c=config: (weight * row_logits(p, rows, c)).sum()))
+        found[config.attention] = jax.device_get(value(params))
+    np.testing.assert_allclose(found["splash"][0], found["dense"][0], rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()),
+        found["splash"][1], found["dense"][1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_rows_and_heads_are_split_over_devices(shape):
+    alone = row_log_probs((fresh(DENSE),), packed(8), jnp.float32(1.0), config=DENSE)[0]
+    mesh = make_mesh(*shape)
+    params = jax.device_put(fresh(DENSE), parameter_shardings(mesh, DENSE))
+    with jax.set_mesh(mesh):
+        found = row_log_probs((params,), split(mesh, packed(8)), jnp.float32(1.0), config=SPLASH)[0]
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_for_a_tpu():
+    """The train step of a 2 x 2 slice; libtpu is a compiler, no device is needed."""
+    program = """
+import sys, jax, numpy as np
+sys.path.insert(0, "tests")
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from test_attention import packed
+from proxmo_jax.training.update import TrainState, make_optimizer, policy_step
+from proxmo_jax.training.losses import LossSettings
+from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
+from proxmo_jax.policy.sharding import RULES, make_mesh, parameter_shardings
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = make_mesh(1, 2, 2, devices=devices)
+optimizer = make_optimizer(1e-3, 0.0, 1.0, warmup=1)
+for head_dim in (64, 128):
+    temporaries = []
+    for attention in ("dense", "splash"):
+        config = PolicyConfig(
+            vocab_size=512, hidden_size=256, num_attention_heads=4, head_dim=head_dim, num_hidden_layers=6,
+            dtype="bfloat16", remat="full", attention=attention,
+        )
+        like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        params = jax.tree.map(like, parameter_shapes(config), parameter_shardings(mesh, config))
+        rows = jax.tree.map(lambda x: like(x, NamedSharding(mesh, PartitionSpec(RULES["batch"]))), packed(4, 4096))
+        with jax.set_mesh(mesh):
+            step = policy_step.lower(
+                TrainState(params, jax.eval_shape(optimizer.init, params)), rows, 1.0, config=config,
+                optimizer=optimizer, settings=LossSettings(),
+            ).compile()
+        assert ("tpu_custom_call" in step.as_text()) == (attention == "splash"), attention
+        temporaries.append(step.memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] < temporaries[0] / 2, temporaries
+print("compiled")
+"""
+    compile_for_tpu(program)

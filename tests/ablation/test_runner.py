@@ -1,6 +1,5 @@
 """Whole runs as arrays, the same alone and side by side; studies cut off go on; pages say what the numbers say."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -173,8 +172,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "proxmo_jax", "ablate", "train", "--study", "modulation", "--quick"]
     command += ["--out", str(out), "--chunk", "2"]
-    environment = dict(os.environ)
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks, deadline = out / "modulation_quick" / "chunks", time.time() + 240
     while not list(chunks.glob("????????????????.npz")) and time.time() < deadline and first.poll() is None:
         time.sleep(0.2)
@@ -183,7 +181,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in chunks.glob("????????????????.npz")}
     assert kept
     assert not (out / "modulation_quick" / "report.md").exists()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     folder = out / "modulation_quick"

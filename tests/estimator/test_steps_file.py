@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -263,7 +262,6 @@ def test_one_long_text_or_attempt_does_not_cost_as_if_all_were(tmp_path):
                 row = {"group": group, "trajectory": trajectory, "step": step, "reward": 1.0 * (step % 7 == 0)}
                 file.write(json.dumps({**row, "success": False, "action_valid": True, "texts": seen}) + "\n")
     command = [sys.executable, "-c", MEMORY, *(str(tmp_path / f"{name}.jsonl") for name in rows)]
-    environment = dict(os.environ)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 0.6 * 2**30

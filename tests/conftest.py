@@ -30,8 +30,8 @@ ALFWORLD = REFERENCE / "alfworld"
 
 
 SLOWEST = (
-    "train language_model update runner batch sharding decoder weights attention grid bench embeddings golden proximity"
-    " bench_estimator adapters estimator bench_ablation vector_household"
+    "train language_model update runner batch sharding decoder rollout weights grid attention estimator bench golden"
+    " model_files proximity bench_estimator adapters bench_ablation vector_household embeddings steps_file"
 ).split()
 
 

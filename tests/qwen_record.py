@@ -158,7 +158,7 @@ def main() -> None:
             greedy = model.generate(ids, attention_mask=mask.long(), max_new_tokens=12, do_sample=False)
         model.save_pretrained(FOLDER / name)
         np.savez(FOLDER / name / "answers.npz", logits=logits.numpy(), greedy=greedy.numpy()[:, 17:])
-        print(name, sorted(json.loads((FOLDER / name / "config.json").read_text()))[:4])
+        print(name, sorted(json.loads((FOLDER / name / "config.json").read_text(encoding="utf-8")))[:4])
     record_positions()
 
 

@@ -1,6 +1,5 @@
 """Whole runs as arrays, the same alone and side by side; studies cut off go on; pages say what the numbers say."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -173,8 +172,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "proxmo_jax", "ablate", "train", "--study", "modulation", "--quick"]
     command += ["--out", str(out), "--chunk", "2"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     chunks, deadline = out / "modulation_quick" / "chunks", time.time() + 240
     while not list(chunks.glob("????????????????.npz")) and time.time() < deadline and first.poll() is None:
         time.sleep(0.2)
@@ -183,13 +181,13 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in chunks.glob("????????????????.npz")}
     assert kept
     assert not (out / "modulation_quick" / "report.md").exists()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     folder = out / "modulation_quick"
     for name in ("results.csv", "summary.csv", "curves.png", "report.md"):
         assert (folder / name).stat().st_size > 0
-    assert "A quick run: too short to find anything." in (folder / "report.md").read_text()
+    assert "A quick run: too short to find anything." in (folder / "report.md").read_text(encoding="utf-8")
 
 
 def results(*ends: float) -> Results:
@@ -204,16 +202,16 @@ def results(*ends: float) -> Results:
 def test_pages_say_what_the_numbers_say(tmp_path):
     study = Study("made", "What is told apart?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
     write(tmp_path, study, results(0.5, 0.7, 0.5), houses=(240, 128), quick=False, seconds=1.0)
-    table = (tmp_path / "results.csv").read_text().splitlines()
+    table = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
     assert table[:3] == [
         "cell,seed,iteration,eval_success,train_turns", "cell 0,0,0,0.5000,", "cell 0,0,10,0.5000,19.5000",
     ]  # fmt: skip
     assert len(table) == 1 + 3 * 5 * 4
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "cell 1 against cell 0: better over the whole run (+20.0%" in text
     assert "cell 2 against cell 0: not told apart over the whole run (+0.0%" in text
     write(tmp_path, study, results(0.5, 0.2, 0.9), houses=(240, 128), quick=False, seconds=1.0)
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "cell 1 against cell 0: worse over the whole run (-30.0%" in text
     found = measures(results(0.5, 0.9))
     assert (found["to_80"] == [[30] * 5, [0] * 5]).all()
@@ -295,6 +293,6 @@ def test_a_chunk_is_named_after_the_files_its_results_depend_on(tmp_path, monkey
 
     names = [name()]
     for copy in copies:
-        copy.write_text(copy.read_text() + "\n")
+        copy.write_text(copy.read_text(encoding="utf-8") + "\n")
         names.append(name())
     assert len(set(names)) == len(names)

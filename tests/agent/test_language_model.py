@@ -63,7 +63,7 @@ def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_p
         assert moved["layers"]["query"]["kernel"] > 0
     again = proxmo("eval", str(out), "--games", "2")  # the program that training evaluated with
     assert again.returncode == 0, again.stderr
-    assert json.loads((out / "eval.json").read_text())["iteration"] == 2
+    assert json.loads((out / "eval.json").read_text(encoding="utf-8"))["iteration"] == 2
     assert cli.main(["export", str(out), str(tmp_path / "policy")]) == 2
     assert "is in use; name a new folder" in capsys.readouterr().err
 
@@ -87,7 +87,7 @@ def test_prompts_go_through_the_models_own_template(model):
 
 def spoil(name, change):
     def apply(folder):
-        data = json.loads((folder / name).read_text())
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
         (folder / name).write_text(json.dumps({**data, **change}))
 
     return apply

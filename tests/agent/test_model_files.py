@@ -24,7 +24,7 @@ from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.policy.tokenizer import build_word_tokenizer, load_tokenizer
 from proxmo_jax.policy.weights import hugging_face_config, load_weights, read_config, save_weights
 
-POSITIONS = json.loads((qwen_record.FOLDER / "positions.json").read_text())
+POSITIONS = json.loads((qwen_record.FOLDER / "positions.json").read_text(encoding="utf-8"))
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -148,7 +148,7 @@ def same(a, b) -> bool:
 
 
 def tensors(folder) -> dict[str, str]:
-    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
 
 
 def test_the_index_decides_which_file_a_tensor_is_of(shards):
@@ -293,7 +293,7 @@ def test_what_the_template_opened_counts_as_said(model, text, arguments, start, 
 
 
 def test_tags_that_a_tokenizer_calls_special_stay_in_an_answer(model):
-    data = json.loads((model / "tokenizer.json").read_text())
+    data = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     for i, tag in enumerate(("<think>", "</think>", "<action>", "</action>")):
         data["added_tokens"].append({**data["added_tokens"][-1], "id": 259 + i, "content": tag})
     (model / "tokenizer.json").write_text(json.dumps(data))
@@ -414,7 +414,7 @@ def test_a_tokenizer_that_is_none_is_named(model, content):
 
 
 def test_token_ids_past_the_models_are_refused_also_where_the_tokenizer_has_few(model):
-    data = json.loads((model / "tokenizer.json").read_text())
+    data = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["vocab"]["zzz"] = 300
     (model / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="has 301 tokens, need at most the 288 of its vocab_size"):

@@ -49,8 +49,11 @@ SMALL = (
 ).split()
 
 
+ONE_DEVICE = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}  # whatever the user's XLA_FLAGS say
+
+
 def proxmo(*arguments: str, environment: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | (environment or {})
+    environment = {**ONE_DEVICE, **(environment or {})}
     command = [sys.executable, "-m", "proxmo_jax", *arguments]
     return subprocess.run(
         command,
@@ -95,7 +98,7 @@ def test_a_run_leaves_what_it_promises(run):
         assert key in rows[1]
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
-    assert (run / "episodes_before.txt").read_text().count("===") == 3
+    assert (run / "episodes_before.txt").read_text(encoding="utf-8").count("===") == 3
     steps = read_steps(run / "rollout.npz")
     assert len(steps["texts"]) == len(steps_advantages(steps, dr_grpo())["advantage"]) >= 8
 
@@ -107,19 +110,22 @@ def test_evaluation_prints_the_papers_table(run, tmp_path):
     assert done.returncode == 0, done.stderr
     for word in ("Pick2", "valid_seen", "valid_unseen", "greedy", "iteration 3"):
         assert word in done.stdout
-    answer = json.loads((tmp_path / "eval.json").read_text())
+    answer = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert answer["temperature"] == 0
     assert answer["iteration"] == 3
     for cells in answer["splits"].values():
         assert sum(cells[name]["games"] for name in ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")) == 4
         assert cells["All"]["games"] == 4
         assert cells["All"]["low"] <= cells["All"]["rate"] <= cells["All"]["high"]
+    # Greedy is repeatable: the same program on the same machine.
     again = proxmo("eval", str(run), "--greedy", "--out", str(tmp_path / "again.json"))
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "again.json").read_text())["splits"] == answer["splits"]  # greedy is repeatable
+    assert (
+        json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))["splits"] == answer["splits"]
+    )  # greedy is repeatable
     warm = proxmo("eval", str(run), "--checkpoint", "0", "--games", "3", "--batch", "2", "--splits", "valid_seen")
     assert "iteration 0" in warm.stdout
-    assert list(json.loads((run / "eval.json").read_text())["splits"]) == ["valid_seen"]
+    assert list(json.loads((run / "eval.json").read_text(encoding="utf-8"))["splits"]) == ["valid_seen"]
 
 
 @pytest.mark.slow
@@ -174,7 +180,7 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(run):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     out = tmp_path / "run"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = ONE_DEVICE
     command = [sys.executable, "-m", "proxmo_jax", "train", "--out", str(out), "--iterations", "400", *SMALL]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.time() + 240
@@ -189,7 +195,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     stopped = read_metrics(out / "metrics.jsonl")[-1]["iteration"]
     assert stopped < 400
 
-    stored = json.loads((out / "config.json").read_text())
+    stored = json.loads((out / "config.json").read_text(encoding="utf-8"))
     (out / "config.json").write_text(json.dumps({**stored, "iterations": stopped + 2}))
     resumed = proxmo("train", "--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -485,7 +491,7 @@ def test_a_shop_is_trained_in_and_evaluated(tmp_path):
     done = proxmo("train", "--env", "shop", "--out", str(out), "--iterations", "2", "--env.reward", "score", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "mean score" in done.stdout
-    stored = json.loads((out / "config.json").read_text())
+    stored = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert (stored["max_response_tokens"], stored["train_games"]) == (20, 24)  # the recipe's, the command line's
     rows = read_metrics(out / "metrics.jsonl")
     assert 0 <= rows[0]["eval/score"] <= 1
@@ -494,7 +500,7 @@ def test_a_shop_is_trained_in_and_evaluated(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Score" in done.stdout
     assert "Succ." in done.stdout
-    cells = json.loads((out / "eval.json").read_text())["splits"]["test"]
+    cells = json.loads((out / "eval.json").read_text(encoding="utf-8"))["splits"]["test"]
     assert cells["All"]["games"] == cells["Score"]["games"] == 4
     assert here("eval", str(out), "--splits", "valid_seen").stderr == (
         "proxmo: --splits must be of train, valid, test; got valid_seen\n"

@@ -48,7 +48,7 @@ def test_projection_falls_back_to_the_tail():
 
 
 def test_projection_equals_the_official_one(official):
-    for case in json.loads((official / "95_projection.json").read_text()):
+    for case in json.loads((official / "95_projection.json").read_text(encoding="utf-8")):
         assert project(case["text"]) == (case["alfworld_action"], bool(case["alfworld_valid"]))
         assert project(case["text"], WEBSHOP_TAIL) == (case["webshop_action"], bool(case["webshop_valid"]))
 
@@ -353,7 +353,7 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
 
 
 def imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 

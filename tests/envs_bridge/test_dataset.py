@@ -24,7 +24,7 @@ def data(tmp_path):
 
 
 def change(path: str | Path, **values) -> None:
-    content = json.loads(Path(path).read_text())
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
     Path(path).write_text(json.dumps({**content, **values}))
 
 
@@ -50,7 +50,12 @@ def test_what_alfworld_leaves_out_is_left_out(data):
     games = survey(data).games["train"]
     change(games[0], solvable=False)
     Path(games[1]).write_text("{")
-    change(games[2], grammar=json.loads(Path(games[2]).read_text())["grammar"].replace("You open", "You try to open"))
+    change(
+        games[2],
+        grammar=json.loads(Path(games[2]).read_text(encoding="utf-8"))["grammar"].replace(
+            "You open", "You try to open"
+        ),
+    )
     trial = Path(games[3]).parent
     moved = trial.parent.with_name("pick_and_place_with_movable_recep-Pen-Bowl-Desk-3") / trial.name
     moved.parent.mkdir()

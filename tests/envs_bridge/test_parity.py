@@ -107,7 +107,7 @@ def test_another_release_of_textworld_is_left_as_it_is():
 
 def foreign(game: str, folder: Path) -> str:
     """The same game in words of its own."""
-    data = json.loads(Path(game).read_text())
+    data = json.loads(Path(game).read_text(encoding="utf-8"))
     data["grammar"] = data["grammar"].replace("You open the", "You carefully open the")
     path = folder / "game.tw-pddl"
     path.write_text(json.dumps(data))

@@ -52,7 +52,7 @@ def test_recorded_episodes_of_the_genuine_engine_are_replayed_without_a_differen
 
 
 def test_differences_are_found_and_said(tmp_path, capsys):
-    traces = json.loads((GOLDEN / "traces.json").read_text())[:2]
+    traces = json.loads((GOLDEN / "traces.json").read_text(encoding="utf-8"))[:2]
     traces[0]["steps"][0]["observation"] += " [SEP] more"
     traces[1]["steps"][-1]["reward"] -= 1e-6
     traces[1]["verbose"]["title_score"] = 0.5
@@ -72,7 +72,7 @@ def test_recordings_that_stop_before_a_purchase_are_replayed_too(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("items_shuffle_1000.json", "items_ins_v2_1000.json"):  # nor is there a file of human instructions
         (tmp_path / "data" / name).write_bytes((GOLDEN / name).read_bytes())
-    episode = json.loads((GOLDEN / "traces.json").read_text())[0]
+    episode = json.loads((GOLDEN / "traces.json").read_text(encoding="utf-8"))[0]
     episode["steps"].pop()
     episode |= dict.fromkeys(("verbose", "purchased", "purchased_price", "chosen_options"))
     (tmp_path / "traces.json").write_text(json.dumps([episode]))
@@ -81,7 +81,7 @@ def test_recordings_that_stop_before_a_purchase_are_replayed_too(tmp_path):
 
 def test_goals_are_the_recorded_ones_but_for_what_was_drawn(tmp_path):
     """Prices of a range and the limits are chance; everything else, and how many there are, is not."""
-    recorded = json.loads((GOLDEN / "lucene_traces.json").read_text())
+    recorded = json.loads((GOLDEN / "lucene_traces.json").read_text(encoding="utf-8"))
     for name, content in recorded["catalogue"].items():
         (tmp_path / name).write_text(json.dumps(content))
     for kind in ("human", "synthetic"):

@@ -133,6 +133,6 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp
 
 @pytest.mark.parametrize("name", ["envs_bridge/worker.py", "envs_bridge/turn.py", "envs_bridge/shop/genuine.py"])
 def test_what_runs_in_old_interpreters_is_written_in_their_language(name):
-    text = (ROOT / name).read_text()
+    text = (ROOT / name).read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 8))
     assert "from __future__ import annotations" in text

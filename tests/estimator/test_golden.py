@@ -11,7 +11,7 @@ from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.types import Group, Settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
+CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 SIGMOID_OF_ONE = 1 / (1 + np.exp(-1))
 
 

@@ -19,7 +19,7 @@ def test_bench_env_times_engine_and_pool(tmp_path):
     options = ["--at-most", "3", "--steps", "6", "--environments", "16", "--turns", "4", "--append", str(target)]
     options += ["--shop-products", "300"]
     assert main(["bench", "env", *options]) == 0
-    text = target.read_text()
+    text = target.read_text(encoding="utf-8")
     assert "| ours | " in text
     assert re.search(r"16 environments on 2 workers, [\d.]+ ms a turn", text)
     assert "NO" not in text

@@ -20,7 +20,7 @@ def test_the_table_is_appended(tmp_path):
     assert len(rows) == 3  # both sizes, and the first with every text distinct
     assert "| dense |" in text
     assert "| blockwise |" in text
-    assert (tmp_path / "B.md").read_text() == f"# Before\n\n{text}\n"
+    assert (tmp_path / "B.md").read_text(encoding="utf-8") == f"# Before\n\n{text}\n"
 
 
 def test_played_steps_are_what_a_rollout_gives(steps):

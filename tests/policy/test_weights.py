@@ -104,7 +104,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def spoil_config(**changes):
     def spoil(folder):
-        data = json.loads((folder / "config.json").read_text())
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps({k: v for k, v in {**data, **changes}.items() if v is not ...}))
 
     return spoil

@@ -326,7 +326,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
         ('[optimizer]\nlearning_rate = "1e-4"', "optimizer.learning_rate: input should be a valid number, got '1e-4'"),
         ("[rollout]\nlist_actions = 1", "rollout.list_actions: input should be a valid boolean, got 1"),
         ("[model]\npath = 3", "model.path: input should be a valid string, got 3"),
-        ("[env]\ndata = 3", "env.data: input is not a valid path, got 3"),
+        ("[env]\ndata = 3", "env.data: input should be a valid string, got 3"),
         ("[rollout]\ngroup_size = 1", "--rollout.group-size must be at least 2, got 1"),
         ('[loss]\nold_log_probs = "both"', "loss.old_log_probs: input should be 'sampler' or 'trainer', got 'both'"),
         ('preset = "sarsa"', "--preset must be one of grpo"),

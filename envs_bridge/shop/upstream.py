@@ -64,7 +64,7 @@ def _remedy(said: str) -> str:
     return "its setup.sh downloads the data and builds the search index"
 
 
-class GenuineShop:
+class UpstreamShop:
     """One goal in WebShop; the Environment of `envs_bridge.turn`, with pages as `engine.Shopping` gives them."""
 
     def __init__(self, folder: str, number: int, goals: str = "human"):
@@ -75,7 +75,7 @@ class GenuineShop:
         self._env: Any = None
 
     @classmethod
-    def load(cls, game: Goal) -> GenuineShop:
+    def load(cls, game: Goal) -> UpstreamShop:
         """game: its folder is a checkout, its kind human or synthetic."""
         return cls(game.folder, game.number, game.kind)
 

@@ -17,7 +17,7 @@ from envs_bridge.pool import Pool
 from envs_bridge.prompts import History, Memory, Notes
 from envs_bridge.shop import catalogue as shop
 from envs_bridge.shop import expert as shop_expert
-from envs_bridge.shop import upstream as genuine
+from envs_bridge.shop import upstream
 from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.generate import FILES, generate_catalogue
 from envs_bridge.shop.notes import ShopNotes
@@ -65,7 +65,7 @@ def household_games(config: Config, wanted: Mapping[str, int], console: Console)
 def stored_games(config: Config, wanted: Mapping[str, int], console: Console) -> dict[str, list[Game]]:
     """At most so many games of each split, evenly spread over it; of a run's own household those it has generated."""
     if config.env == "webshop":
-        count = genuine.count_goals(config.python or sys.executable, config.webshop, config.goals)
+        count = upstream.count_goals(config.python or sys.executable, config.webshop, config.goals)
         console.print(f"WebShop in {config.webshop}: {count} goals", markup=False, highlight=False, soft_wrap=True)
         return {
             split: [Goal(str(config.webshop), int(i), config.goals) for i in evenly(shop.splits(count)[split], at_most)]
@@ -115,7 +115,7 @@ def evenly(games: Sequence, count: int) -> list:
 
 
 def make_pool(config: Config) -> Pool:
-    """The workers; genuine engines need longer, above all where many games start at once."""
+    """The workers; upstream engines need longer, above all where many games start at once."""
     engine = config.env if config.env in SHOPS else config.engine
     return Pool(
         config.workers,

@@ -144,8 +144,8 @@ class Scores(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """Episodes [G, M, T]: inputs, commands int32, their log-probabilities float32, mask bool of the turns that happened,
-    and won bool in the turn that wins."""
+    """Episodes [G, M, T]: inputs, commands int32, their log-probabilities float32, mask bool of the turns that
+    happened, and won bool in the turn that wins."""
 
     seen: Seen
     command: jax.Array

@@ -1,7 +1,7 @@
 """Time the household engines on the same games, the overhead of the worker pool, and the shop (`bench_shop`).
 
     proxmo bench env                                    # our engine alone, on generated games
-    proxmo bench env --games DIR --python PY            # beside ALFWorld's engine, which PY has, on ALFWorld's games
+    proxmo bench env --games DIR --python PY            # and ALFWorld's engine, from the packages of PY
 
 Every engine plays the same commands on the same games in a process of its own; the transcripts must be identical. The
 pool plays 128 environments on `--workers` processes. Its overhead is the time of a turn minus that of the environments

@@ -109,7 +109,7 @@ def _why_left_out(path: Path, task_types: Sequence[str], found: Survey) -> str:
     """The reason for excluding a game; empty if it is kept, and then its wording is counted."""
     name = str(path.relative_to(found.folder))
     if "movable" in name or "Sliced" in name:
-        return "with movable receptacles or sliced things (ALFWorld leaves them out, too)"
+        return "with movable receptacles or sliced objects (ALFWorld excludes them, too)"
     if path.parts[-3].partition("-")[0] not in task_types:
         return "of other task types"
     try:

@@ -393,11 +393,11 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: S
     optimizer = make_optimizer()
     update = make_update(net, texts, spec, optimizer, kinds)
     houses = jax.tree.map(lambda *x: jnp.concatenate(x), train, held_out)
-    known, unknown, attempts = len(train.kind), len(held_out.kind), spec.groups * spec.members
-    passes, parts = -(-unknown // attempts), spec.iterations // spec.eval_every
+    known, unseen, episodes = len(train.kind), len(held_out.kind), spec.groups * spec.members
+    passes, parts = -(-unseen // episodes), spec.iterations // spec.eval_every
     # Alternate an evaluation and `eval_every` iterations, end with an evaluation; its last pass is padded.
     learns = np.array(([False] * passes + [True] * spec.eval_every) * parts + [False] * passes)
-    examined = known + np.arange(passes * attempts).reshape(passes, attempts) % unknown
+    examined = known + np.arange(passes * episodes).reshape(passes, episodes) % unseen
     number = np.where(learns, passes + np.cumsum(learns) - 1, np.arange(len(learns)) % (passes + spec.eval_every))
 
     def one(carry, step, knobs: Knobs, kind: jax.Array):
@@ -407,7 +407,7 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: S
         drawn = jax.random.choice(draw, known, (spec.groups,), replace=False)
         at = vh.pick(houses, jnp.where(learning, jnp.repeat(drawn, spec.members), examined))
         episode = partial(play, params, net, spec=spec, paraphrases=paraphrases, chance=knobs.paraphrase)
-        played = jax.vmap(lambda house, key: episode(house, key=key))(at, jax.random.split(playing, attempts))
+        played = jax.vmap(lambda house, key: episode(house, key=key))(at, jax.random.split(playing, episodes))
         rollout = jax.tree.map(lambda x: x.reshape(spec.groups, spec.members, *x.shape[1:]), played)
 
         def learn(params, opt_state):
@@ -433,7 +433,7 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: S
         steps = keys[number], jnp.asarray(learns), jnp.asarray(examined[np.where(learns, 0, number)])
         body = partial(one, knobs=knobs, kind=jnp.asarray(kind))
         _, (rows, won) = jax.lax.scan(body, (params, opt_state), steps)
-        won = won[~learns].reshape(parts + 1, -1)[:, :unknown].astype(jnp.float32)
+        won = won[~learns].reshape(parts + 1, -1)[:, :unseen].astype(jnp.float32)
         curves = {name: x[learns].reshape(parts, spec.eval_every).mean(1) for name, x in rows.items()}
         kinds_of_task = jnp.asarray(held_out.kind)
         by_kind = jax.vmap(

@@ -170,9 +170,9 @@ def _check(game: Game) -> None:
         (game.start in game.receptacle_location, "a start at a receptacle"),
         (game.held >= 0, "something in hand at the start"),
         (any(len(places) != 1 for places in game.inside), "an object that is not in one receptacle"),
-        (any(game.contents), "things in things"),
+        (any(game.contents), "objects in objects"),
         (any(flags & {"clean", "hot", "cool", "toggled", "sliced"} for flags in game.flags), "a state at the start"),
-        (set(game.goal.states) - {"clean", "hot", "cool"}, "a goal of sliced things"),
+        (set(game.goal.states) - {"clean", "hot", "cool"}, "a goal of sliced objects"),
         (len(game.goal.states) > 1, "a goal of two states"),
     ):
         if wrong:
@@ -265,8 +265,8 @@ def _texts(pieces: tuple[str, ...], index: dict[str, int], wordings: Mapping[str
     vocabulary = tuple(sorted({word for words in found for word in words}))
     column = {word: i for i, word in enumerate(vocabulary)}
     words = np.zeros((len(pieces), len(vocabulary)), np.float32)
-    for row, said in zip(words, found, strict=True):
-        for word in said:
+    for row, tokens in zip(words, found, strict=True):
+        for word in tokens:
             row[column[word]] += 1
     paraphrases = np.repeat(np.arange(len(pieces), dtype=np.int32)[:, None], 4, 1)
     for piece, others in wordings.items():

@@ -234,7 +234,9 @@ class TextPlayer:
         ])  # fmt: skip
         text_row = np.zeros(self.length, np.int32)
         text_row[: len(pieces)] = pieces
-        return Seen(text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible), words
+        # NumPy arrays, since a transfer to the device for each field would slow the text engine down.
+        arrays: Any = (text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible)
+        return Seen(*arrays), words
 
 
 def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.Generator) -> Rollout:
@@ -271,7 +273,8 @@ def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.G
                 used[g, m, chosen] += 1
                 last[g, m] = chosen
         log_prob = np.take_along_axis(log_probs, number[..., None], -1)[..., 0]
-        rows.append(Rollout(seen, number, log_prob, mask, won))
+        row: Any = (seen, number, log_prob, mask, won)
+        rows.append(Rollout(*row))
     return jax.tree.map(lambda *x: jnp.stack(x, axis=2), *rows)
 
 

@@ -1,5 +1,5 @@
-"""The exception for what a user gave; the command line shows it as a sentence (`proxmo_jax.errors` has its twin)."""
+"""The exception for invalid user input; the command line prints its message (`proxmo_jax.errors` has the same)."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The message is a sentence: the thing, what was found, what is needed."""
+    """Invalid user input. The message is a sentence: the thing, what was found, what is needed."""

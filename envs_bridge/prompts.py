@@ -1,8 +1,8 @@
-"""What the policy reads at a turn. A prompt is rebuilt every turn from the task and what is kept of the episode.
+"""The policy's prompts. A prompt is rebuilt every turn from the task and a memory of the episode.
 
-Two ways: `Notes` for small policies, read off the household's texts (which places were not visited yet, what was seen
-in the others, what is in hand), and `History` for language models, as published (the last turns as they were, the
-observation, the admissible actions). Length is cut where it hurts least, what is oldest first; the task comes last.
+There are two memories: `Notes` for small policies, parsed from the household's texts (unvisited places, contents of
+visited ones, the object in hand), and `History` for language models, as published (the last turns, the observation, the
+admissible actions). A prompt that is too long loses the least important parts first, the task last.
 """
 
 import re
@@ -12,18 +12,18 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from envs_bridge.turn import Observation
 
-# What a small policy's answer begins with for it: the thought is closed, so it answers with a command alone.
+# The given beginning of a small policy's response: an empty thought, so that it generates only a command.
 ANSWER_START = "<think></think><action>"
 NOTHING = "Nothing happens."
-CLOSED = "closed"  # stands for what is in a place that was seen from outside only
+CLOSED = "closed"  # the content of a place that was seen closed
 _ROOM = re.compile(r"Looking quickly around you, you see (.*?)\.(?:\n|$)", re.S)
 _CONTENTS = re.compile(r"(?:On the [^,.]+|In it), you see ([^.]*)\.")
 _TAKEN = re.compile(r"You pick up the (.+) from the ")
 _PLACED = re.compile(r"You (?:move|put) the (.+) (?:to|in/on) the ")
 _CHANGED = re.compile(r"You (heat|clean|cool) the (.+) using the ")
 _STATES = {"heat": "hot", "clean": "clean", "cool": "cool"}
-# Where a text may be cut: after a word of ASCII letters and digits, or after any other character with what belongs to
-# it (accents, joined emoji, flags). Long runs without a space are cut all the same.
+# Where a text may be cut: after a word of ASCII letters and digits, or after any other character with its combining
+# marks (accents, joined emoji, flags). Long runs without a space are cut, too.
 _PIECE = re.compile(
     r"\s{0,8}(?:[A-Za-z0-9_]{1,24}|[\U0001f1e6-\U0001f1ff]{2}|.)"
     r"(?:\u200d.|[\u0300-\u036f\u20e3\ufe00-\ufe0f\U0001f3fb-\U0001f3ff])*",
@@ -46,27 +46,31 @@ class Cut(NamedTuple):
 
 
 def piece_ends(text: str) -> list[int]:
-    """Where a text may be cut, its start and its end included: never within a word of ASCII letters and digits (of 24
-    at most), nor within a character that is written as several."""
+    """Positions where a text may be cut, including its start and end.
+
+    None is within a word of at most 24 ASCII letters and digits, or within a character of several code points.
+    """
     return [0, *(piece.end() for piece in _PIECE.finditer(text))]
 
 
 def readable(text: str) -> str:
-    """The text with `?` for each half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    """The text with `?` for each lone surrogate, which JSON can represent and tokenizers reject."""
     return text.encode("utf-8", "replace").decode()
 
 
 class Memory(Protocol):
-    """What is kept of one trajectory, from which the prompt of its next turn is written."""
+    """The memory of one trajectory, from which its next prompt is built."""
 
     def remember(self, command: str, seen: Observation) -> None:
-        """Note what was done and what came of it."""
+        """Add a command and the observation after it."""
 
     def prompt(self) -> str: ...
 
     def shortened(self) -> Iterator[Cut]:
-        """How a prompt that is too long is cut, what hurts least first. Each cut begins where the one before it has
-        left nothing; the last is the task's."""
+        """The cuts of a prompt that is too long, the least important first.
+
+        Each cut starts from the prompt without what the previous cuts removed; the last cut is that of the task.
+        """
 
     def copy(self) -> "Memory": ...
 
@@ -75,7 +79,7 @@ Kept = TypeVar("Kept", "Notes", "History")
 
 
 def _cut(memory: Kept, what: str, name: str) -> Cut:
-    """The cut of a field that is a text: its beginning is kept."""
+    """The cut of a text field, which keeps its beginning."""
     text = getattr(memory, name)
     ends = piece_ends(text)
     return Cut(what, len(ends) - 1, lambda n: replace(memory, **{name: text[: ends[n]]}).prompt())
@@ -83,7 +87,7 @@ def _cut(memory: Kept, what: str, name: str) -> Cut:
 
 @dataclass
 class Notes:
-    """Notes on one trajectory. `places` maps each place to what was last seen there (None: not visited yet)."""
+    """Notes on one trajectory. `places` maps each place to its last known content (None: not visited yet)."""
 
     task: str
     now: str
@@ -100,10 +104,10 @@ class Notes:
         return cls(task, "You are in the middle of a room.", places)
 
     def remember(self, command: str, seen: Observation) -> None:
-        """Note what was done and what came of it."""
+        """Add a command and the observation after it."""
         observation = seen.text
         self.last = command
-        if observation == NOTHING:  # the world is as it was: what was seen before still holds
+        if observation == NOTHING:  # the state is unchanged, so earlier notes remain valid
             self.last += " failed"
             return
         self.now = observation
@@ -129,10 +133,10 @@ class Notes:
         return replace(self, places=dict(self.places))
 
     def prompt(self) -> str:
-        """A short prompt for small policies: task, notes, what is seen now.
+        """A short prompt for small policies: task, notes, current observation.
 
-        Every place not visited yet stands behind its own `new`, and every thing before the place it was seen in, so
-        that what a name means is told by the word beside it: two layers of attention can look that up.
+        Every unvisited place follows its own `new`, and every object precedes its place, so that the adjacent word
+        tells the role of a name: two layers of attention can look that up.
         """
         new = " ".join(f"new {place}" for place, things in self.places.items() if things is None)
         seen = " ".join(
@@ -147,7 +151,7 @@ class Notes:
         )
 
     def shortened(self) -> Iterator[Cut]:
-        """Fewer notes on places (the latest stay), fewer places not visited, less of the observation, of the task."""
+        """Drop notes on places (oldest first), unvisited places, the end of the observation, the end of the task."""
         seen = [place for place, things in self.places.items() if things is not None]
         new = [place for place, things in self.places.items() if things is None]
 
@@ -163,10 +167,10 @@ class Notes:
 
 @dataclass
 class History:
-    """The last turns of a trajectory as they were. `turns`: (observation, action) pairs, at most `kept` of them.
+    """The last turns of a trajectory, verbatim. The content follows the official code's prompts, the wording is ours.
 
-    `list_actions`: whether the prompt lists the admissible actions. Source: the official code's prompts (spec, 'The
-    published recipe'), in words of our own.
+    task: the task. now: the current observation. admissible: its actions. kept: how many turns are kept. list_actions:
+    whether the prompt lists the admissible actions. turns: (observation, action) pairs. taken: turns so far.
     """
 
     task: str
@@ -179,12 +183,12 @@ class History:
 
     @classmethod
     def start(cls, task: str, seen: Observation, *, kept: int = 2, list_actions: bool = True) -> "History":
-        """Nothing done yet. The first observation ends with the task, which the prompt has a place for."""
+        """The history before the first turn, with the task removed from the end of the observation."""
         now = seen.text.removesuffix(f"Your task is to: {task}").rstrip()
         return cls(task, now, seen.admissible, kept, list_actions)
 
     def remember(self, command: str, seen: Observation) -> None:
-        """The observation under way becomes part of the past."""
+        """Add the current observation and the command to the turns, and set the new observation."""
         self.turns = (*self.turns, (self.now, command))[-self.kept :] if self.kept else ()
         self.taken += 1
         self.now, self.admissible = seen.text, seen.admissible
@@ -193,7 +197,7 @@ class History:
         return replace(self)
 
     def prompt(self) -> str:
-        """Instruction, task, the last turns, the observation now, what can be done, how to answer."""
+        """Instruction, task, the last turns, the current observation, the admissible actions, the response format."""
         parts = [f"You act in a text world, one action a turn. Your task: {self.task}"]
         if self.turns:
             first = self.taken - len(self.turns) + 1
@@ -208,8 +212,8 @@ class History:
         return "\n\n".join(parts) + "\n"
 
     def shortened(self) -> Iterator[Cut]:
-        """No past turns (as published for WebShop), then no list of actions, then less of the observation, of the
-        task."""
+        """Drop the past turns (as published for WebShop), the list of actions, the end of the observation, the end of
+        the task."""
         alone = replace(self, turns=())
         yield Cut("turns", 0, lambda _: alone.prompt())
         bare = replace(alone, list_actions=False)

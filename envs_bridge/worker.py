@@ -32,29 +32,29 @@ def load_fast(path: str) -> Environment:
     """Our household engine; ALFWorld's own for a game whose rules or texts ours does not implement."""
     from envs_bridge.household.dialect import ForeignGame
     from envs_bridge.household.engine import Household
-    from envs_bridge.household.upstream import GenuineHousehold
+    from envs_bridge.household.upstream import UpstreamHousehold
 
     try:
         return Household.load(path)
     except ForeignGame as foreign:
         try:
-            return GenuineHousehold.load(path)
+            return UpstreamHousehold.load(path)
         except ValueError as error:
             raise ValueError(f"{foreign}, and {error}") from error
 
 
 def load_textworld(path: str) -> Environment:
     """ALFWorld's own engine, its repeated work remembered."""
-    from envs_bridge.household.upstream import GenuineHousehold
+    from envs_bridge.household.upstream import UpstreamHousehold
 
-    return GenuineHousehold.load(path)
+    return UpstreamHousehold.load(path)
 
 
 def load_textworld_stock(path: str) -> Environment:
     """ALFWorld's own engine as it is."""
-    from envs_bridge.household.upstream import GenuineHousehold
+    from envs_bridge.household.upstream import UpstreamHousehold
 
-    return GenuineHousehold.load_stock(path)
+    return UpstreamHousehold.load_stock(path)
 
 
 def load_shop(game: Goal) -> Environment:
@@ -66,9 +66,9 @@ def load_shop(game: Goal) -> Environment:
 
 def load_webshop(game: Goal) -> Environment:
     """WebShop itself."""
-    from envs_bridge.shop.upstream import GenuineShop
+    from envs_bridge.shop.upstream import UpstreamShop
 
-    return GenuineShop.load(Goal(*game))
+    return UpstreamShop.load(Goal(*game))
 
 
 ENGINES: dict[str, Callable[[Any], Environment]] = {

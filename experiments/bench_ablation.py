@@ -1,26 +1,23 @@
-"""Time ablations: a grid of the estimator, a study of whole runs beside the same runs one after the other, and scaling.
+"""Time ablations: a grid of the estimator, a study of whole runs against sequential runs, and scaling over devices.
 
-    proxmo bench ablation                           # some ten minutes on two cores
-    proxmo bench ablation --official ~/ProxMO-RL    # the grid beside the official code, called once for each setting
+    proxmo bench ablation                           # about ten minutes on two cores
+    proxmo bench ablation --official ~/ProxMO-RL    # compare the grid with the official code, one call per setting
 
-The study is five variants (mean-centred GRPO, GiGPO, with modulation, with proximity, ProxMO) from 16 seeds. One after
-the other: the same policy, update and houses, but played in the text engine, its texts read and its commands matched in
-Python; some iterations of one run are timed and the rest is multiplied. The table is printed and appended to
-BENCHMARKS.md.
+The study has five variants (mean-centred GRPO, GiGPO, GiGPO with modulation, GiGPO with proximity, ProxMO), each from
+16 seeds. The sequential runs have the same policy, update and houses, but play in the text engine; Python parses its
+texts and matches its commands. A few iterations of one such run are timed and the total is extrapolated. The report is
+printed and appended to BENCHMARKS.md.
 """
 
 import dataclasses
-import os
-import platform
+import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from rich.console import Console
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import TASK_TYPES, Game, build_game
 from envs_bridge.household.generate import make_game
-from experiments import bench_estimator
+from experiments import bench, bench_estimator
 from experiments.timing import timed
 from proxmo_jax.ablation import grid as ablate_estimator
 from proxmo_jax.ablation import runner as ablation
@@ -56,7 +53,7 @@ from proxmo_jax.estimator.steps_file import needed
 from proxmo_jax.estimator.types import Group
 
 GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
-OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps, where no checkout is given (BENCHMARKS.md, Estimator)
+OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps (BENCHMARKS.md, Estimator); used without a checkout
 
 
 @dataclass(frozen=True)
@@ -66,43 +63,34 @@ class Config:
     seeds: int = 16
     iterations: int = 160
     text_iterations: int = 8
-    """Iterations to time of a run in the text engine."""
+    """Iterations of a run in the text engine to time."""
     scaling: bool = True
-    """Also time 1 to 8 virtual devices and 1 to 64 runs at once, in processes of their own."""
+    """Also time 1 to 8 virtual devices and 1 to 64 concurrent runs, in processes of their own."""
     official: Path | None = None
-    """A checkout of the official code, to time it on the grid's batch."""
+    """A checkout of the official code, which is timed on the grid's batch."""
     official_python: Path = Path(sys.executable)
     """The interpreter to run it with; it needs torch and scikit-learn."""
     append: Path | None = Path("BENCHMARKS.md")
-    """File to append the table to."""
+    """File to append the report to."""
 
 
 def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or terminal()
-    for name in ("seeds", "iterations", "text_iterations"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    bench.require_positive(config, ("seeds", "iterations", "text_iterations"))
     if config.iterations % 10:
         raise UserError(f"--iterations must be a multiple of 10, got {config.iterations}")
     lines = [
-        f"## Ablations, {date.today().isoformat()}: `proxmo bench ablation`", "",
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} x {jax.devices()[0].device_kind};"
-        f" Python {platform.python_version()}, jax {jax.__version__}.", "",
+        bench.heading("Ablations", "proxmo bench ablation"), "", f"{bench.host_and_devices()}.", "",
         *time_grid(config, console), "", *time_study(config, console),
     ]  # fmt: skip
     if config.scaling:
         lines += ["", *time_scaling(console)]
-    text = "\n".join(lines)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if config.append is not None:
-        with config.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
-    return text
+    return bench.publish("\n".join(lines), config.append, console)
 
 
 def time_grid(config: Config, console: Console) -> list[str]:
-    """Settings a second on a batch of about 5,000 steps, the second time over."""
+    """Time a grid of settings on a batch of about 5,000 steps, with and without compilation."""
     steps = bench_estimator.play(24, 0, console)
     group, _ = Group.from_steps(**needed(steps, texts=True))
     grid = ablate_estimator.settings_of(ablate_estimator.parse(GRID))
@@ -112,44 +100,47 @@ def time_grid(config: Config, console: Console) -> list[str]:
     if config.official is not None:
         options = bench_estimator.Config(official=config.official, official_python=config.official_python)
         one = bench_estimator.time_official(options, steps)["official"]
-        source = f"{one:.2f} s, measured in this run"
+        source = f"{one:.2f} s (measured in this run)"
     return [
-        f"Estimator grid: {count} settings of {len(steps['texts'])} steps, with the measures of each: {seconds:.2f} s,"
-        f" {count / seconds:.0f} settings a second; the first time, compilation included, {took['first']:.1f} s. The"
-        f" official code takes {source} for one setting: {count / seconds * one:.0f} times as long a setting"
-        f" ({count / took['first'] * one:.0f} with compilation)."
+        f"Estimator grid: {count} settings of {len(steps['texts'])} steps, with the metrics of each setting:"
+        f" {seconds:.2f} s, {count / seconds:.0f} settings per second; {took['first']:.1f} s for the first call, which"
+        f" includes compilation. The official code takes {source} for one setting: {count / seconds * one:.0f} times"
+        f" as long per setting ({count / took['first'] * one:.0f} times with compilation included)."
     ]
 
 
 def time_study(config: Config, console: Console) -> list[str]:
-    """A study of five variants, and the same runs one after the other through the text engine."""
+    """Time a study of five variants, and the same runs sequentially in the text engine."""
     components = ablation.load("components")
     cells = [dataclasses.replace(cell, baseline="") for cell in components.cells if not cell.settings.episode_std]
     study = ablation.Study("bench", components.question, cells, config.iterations)
     took = []
     with tempfile.TemporaryDirectory() as folder:
         ablation.remember_programs(Path(folder) / "study")
-        for again in ("first", "again"):  # the second time nothing is compiled
+        for again in ("first", "again"):  # the second pass uses cached programs
             began = time.perf_counter()
             results = ablation.train_all(ablation.Config(seeds=config.seeds), study, Path(folder) / again, console)
             took.append(time.perf_counter() - began)
-    console.print(f"study: {took[0]:.0f} and {took[1]:.0f} s; now one run in the text engine")
+    console.print(f"study: {took[0]:.0f} and {took[1]:.0f} s; next: one run in the text engine")
     update, turn = time_text(config.text_iterations)
     runs, iterations, evaluations = len(cells) * config.seeds, config.iterations, config.iterations // 10 + 1
     unseen = ablation.held_out_count(ablation.Config().houses)
-    turns = float(results.curves["turns"].mean())  # of an attempt, over all runs; as many in the evaluations
+    turns = float(
+        results.curves["turns"].mean()
+    )  # of an episode, mean over all runs; evaluations are taken to have as many
     text = runs * (iterations * update + (64 * iterations + unseen * evaluations) * turns * turn)
     ends = ", ".join(
         f"{label} {x:.0%}" for label, x in zip(results.labels, results.eval[:, :, -1].mean(1), strict=True)
     )
     return [
-        f"Study: {len(cells)} variants x {config.seeds} seeds, {iterations} iterations of 8 x 8 attempts of at"
-        f" most 20 turns at easy houses, evaluated at {unseen} others every ten: {took[0]:.0f} s, with compilation;"
-        f" {took[1]:.0f} s, {took[1] / runs:.2f} s a run, where the programs are compiled already. Success on held-out"
-        f" houses at the end: {ends}. One after the other through the text engine: {1e6 * turn:.0f} us for each of the"
-        f" {turns:.1f} turns that an attempt takes on average, {1e3 * update:.1f} ms for estimator and update (medians"
-        f" of {config.text_iterations} iterations), {text / 60:.0f} min in all: {text / took[0]:.0f} times as long,"
-        f" {text / took[1]:.0f} times where nothing is compiled."
+        f"Study: {len(cells)} variants x {config.seeds} seeds, {iterations} iterations of 8 groups of 8 episodes with"
+        f" at most 20 turns in easy houses, evaluated in {unseen} other houses every ten iterations: {took[0]:.0f} s"
+        f" with compilation; {took[1]:.0f} s, {took[1] / runs:.2f} s per run, with compiled programs cached. Success on"
+        f" held-out houses at the end: {ends}. The same runs one after the other through the text engine:"
+        f" {1e6 * turn:.0f} us for each of the {turns:.1f} turns that an episode takes on average,"
+        f" {1e3 * update:.1f} ms for estimator and update (medians of {config.text_iterations} iterations),"
+        f" {text / 60:.0f} min in all. That is {text / took[0]:.0f} times as long, {text / took[1]:.0f} times without"
+        " compilation."
     ]
 
 
@@ -157,7 +148,7 @@ def time_study(config: Config, console: Console) -> list[str]:
 
 
 def time_text(iterations: int) -> tuple[float, float]:
-    """Median seconds of estimator and update, as in the array runs, and of a turn of one attempt in the text engine."""
+    """Median seconds of estimator and update, as in the array runs, and of one turn in the text engine."""
     games = [build_game(make_game("train", i, 0, "easy", TASK_TYPES[i % 6])[1]) for i in range(60)]
     houses, texts = vh.build(games, paraphrases=False)
     spec, knobs = Spec(), Knobs(proxmo(), learning_rate=0.01)
@@ -183,21 +174,21 @@ def time_text(iterations: int) -> tuple[float, float]:
 
 
 class TextPlayer:
-    """One game's texts and commands as the policy's numbers."""
+    """Encodes one game's texts and commands as the policy's inputs."""
 
     def __init__(self, game: Game, texts: vh.Texts, houses: vh.Houses, number: int):
-        """`number`: the game's place in `houses`, where its first text is."""
+        """number: the game's index in `houses`, which hold its first text."""
         self.game, self.places, self.things = game, houses.receptacle.shape[1], houses.object.shape[1]
         self.length = max(houses.start.shape[1], 9 + 3 * self.things)
         self.piece = {text: i for i, text in enumerate(texts.pieces)}
         self.split = re.compile("|".join(re.escape(t) for t in sorted(texts.pieces, key=len, reverse=True) if t))
         self.number = dict(self.commands())
-        # Texts that were split once; the first one's task is split by words.
+        # Memoised splits of texts; in the first text the task is split into words.
         first = [i for i in np.asarray(houses.start[number]).tolist() if i]
-        self.said = {vh.say(texts, np.array(first)): first}
+        self.pieces_of = {vh.say(texts, np.array(first)): first}
 
     def commands(self):
-        """(text, number) of every command there is in this house."""
+        """(text, number) of every command of this house."""
         game, first = self.game, len(vh.COMMANDS)
         yield from (("look", vh.LOOK), ("inventory", vh.INVENTORY), ("help", vh.HELP))
         for r, place in enumerate(game.receptacles):
@@ -215,13 +206,13 @@ class TextPlayer:
                 yield f"slice {thing} with {knife}", first + self.places + 2 * self.things + o
 
     def see(self, world: Household, text: str, used: np.ndarray, last: int) -> tuple[Seen, dict[int, str]]:
-        """What the policy is shown, and the words of each possible command."""
+        """The policy's input and the text of each admissible command."""
         words = {self.number[command]: command for command in world.commands}
         possible = np.zeros(len(used), bool)
         possible[list(words)] = True
-        if text not in self.said:
-            self.said[text] = [self.piece[piece] for piece in self.split.findall(text)]
-        said = self.said[text]
+        if text not in self.pieces_of:
+            self.pieces_of[text] = [self.piece[piece] for piece in self.split.findall(text)]
+        pieces = self.pieces_of[text]
         goal, game = world.game.goal, world.game
         target = [
             kind == goal.object_type and flags.issuperset(goal.abilities)
@@ -242,12 +233,14 @@ class TextPlayer:
             any(r in places for r in here), lamp,
         ])  # fmt: skip
         text_row = np.zeros(self.length, np.int32)
-        text_row[: len(said)] = said
-        return Seen(text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible), words
+        text_row[: len(pieces)] = pieces
+        # NumPy arrays, since a transfer to the device for each field would slow the text engine down.
+        arrays: Any = (text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible)
+        return Seen(*arrays), words
 
 
 def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.Generator) -> Rollout:
-    """A rollout [G, M, T] in the text engine, all attempts side by side."""
+    """A rollout [G, M, T] in the text engine, all episodes in parallel."""
     groups, members = len(players), spec.members
     commands = len(vh.COMMANDS) + players[0].places + 3 * players[0].things
     worlds = [[Household(player.game) for _ in range(members)] for player in players]
@@ -275,43 +268,38 @@ def play_text(players: Sequence[TextPlayer], spec: Spec, score, rng: np.random.G
                 if world.done:
                     continue
                 mask[g, m], chosen = True, number[g, m]
-                answer = world.step(shown[g][m][1][chosen])
-                texts[g][m], won[g, m] = answer.text, answer.won
+                after = world.step(shown[g][m][1][chosen])
+                texts[g][m], won[g, m] = after.text, after.won
                 used[g, m, chosen] += 1
                 last[g, m] = chosen
         log_prob = np.take_along_axis(log_probs, number[..., None], -1)[..., 0]
-        rows.append(Rollout(seen, number, log_prob, mask, won))
+        row: Any = (seen, number, log_prob, mask, won)
+        rows.append(Rollout(*row))
     return jax.tree.map(lambda *x: jnp.stack(x, axis=2), *rows)
 
 
-# Scaling, in processes of their own: the number of virtual devices is settled when a process starts.
+# Scaling, in processes of their own: the number of virtual devices is fixed when a process starts.
 
 
 def time_scaling(console: Console) -> list[str]:
-    """Tables over virtual devices and over runs at once."""
-    lines = ["| virtual devices | runs at once | s for 10 iterations | run-iterations a second |", "|---|---|---|---|"]
+    """Time runs by number of virtual devices and of concurrent runs."""
+    lines = ["| virtual devices | concurrent runs | s for 10 iterations | run-iterations / s |", "|---|---|---|---|"]
     for devices, runs in ((1, 1), (1, 4), (1, 16), (1, 64), (2, 16), (4, 16), (8, 16)):
         command = [sys.executable, "-c", f"from experiments.bench_ablation import time_runs; time_runs({runs})"]
         flags = f"--xla_force_host_platform_device_count={devices}"
-        root = Path(__file__).resolve().parents[1]
-        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
-        )
-        if done.returncode:
-            raise UserError(f"scaling: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-        seconds = float(done.stdout.split()[-1])
+        environment = {**bench.with_project(), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        seconds = float(json.loads(bench.run_child("timing the scaling", command, environment=environment)))
         console.print(f"{devices} devices, {runs} runs: {seconds:.2f} s")
         lines.append(f"| {devices} | {runs} | {seconds:.2f} | {10 * runs / seconds:.0f} |")
     return [
-        "Scaling of ProxMO's run (ten iterations and two evaluations of as many attempts; compilation not counted):",
+        "Scaling of the ProxMO run (ten iterations and two evaluations of as many episodes, compilation excluded):",
         "",
         *lines,
     ]
 
 
 def time_runs(runs: int) -> None:
-    """Print the median seconds of ten iterations of so many runs, split over this process's devices."""
+    """Print the median seconds of ten iterations of `runs` concurrent runs, split over this process's devices."""
     from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()

@@ -1,26 +1,22 @@
-"""Time the household engines on the same games, what the worker pool adds to them, and the shop (`bench_shop`).
+"""Time the household engines on the same games, the overhead of the worker pool, and the shop (`bench_shop`).
 
-    proxmo bench env                                    # ours alone, on generated games
-    proxmo bench env --games DIR --python PY            # beside ALFWorld's own, which PY has, on genuine games
+    proxmo bench env                                    # our engine alone, on generated games
+    proxmo bench env --games DIR --python PY            # and ALFWorld's engine, from the packages of PY
 
-Every engine plays the same commands on the same games in a process of its own, and must say the same. The pool plays
-128 environments on `--workers` processes; what it adds is a turn's time less the environments' own, which is what the
-same steps take in as many processes that play at once and say nothing. The table is printed and appended to
-BENCHMARKS.md.
+Every engine plays the same commands on the same games in a process of its own; the transcripts must be identical. The
+pool plays 128 environments on `--workers` processes. Its overhead is the time of a turn minus that of the environments
+themselves: the same steps in as many concurrent processes that exchange no messages. The report is printed and appended
+to BENCHMARKS.md.
 """
 
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -30,16 +26,11 @@ from envs_bridge.household.engine import Household
 from envs_bridge.household.generate import generate_games
 from envs_bridge.household.verify import command_for
 from envs_bridge.pool import Pool
-from experiments import bench_shop
+from experiments import bench, bench_shop
 from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = {
-    "fast": "ours",
-    "textworld": "TextWorld, repeated work remembered",
-    "textworld-stock": "TextWorld as it is",
-}
+NAMES = {"fast": "proxmo-jax", "textworld": "TextWorld, memoised", "textworld-stock": "TextWorld, unmodified"}
 
 
 @dataclass(frozen=True)
@@ -49,20 +40,20 @@ class Config:
     games: Path | None = None
     """Folder with game.tw-pddl files, at any depth; default: large generated houses."""
     at_most: int = 8
-    """Games to play of it."""
+    """Number of its games to play."""
     steps: int = 30
-    """Commands in each game."""
+    """Commands per game."""
     python: Path | None = None
-    """Interpreter that has the packages alfworld and textworld; without it ours is timed alone."""
+    """Interpreter that has the packages alfworld and textworld; without it only our engine is timed."""
     environments: int = 128
     """Environments in the pool."""
     turns: int = 200
     workers: int = 2
     seed: int = 0
     shop_products: int = 1_000_000
-    """Products of the shop's catalogue that is searched in; 0: the shop is not timed."""
+    """Products of the shop's catalogue for the search; 0: the shop is not timed."""
     append: Path | None = Path("BENCHMARKS.md")
-    """File to append the table to."""
+    """File to append the report to."""
 
 
 def main(config: Config, console: Console | None = None) -> str:
@@ -70,9 +61,7 @@ def main(config: Config, console: Console | None = None) -> str:
     console = console or terminal()
     if config.shop_products < 0:
         raise UserError(f"--shop-products must be at least 0, got {config.shop_products}")
-    for name in ("at_most", "steps", "environments", "turns", "workers"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    bench.require_positive(config, ("at_most", "steps", "environments", "turns", "workers"))
     with tempfile.TemporaryDirectory() as folder:
         if config.games is None:
             games = generate_games(Path(folder), split="train", count=config.at_most, seed=config.seed, level="hard")
@@ -91,11 +80,7 @@ def main(config: Config, console: Console | None = None) -> str:
     if config.shop_products:
         options = bench_shop.Config(products=config.shop_products, append=None)
         text += "\n\n" + bench_shop.measure(options, console)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    if config.append is not None:
-        with config.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
-    return text
+    return bench.publish(text, config.append, console)
 
 
 def script(game: str, steps: int, seed: int) -> list[str]:
@@ -113,27 +98,16 @@ def script(game: str, steps: int, seed: int) -> list[str]:
 def time_engine(engine: str, episodes: list, config: Config) -> dict:
     """One engine in a process of its own."""
     python = str(config.python) if config.python and engine != "fast" else sys.executable
-    return ask_timing(python, {"engine": engine, "episodes": episodes, "further": 256 if engine == "fast" else 8})
+    return time_child(python, {"engine": engine, "episodes": episodes, "further": 256 if engine == "fast" else 8})
 
 
-def ask_timing(python: str, request: dict) -> dict:
-    """`experiments.engine_timing`'s answer. Raises UserError with what it said last."""
-    done = subprocess.run(
-        [python, "-m", "experiments.engine_timing"],
-        input=json.dumps(request),
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        cwd=ROOT,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"timing an engine failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def time_child(python: str, request: dict) -> dict:
+    """The result of `experiments.engine_timing` under an interpreter."""
+    return json.loads(bench.run_child("timing an engine", [python, "-m", "experiments.engine_timing"], request=request))
 
 
 def time_pool(games: list[str], config: Config) -> dict[str, float]:
-    """Median seconds of a turn of the pool, and of the same turn in as many processes that say nothing to anybody."""
+    """Median seconds of a turn of the pool, and of the same turn in as many processes without messages."""
     count, rng = config.environments, random.Random(config.seed)
     files = [games[i // 8 % len(games)] for i in range(count)]
     took, turns = [], []
@@ -144,10 +118,10 @@ def time_pool(games: list[str], config: Config) -> dict[str, float]:
         for _ in range(config.turns):
             turns.append([rng.choice(s.admissible) for s in seen])
             began = time.perf_counter()
-            answers = pool.step(list(enumerate(turns[-1])))
+            stepped = pool.step(list(enumerate(turns[-1])))
             took.append(time.perf_counter() - began)
-            seen = [answer or s for answer, s in zip(answers, seen, strict=True)]
-    # A game that is won says the same for ever, here and there.
+            seen = [new or old for new, old in zip(stepped, seen, strict=True)]
+    # A game that is won repeats its last observation, so both sides can go on after the end of an episode.
     shares = [[slot for slot in range(count) if slot // 8 % config.workers == w] for w in range(config.workers)]
     at = time.time() + 2.0  # by then all have loaded their games
     requests = [
@@ -155,23 +129,23 @@ def time_pool(games: list[str], config: Config) -> dict[str, float]:
         for slots in shares
     ]
     with ThreadPoolExecutor(len(shares)) as threads:
-        own = [answer["turn"] for answer in threads.map(partial(ask_timing, sys.executable), requests)]
+        own = [timing["turn"] for timing in threads.map(partial(time_child, sys.executable), requests)]
     return {"turn": statistics.median(took), "own": max(own)}
 
 
 def report(config: Config, games: int, timings: dict[str, dict], pool: dict[str, float]) -> str:
     """The measurements as Markdown."""
     options = f"{' --games DIR' if config.games else ''}{' --python PY' if config.python else ''}"
-    what = "genuine games" if config.games else "large generated houses"
+    what = "ALFWorld games" if config.games else "large generated houses"
     slowest = timings.get("textworld-stock")
     lines = [
-        f"## Environments, {date.today().isoformat()}: `proxmo bench env{options}`",
+        bench.heading("Environments", f"proxmo bench env{options}"),
         "",
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}; {games} {what}, the"
-        f" same {timings['fast']['steps']} commands in each engine, one process each; medians over games.",
+        f"{bench.host()}. {games} {what}, the same {timings['fast']['steps']} commands in each engine, one process per"
+        " engine; medians over games. Speed-ups are over unmodified TextWorld.",
         "",
-        "| engine | ms a step | steps / s | times stock | load and first reset ms | times stock | later reset ms |"
-        " times stock | MiB a further environment | says the same |",
+        "| engine | ms / step | steps / s | speed-up | load and first reset, ms | speed-up | later reset, ms |"
+        " speed-up | MiB per further environment | identical transcripts |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for engine, timing in timings.items():
@@ -187,13 +161,13 @@ def report(config: Config, games: int, timings: dict[str, dict], pool: dict[str,
         else:
             ratios = ["-"] * 3
         cells += [ratios[0], f"{1e3 * first:.2f}", ratios[1], f"{1e3 * again:.3f}", ratios[2], f"{timing['mib']:.3f}"]
-        cells.append("yes" if timing["said"] == timings["fast"]["said"] else "NO")
+        cells.append("yes" if timing["transcript"] == timings["fast"]["transcript"] else "NO")
         lines.append("| " + " | ".join(cells) + " |")
-    added = pool["turn"] - pool["own"]
+    overhead = pool["turn"] - pool["own"]
     lines += [
         "",
-        f"Pool: {config.environments} environments on {config.workers} workers, {1e3 * pool['turn']:.2f} ms a turn, of"
-        f" which {1e3 * pool['own']:.2f} ms are the environments' own; added: {1e3 * added:.2f} ms (medians of"
-        f" {config.turns} turns).",
+        f"Worker pool: a turn of {config.environments} environments on {config.workers} workers takes"
+        f" {1e3 * pool['turn']:.2f} ms, of which the environments themselves take {1e3 * pool['own']:.2f} ms. The"
+        f" overhead of the pool is {1e3 * overhead:.2f} ms (medians of {config.turns} turns).",
     ]
     return "\n".join(lines)

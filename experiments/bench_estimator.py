@@ -1,25 +1,21 @@
-"""Time the estimator on steps played in large generated houses, beside the official code where a checkout of it is.
+"""Time the estimator on steps played in large generated houses, and the official code if a checkout of it is given.
 
-    proxmo bench estimator                          # ours alone
-    proxmo bench estimator --official ~/ProxMO-RL   # side by side; that side needs torch and scikit-learn
+    proxmo bench estimator                          # our estimator alone
+    proxmo bench estimator --official ~/ProxMO-RL   # and the official code, which needs torch and scikit-learn
 
-`raw` is from Python lists of texts, ids and rewards to advantages in the same order, nothing counted before; `counts`
-from word counts that are on the device already, as a rollout leaves them. Everything is compiled before it is timed.
-The table is printed and appended to BENCHMARKS.md.
+`raw` starts from Python lists of texts, ids and rewards and returns advantages in the same order, with nothing counted
+in advance. `counts` starts from word counts on the device, as a rollout leaves them. Compilation is excluded. The
+report is printed and appended to BENCHMARKS.md.
 """
 
 import json
 import os
-import platform
 import random
-import statistics
-import subprocess
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,8 @@ from rich.console import Console
 from envs_bridge.household.engine import Household
 from envs_bridge.household.expert import Habits, demonstrate
 from envs_bridge.household.generate import generate_games
+from experiments import bench
+from experiments.timing import timed
 from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
@@ -49,15 +47,15 @@ class Config:
     official_python: Path = Path(sys.executable)
     """The interpreter to run it with; it needs torch and scikit-learn."""
     groups: tuple[int, ...] = (16, 24, 64, 96, 256)
-    """Numbers of groups of 8 attempts of at most 50 turns, each about 26."""
+    """Numbers of groups of 8 trajectories with at most 50 turns, 26 on average."""
     official_groups: int = 96
-    """The official code's time and memory grow with the square: it is timed up to this many groups."""
+    """Time and memory of the official code grow quadratically: it is timed up to this many groups."""
     million: bool = True
-    """Also do a million steps in a process of its own, and note its peak memory."""
+    """Also estimate a million steps in a process of its own and report its peak memory."""
     seed: int = 0
     repeat: int = 9
     append: Path | None = Path("BENCHMARKS.md")
-    """File to append the table to."""
+    """File to append the report to."""
 
 
 def main(config: Config, console: Console | None = None) -> str:
@@ -78,15 +76,22 @@ def main(config: Config, console: Console | None = None) -> str:
         rows.append(row)
         console.print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     text = report(config, rows, kernel_memory(), million_steps() if config.million else None)
-    console.print(text, highlight=False, markup=False)
-    if config.append is not None:
-        with config.append.open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
-    return text
+    return bench.publish(text, config.append, console)
 
 
 def play(groups: int, seed: int, console: Console, members: int = 8, turns: int = 50) -> dict[str, Any]:
-    """Steps of `groups` x `members` attempts at large houses, by a demonstrator that searches and errs."""
+    """Play episodes in large houses with a demonstrator that searches and makes mistakes.
+
+    Args:
+        groups: number of houses.
+        seed: of the houses and the demonstrator.
+        console: where the progress is shown.
+        members: trajectories per group.
+        turns: at most so many per trajectory.
+
+    Returns:
+        The columns of a file of steps, group after group: lists or arrays of one entry per step.
+    """
     steps: dict[str, list] = {
         name: [] for name in ("texts", "group", "trajectory", "step", "reward", "success", "action_valid")
     }
@@ -111,33 +116,23 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
 
 
 def first_groups(steps: dict[str, Any], groups: int) -> dict[str, Any]:
-    """The steps of the first `groups` groups; they lie group after group."""
+    """The steps of the first groups; steps are ordered by group."""
     end = np.searchsorted(steps["group"], f"task-{groups:06d}")
     return {name: values[:end] for name, values in steps.items()}
 
 
 def all_distinct(steps: dict[str, Any]) -> dict[str, Any]:
-    """The same steps with two more words in every text that no other has together: nothing is counted once for many.
+    """The same steps with every text made distinct by a pair of added words.
 
-    Pairs of few words, so that the vocabulary is not cut, where the official code's choice among ties is not ours.
+    There are few added words, so that the vocabulary is not truncated: the official code breaks ties there in another
+    way.
     """
     side = int(len(steps["texts"]) ** 0.5) + 1
     return {**steps, "texts": [f"{text} mark{i // side} spot{i % side}" for i, text in enumerate(steps["texts"])]}
 
 
-def seconds(run: Callable[[], Any], repeat: int) -> float:
-    """Median time of `run`, after one run that does not count."""
-    run()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def time_ours(steps: dict[str, Any], repeat: int) -> dict[str, Any]:
-    """Seconds from raw texts and from counts on the device."""
+    """Sizes of a batch, and seconds from raw texts and from counts on the device."""
     settings = proxmo()
     batch, _ = Group.from_steps(**steps)
     batch = jax.device_put(batch)
@@ -146,30 +141,29 @@ def time_ours(steps: dict[str, Any], repeat: int) -> dict[str, Any]:
         "groups": batch.reward.shape[0],
         "steps": len(steps["texts"]),
         "texts": len(set(steps["texts"])),
-        "raw": seconds(lambda: steps_advantages(steps, settings), repeat),
-        "counts": seconds(lambda: jax.block_until_ready(run(batch, settings)), repeat),
+        "raw": timed(lambda: steps_advantages(steps, settings), repeat)["seconds"],
+        "counts": timed(lambda: run(batch, settings), repeat)["seconds"],
     }
 
 
 def time_official(config: Config, steps: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the official code on the same steps, and how far its answers are from ours (by its own rules)."""
+    """Seconds of the official code on the same steps, and its maximum difference from ours under its own rules."""
     assert config.official is not None
     ours = steps_advantages(steps, official())["advantage"]
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "steps.npz", Path(folder) / "answer.npz"
+        source, target = Path(folder) / "steps.npz", Path(folder) / "result.npz"
         np.savez(source, **{**steps, "texts": np.array(steps["texts"])})
         command = [str(config.official_python), str(OFFICIAL), str(config.official), str(source), str(target)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"--official: the official code failed under {config.official_python}: {last}")
-        answer = np.load(target)
-        return {"official": float(answer["seconds"]), "difference": float(np.abs(answer["advantage"] - ours).max())}
+        bench.run_child(f"--official: timing the official code under {config.official_python}", command,
+                        environment=environment)  # fmt: skip
+        with np.load(target) as theirs:
+            difference = float(np.abs(theirs["advantage"] - ours).max())
+            return {"official": float(theirs["seconds"]), "difference": difference}
 
 
 def kernel_memory() -> dict[str, dict[int, int]]:
-    """Bytes of temporaries of the compiled program for one group of 8 x T turns of distinct texts, by kernel."""
+    """Temporary memory in bytes of the compiled program, by kernel and turns; one group, all texts distinct."""
     memory: dict[str, dict[int, int]] = {"dense": {}, "blockwise": {}}
     for kernel, sizes in memory.items():
         for turns in (50, 100, 200, 400, 800):
@@ -185,54 +179,43 @@ def kernel_memory() -> dict[str, dict[int, int]]:
     return memory
 
 
-MILLION = """
-import json, resource, sys, time
-import numpy as np
-from rich.console import Console
-from experiments.bench_estimator import play
-from proxmo_jax.estimator.estimator import proxmo
-from proxmo_jax.estimator.steps_file import steps_advantages
-steps = play(128, 1, Console(stderr=True))
-copies = -(-1_000_000 // len(steps["texts"]))
-count = len(steps["texts"])
-_, group = np.unique(steps["group"], return_inverse=True)
-_, trajectory = np.unique(steps["trajectory"], return_inverse=True)
-many = {name: np.tile(steps[name], copies) for name in ("step", "reward", "success", "action_valid")}
-many["texts"] = steps["texts"] * copies
-many["group"] = np.concatenate([group + i * (group.max() + 1) for i in range(copies)])
-many["trajectory"] = np.concatenate([trajectory + i * (trajectory.max() + 1) for i in range(copies)])
-began = time.perf_counter()
-answer = steps_advantages(many, proxmo(), chunk=64)
-took = time.perf_counter() - began
-assert np.isfinite(answer["advantage"]).all()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"steps": count * copies, "seconds": took, "gigabytes": peak}))
-"""
-
-
 def million_steps() -> dict[str, float]:
-    """A million steps from raw texts, compilation included, in a process of its own; its time and peak memory."""
-    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        raise UserError(f"the run over a million steps failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """`print_million_steps` in a process of its own, whose peak memory is that of this work alone."""
+    command = [sys.executable, "-c", "from experiments.bench_estimator import print_million_steps as f; f()"]
+    return json.loads(bench.run_child("the run over a million steps", command))
+
+
+def print_million_steps() -> None:
+    """Print seconds for a million steps from raw texts, compilation included, and this process's peak memory."""
+    steps = play(128, 1, Console(stderr=True))
+    count = len(steps["texts"])
+    copies = -(-1_000_000 // count)
+    many = {name: np.tile(steps[name], copies) for name in ("step", "reward", "success", "action_valid")}
+    many["texts"] = steps["texts"] * copies
+    for name in ("group", "trajectory"):
+        _, number = np.unique(steps[name], return_inverse=True)
+        many[name] = np.concatenate([number + i * (number.max() + 1) for i in range(copies)])
+    began = time.perf_counter()
+    estimated = steps_advantages(many, proxmo(), chunk=64)
+    took = time.perf_counter() - began
+    assert np.isfinite(estimated["advantage"]).all()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"steps": count * copies, "seconds": took, "gigabytes": peak}))
 
 
 def report(config: Config, rows: list[dict], memory: dict[str, dict[int, int]], million: dict | None) -> str:
     """The measurements as Markdown."""
-    device = jax.devices()[0]
     command = "proxmo bench estimator" + (" --official CHECKOUT" if config.official else "")
     lines = [
-        f"## Estimator, {date.today().isoformat()}: `{command}`",
+        bench.heading("Estimator", command),
         "",
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.device_count()} x {device.device_kind}; Python"
-        f" {platform.python_version()}, jax {jax.__version__}, numpy {np.__version__}. Median of {config.repeat} runs;"
-        " attempts of at most 50 turns at large generated houses, 8 a group. `raw`: from Python lists of texts to"
-        " advantages in the same order, nothing counted before. `counts`: from word counts on the device. The last row:"
-        " every text made distinct, the worst case.",
+        f"{bench.host_and_devices()}. Medians of {config.repeat} runs, compilation excluded. Groups of 8 trajectories"
+        " with at most 50 turns in large generated houses. `raw` starts from Python lists of texts and returns"
+        " advantages in the same order, with nothing counted in advance. `counts` starts from word counts on the"
+        " device. In the last row every text is made distinct, the worst case.",
         "",
-        "| groups | steps | distinct texts | raw ms | counts ms | us / step raw | official ms | raw times faster |"
-        " counts times faster | largest difference (its rules) |",
+        "| groups | steps | distinct texts | raw, ms | counts, ms | raw, us / step | official, ms | speed-up, raw |"
+        " speed-up, counts | max. abs. difference (official rules) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -244,7 +227,11 @@ def report(config: Config, rows: list[dict], memory: dict[str, dict[int, int]], 
         else:
             cells += ["-"] * 4
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "Temporaries of the compiled program, one group of 8 attempts, every text distinct:", ""]
+    lines += [
+        "",
+        "Temporary memory of the compiled program for one group of 8 trajectories, every text distinct:",
+        "",
+    ]
     turns = list(memory["dense"])
     lines += ["| kernel | " + " | ".join(f"{t} turns" for t in turns) + " |", "|---" * (len(turns) + 1) + "|"]
     lines += [
@@ -255,6 +242,6 @@ def report(config: Config, rows: list[dict], memory: dict[str, dict[int, int]], 
         lines += [
             "",
             f"{million['steps']:,} steps from raw texts, 64 groups at a time, compilation included:"
-            f" {million['seconds']:.1f} s, the whole process at most {million['gigabytes']:.1f} GiB.",
+            f" {million['seconds']:.1f} s; peak memory of the whole process {million['gigabytes']:.1f} GiB.",
         ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Compare finished runs: a Markdown table of held-out success and times, and a figure.
+"""Compare finished runs: print a Markdown table of held-out success and times, and draw a figure.
 
 python -m experiments.compare runs/proxmo-0 runs/gigpo-0 ... --figure compare.png
 """
@@ -11,11 +11,16 @@ import tyro
 
 from proxmo_jax.agent.report import learning_curve, read_metrics, wilson
 
+HEADER = (
+    "| method | seed | success after warm start | success after training | 95% interval | iterations | s / iteration |"
+    " estimator share of the time |"
+)
+
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = None) -> None:
-    """Print one row a run; draw the curves of each method, averaged over its seeds at equal iterations."""
-    print("| method | seed | warm start | after | 95% interval | iterations | s / iteration | estimator share |")
-    print("|---|---|---|---|---|---|---|---|")
+    """Print one row per run; draw the learning curve of each method, averaged over its seeds."""
+    print(HEADER)
+    print("|---" * 8 + "|")
     by_method: dict[str, list[list[dict]]] = {}
     for run in runs:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -41,8 +46,8 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = Non
 
 
 def _average(runs: list[list[dict]]) -> list[dict]:
-    """Rows of several runs averaged where all have the iteration; counts of games add up."""
-    answer = []
+    """Mean of the rows of several runs at iterations that all of them have; numbers of games are added up."""
+    averaged = []
     for parts in zip(*runs, strict=False):
         row = {"iteration": parts[0]["iteration"]}
         for key in ("train/success_rate", "eval/success_rate"):
@@ -50,8 +55,8 @@ def _average(runs: list[list[dict]]) -> list[dict]:
                 row[key] = float(np.mean([part[key] for part in parts]))
         if "eval/success_rate" in row:
             row["eval/games"] = sum(part["eval/games"] for part in parts)
-        answer.append(row)
-    return answer
+        averaged.append(row)
+    return averaged
 
 
 if __name__ == "__main__":

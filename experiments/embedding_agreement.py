@@ -1,11 +1,11 @@
-"""How well TF-IDF of token ids, made on the device alone, stands in for TF-IDF of words.
+"""Agreement of TF-IDF over token ids, computed on the device only, with TF-IDF over words.
 
-    python -m experiments.embedding_agreement                                # household observations, played here
-    python -m experiments.embedding_agreement --shop-traces traces.json      # and recorded WebShop episodes
+    python -m experiments.embedding_agreement                                # household observations, generated here
+    python -m experiments.embedding_agreement --shop-traces traces.json      # and those of recorded WebShop episodes
 
-Tokens are byte-level BPE, as language models have them, trained on the texts (at most 2,000). Both embeddings are
-compared on the distinct observations of each group (a household game; all shop episodes of one mode): Spearman's rank
-correlation of the similarities of all pairs, and how many of an observation's five nearest the two have in common.
+Tokens are byte-level BPE, as in language models, trained on the texts (at most 2,000). Both embeddings are compared on
+the distinct observations of each group (a household game, or all shop episodes of one mode): Spearman's rank
+correlation of the similarities of all pairs, and the overlap of the five nearest neighbours of each observation.
 """
 
 import json
@@ -31,14 +31,14 @@ class Config:
     """What to compare."""
 
     groups: int = 32
-    """Household games, 8 attempts each."""
+    """Household games, 8 episodes each."""
     shop_traces: Path | None = None
     """Recorded episodes: a JSON list of {mode, initial: {observation}, steps: [{observation}]}."""
     seed: int = 0
 
 
 def main(config: Config) -> None:
-    """Print the table as Markdown."""
+    """Print the result as a Markdown table."""
     steps = play(config.groups, config.seed, Console(stderr=True))
     worlds = {"household": (steps["texts"], steps["group"].tolist())}
     if config.shop_traces is not None:
@@ -75,11 +75,13 @@ def agreement(texts: Sequence[str], group: Sequence) -> tuple[int, int, float, f
 
 
 def word_vectors(texts: Sequence[str]) -> np.ndarray:
+    """TF-IDF unit vectors over words, [texts, words]."""
     words = Vocabulary().counts(texts)
     return np.asarray(tfidf(words, jnp.ones(len(texts), bool))[0])
 
 
 def token_vectors(texts: Sequence[str]) -> np.ndarray:
+    """TF-IDF unit vectors over BPE tokens, [texts, tokens]."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=2000, show_progress=False)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
@@ -92,13 +94,13 @@ def token_vectors(texts: Sequence[str]) -> np.ndarray:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks of the values, rounded to six digits; equal ones share their mean rank."""
+    """Ranks of the values, rounded to six digits; ties get their mean rank."""
     _, which, count = np.unique(values.round(6), return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[which]
 
 
 def nearest_in_common(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean share of each row's five nearest others under `a` that are among its five nearest under `b`."""
+    """Mean overlap of the five nearest neighbours of each row under the similarities `a` and `b`."""
     nearest = [np.argsort(-(x - 9 * np.eye(len(x))).round(6), axis=1, kind="stable")[:, :NEAREST] for x in (a, b)]
     return float(np.mean([len(set(x) & set(y)) / NEAREST for x, y in zip(*nearest, strict=True)]))
 

@@ -1,10 +1,10 @@
-"""Time one household engine in this process; `bench_env` starts one such process per engine. Knows no JAX.
+"""Time one household engine in this process; `bench_env` starts one such process per engine. Imports no JAX.
 
-Read from stdin: {"engine": ..., "episodes": [[game file, [command, ...]], ...], "further": N}. Written to stdout, as
-one JSON line: seconds of the first load and reset and of a later reset, by game; seconds and number of steps; MiB that
-each of N further environments takes; a digest of everything that was said. Or read {"games": [game file, ...], "turns":
-[[a command for each game], ...], "at": unix time}, to play side by side with our engine from that time on, and written:
-median seconds of a turn.
+Standard input: {"engine": ..., "episodes": [[game file, [command, ...]], ...], "further": N}. Standard output, one JSON
+line: seconds of the first load and reset and of a later reset, by game; seconds and number of steps; MiB per further
+environment, over N of them; a hash of the transcripts. Or input {"games": [game file, ...], "turns": [[a command for
+each game], ...], "at": unix time}: many environments of our engine, stepped together from that time on; output: median
+seconds of a turn.
 """
 
 import gc
@@ -21,14 +21,14 @@ from envs_bridge.worker import ENGINES
 
 def main() -> None:
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # libraries print to standard output
     request = json.load(sys.stdin)
-    answer = side_by_side(request) if "turns" in request else one_by_one(request)
-    print(json.dumps(answer), file=pipe, flush=True)
+    result = side_by_side(request) if "turns" in request else one_by_one(request)
+    print(json.dumps(result), file=pipe, flush=True)
 
 
 def side_by_side(request: dict) -> dict:
-    """Many environments, all stepped in every turn, begun at a given time so that several processes play at once."""
+    """Step all environments in every turn; the start time lets several processes play concurrently."""
     worlds = [ENGINES["fast"](game) for game in request["games"]]
     for world in worlds:
         world.reset()
@@ -43,10 +43,10 @@ def side_by_side(request: dict) -> dict:
 
 
 def one_by_one(request: dict) -> dict:
-    """One episode after the other."""
+    """Play one episode after the other."""
     load = ENGINES[request["engine"]]
     first, again, steps, count = [], [], 0.0, 0
-    said = hashlib.sha256()
+    transcript = hashlib.sha256()
     for game, commands in request["episodes"]:
         began = time.perf_counter()
         world = load(game)
@@ -55,13 +55,13 @@ def one_by_one(request: dict) -> dict:
         seen = world.reset()
         first.append(loaded - began)
         again.append(time.perf_counter() - loaded)
-        heard = [seen]
+        observations = [seen]
         began = time.perf_counter()
         for command in commands:
-            heard.append(world.step(command))
+            observations.append(world.step(command))
         steps += time.perf_counter() - began
         count += len(commands)
-        said.update(repr([(s.text, s.admissible, s.won) for s in heard]).encode())
+        transcript.update(repr([(s.text, s.admissible, s.won) for s in observations]).encode())
     games = [game for game, _ in request["episodes"]]
     gc.collect()
     before = resident()
@@ -71,11 +71,11 @@ def one_by_one(request: dict) -> dict:
     gc.collect()
     further = (resident() - before) / max(len(worlds), 1)
     times = {"first": first, "again": again, "seconds": steps, "steps": count}
-    return {**times, "mib": further, "said": said.hexdigest()}
+    return {**times, "mib": further, "transcript": transcript.hexdigest()}
 
 
 def resident() -> float:
-    """MiB of memory this process holds."""
+    """Resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

@@ -1,8 +1,8 @@
-"""Time the official estimator on a file of steps: `python official_timing.py CHECKOUT STEPS.npz ANSWER.npz`.
+"""Time the official estimator on a file of steps: `python official_timing.py CHECKOUT STEPS.npz RESULT.npz`.
 
-Run by `proxmo bench estimator --official CHECKOUT` in an interpreter that has torch and scikit-learn; needs nothing of
-this project. The checkout's module is imported as it is; where its framework is not installed, a stand-in gives it the
-one name it imports from there.
+`proxmo bench estimator --official CHECKOUT` runs it in an interpreter that has torch and scikit-learn; it imports
+nothing of this project. The checkout's module is imported unmodified. If its framework is not installed, a stub
+provides the one name that the module imports from it.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ INVALID_PENALTY, ALPHA, MODULATION_RANGE = 0.1, 4.0, 0.05
 def load(checkout: str):
     """The checkout's module `proxmo/core_proxmo.py`."""
     if importlib.util.find_spec("verl") is None:
-        stand_in = types.ModuleType("verl")
-        stand_in.DataProto = types.SimpleNamespace  # type: ignore[attr-defined]
-        sys.modules["verl"] = stand_in
+        stub = types.ModuleType("verl")
+        stub.DataProto = types.SimpleNamespace  # type: ignore[attr-defined]
+        sys.modules["verl"] = stub
     spec = importlib.util.spec_from_file_location("core_proxmo", Path(checkout) / "proxmo" / "core_proxmo.py")
     assert spec is not None
     assert spec.loader is not None
@@ -51,7 +51,7 @@ def estimate(module, steps: dict[str, np.ndarray]) -> np.ndarray:
     score = module.compute_step_discounted_returns(batch, 0.95) - penalty
     episode = torch.tensor(steps["episode_return"]) - penalty
     beta = MODULATION_RANGE / (1 / (1 + math.exp(-1)) - 0.5)
-    answer, _ = module.compute_proxmo_outcome_advantage(
+    joint, _ = module.compute_proxmo_outcome_advantage(
         token_level_rewards=episode[:, None].float(),
         step_rewards=score.float(),
         response_mask=mask,
@@ -63,17 +63,17 @@ def estimate(module, steps: dict[str, np.ndarray]) -> np.ndarray:
         psc_alpha=ALPHA,
         psc_beta=beta,
     )
-    return answer[:, 0].numpy()
+    return joint[:, 0].numpy()
 
 
 REPEAT = 3
 
 
 def main(checkout: str, source: str, target: str) -> None:
-    """Write the answer and the median time of `REPEAT` runs, one before them not counted."""
+    """Write the advantages and the median seconds of `REPEAT` runs after a first one."""
     module = load(checkout)
     with np.load(source) as data:
-        # Ids and texts come as arrays of Python objects, as its trainer holds them.
+        # Ids and texts are arrays of Python objects, as in its trainer.
         steps = {name: v.astype(object) if v.dtype.kind == "U" else v for name, v in data.items()}
     _, which = np.unique(steps["trajectory"].astype(str), return_inverse=True)
     steps["episode_return"] = np.bincount(which, steps["reward"])[which]
@@ -81,9 +81,9 @@ def main(checkout: str, source: str, target: str) -> None:
     for _ in range(REPEAT + 1):
         with contextlib.redirect_stdout(io.StringIO()):
             began = time.perf_counter()
-            answer = estimate(module, steps)
+            advantage = estimate(module, steps)
             times.append(time.perf_counter() - began)
-    np.savez(target, advantage=answer, seconds=statistics.median(times[1:]))
+    np.savez(target, advantage=advantage, seconds=statistics.median(times[1:]))
 
 
 if __name__ == "__main__":

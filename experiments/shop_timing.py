@@ -1,10 +1,9 @@
-"""Time the shop engine in this process; `bench_shop` starts such processes. Knows no JAX.
+"""Time the shop engine in this process; `bench_shop` starts such processes. Imports no JAX.
 
-Read from stdin: {"folder": prepared catalogue, "episodes": [[goal number, [action, ...]], ...], "queries": [...],
-"environments": N, "seconds": S}. Written to stdout, as one JSON line: steps a second over the episodes, played again
-and again for S seconds, and the same with nothing remembered between sessions; milliseconds of each query; MiB of this
-process's own memory before and after N environments were opened and had searched, and MiB that are mapped from the
-catalogue's files, which processes share.
+Standard input: {"folder": prepared catalogue, "episodes": [[goal number, [action, ...]], ...], "queries": [...],
+"environments": N, "seconds": S}. Standard output, one JSON line: steps per second over the episodes, repeated for S
+seconds, with memoised searches and without; milliseconds of each query; MiB of private memory before and after N
+environments were opened and had searched, and MiB mapped from the catalogue's files, which processes share.
 """
 
 import json
@@ -22,20 +21,20 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     catalogue = Catalogue(Path(request["folder"]))
-    answer: dict = {"queries": [milliseconds(catalogue, query) for query in request["queries"]]}
+    result: dict = {"queries": [milliseconds(catalogue, query) for query in request["queries"]]}
     before = memory()["own"]
     worlds = [Shopping(catalogue, catalogue.goal(i % catalogue.goal_count)) for i in range(request["environments"])]
     for world in worlds:
         world.reset()
         world.step(f"search[{world.task}]")
-    answer["memory"] = {"before": before, **memory()}
+    result["memory"] = {"before": before, **memory()}
     for name, forget in (("steps_per_second", False), ("steps_per_second_anew", True)):
-        answer[name] = steps_per_second(catalogue, request["episodes"], request["seconds"], forget)
-    print(json.dumps(answer), file=pipe, flush=True)
+        result[name] = steps_per_second(catalogue, request["episodes"], request["seconds"], forget)
+    print(json.dumps(result), file=pipe, flush=True)
 
 
 def milliseconds(catalogue: Catalogue, query: str) -> float:
-    """A search that is not remembered, the second time over: its postings are in the host's memory by then."""
+    """Milliseconds of a search that is not memoised; a first search brings its postings into the page cache."""
     catalogue._results(query)
     began = time.perf_counter()
     catalogue._results(query)
@@ -43,8 +42,11 @@ def milliseconds(catalogue: Catalogue, query: str) -> float:
 
 
 def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float, forget: bool) -> float:
-    """New sessions of the same episodes. What was searched for and looked at is remembered between them, as in a run
-    whose groups are attempts at one goal, or forgotten before each session."""
+    """Steps per second over new sessions of the same episodes.
+
+    Searches and products are memoised between sessions, as in a run whose groups share a goal; with `forget` the caches
+    are cleared before each session.
+    """
     count, began = 0, time.perf_counter()
     while episodes and time.perf_counter() - began < seconds:
         for number, actions in episodes:
@@ -60,7 +62,7 @@ def steps_per_second(catalogue: Catalogue, episodes: list, seconds: float, forge
 
 
 def memory() -> dict[str, float]:
-    """MiB of this process's own, and of files that are mapped."""
+    """MiB of private memory and of mapped files."""
     found = {"own": 0.0, "mapped": 0.0}
     for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Timing a call; also run by `tunix_timing` in an environment that has nothing of ours."""
+"""Time a call. `tunix_timing` imports this file in an environment without this project."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import jax
 
 
 def timed(function: Callable, repeat: int) -> dict[str, float]:
-    """Seconds of the first call, with its compilation, and median seconds of `repeat` later ones."""
+    """Seconds of the first call, compilation included, and median seconds of `repeat` later calls."""
     took = []
     for _ in range(repeat + 1):
         began = time.perf_counter()

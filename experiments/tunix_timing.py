@@ -1,7 +1,7 @@
 """Time google-tunix's Qwen2, sampler and GRPO loss; `bench_policy` runs this file in an environment that has it.
 
-Read from stdin: the request of `bench_policy`. Written to stdout, as one JSON line: seconds of the first call and
-median seconds of the later ones, for decoding and for a train step, and how many tokens were decoded.
+Standard input: the request of `bench_policy`. Standard output, one JSON line: seconds of the first call and median
+seconds of the later ones, for decoding and for a training step, and the number of decoded tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ def main() -> None:
     import jax.numpy as jnp
     import optax
     from flax import nnx
-    from timing import timed  # beside this file, where a script looks first
+    from timing import timed  # the script's own folder is first on the path
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.qwen2.model import ModelConfig, Qwen2
     from tunix.rl.algo_core import grpo_loss_fn
@@ -32,7 +32,7 @@ def main() -> None:
     )  # fmt: skip
     model = Qwen2(config, rngs=nnx.Rngs(0))
 
-    prompts, answers = request["prompts"], request["answers"]
+    prompts, responses = request["prompts"], request["responses"]
     decode = request["decode"]
     texts = {str(i): ids for i, ids in enumerate(decode["prompts"])}
     tokenizer = SimpleNamespace(
@@ -49,19 +49,20 @@ def main() -> None:
         produced.append(sum(len(tokens) for tokens in out.tokens))
         return out.tokens
 
-    answer = {"decode": timed(generate, request["repeat"])}
-    answer["decode"]["tokens"] = produced[-1]
+    timings = {"decode": timed(generate, request["repeat"])}
+    timings["decode"]["tokens"] = produced[-1]
 
-    longest = max(map(len, prompts)), max(map(len, answers))
+    longest = max(map(len, prompts)), max(map(len, responses))
 
     def padded(rows, size, left):
         return jnp.array([[0] * (size - len(r)) + r if left else r + [0] * (size - len(r)) for r in rows], jnp.int32)
 
-    prompt_ids, answer_ids = padded(prompts, longest[0], True), padded(answers, longest[1], False)
+    prompt_ids, response_ids = padded(prompts, longest[0], True), padded(responses, longest[1], False)
     example = TrainExample(
-        prompt_ids=prompt_ids, prompt_mask=prompt_ids != 0, completion_ids=answer_ids, completion_mask=answer_ids != 0,
-        advantages=jnp.array(request["advantages"], jnp.float32), ref_per_token_logps=jnp.full(answer_ids.shape, -5.0),
-        old_per_token_logps=jnp.full(answer_ids.shape, -5.0),
+        prompt_ids=prompt_ids, prompt_mask=prompt_ids != 0,
+        completion_ids=response_ids, completion_mask=response_ids != 0,
+        advantages=jnp.array(request["advantages"], jnp.float32),
+        ref_per_token_logps=jnp.full(response_ids.shape, -5.0), old_per_token_logps=jnp.full(response_ids.shape, -5.0),
     )  # fmt: skip
     settings = SimpleNamespace(
         beta=0.01, epsilon=0.2, epsilon_high=0.2, epsilon_c=3.0, loss_algo="grpo", loss_agg_mode="token-mean",
@@ -78,8 +79,8 @@ def main() -> None:
         optimizer.update(model, gradient)
         return value
 
-    answer["train"] = timed(lambda: step(model, optimizer, example), request["repeat"])
-    print(json.dumps(answer), file=pipe, flush=True)
+    timings["train"] = timed(lambda: step(model, optimizer, example), request["repeat"])
+    print(json.dumps(timings), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ def official() -> Path:
 
 
 @pytest.fixture(scope="session")
-def genuine_games() -> list[Path]:
+def upstream_games() -> list[Path]:
     """Game files of the public ALFWorld data set, in the current wording; they are not part of this repository."""
     games = sorted(ALFWORLD.glob("current/json_2.1.1/*/*/*/game.tw-pddl"))
     if not games:
-        pytest.skip("the genuine ALFWorld games are not beside this checkout")
+        pytest.skip("ALFWorld's games are not beside this checkout")
     return games
 
 

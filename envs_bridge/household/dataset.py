@@ -1,4 +1,4 @@
-"""The games of an ALFWorld data folder: which there are, which are left out, and in which wording they play.
+"""The games of an ALFWorld data folder: which are playable, which are excluded, and their wording.
 
 The folder is what `alfworld-download` fills (`$ALFWORLD_DATA`): `json_2.1.1/SPLIT/TASK.../trial.../game.tw-pddl`.
 """
@@ -21,11 +21,11 @@ UNREADABLE = "unreadable"
 
 @dataclass
 class Survey:
-    """What a data folder holds.
+    """The content of a data folder.
 
-    games: game files by split, sorted. wordings: how many play in which wording. foreign: one sentence for each game
-    that our engine leaves to ALFWorld's own. left_out: how many were left out, by reason. unreadable: one sentence for
-    each file that is no game.
+    games: game files by split, sorted. wordings: number of games by wording. foreign: one sentence for each game that
+    only ALFWorld's engine can play. left_out: number of excluded games by reason. unreadable: one sentence for each
+    file that is not a valid game.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Survey:
         return "\n".join(lines)
 
     def reasons(self) -> list[str]:
-        """How many games were left out, and why."""
+        """How many games were excluded, and why."""
         first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
         return [
             f"{count} {reason}{first if reason == UNREADABLE else ''}"
@@ -56,7 +56,7 @@ class Survey:
 
 
 def data_folder(data: Path | None) -> Path:
-    """The folder named, or `$ALFWORLD_DATA`. Raises UserError if it holds no split."""
+    """The given folder, or `$ALFWORLD_DATA`. Raises UserError if it has no split."""
     if data is None and not os.environ.get("ALFWORLD_DATA"):
         raise UserError("--data: name ALFWorld's data folder, or set $ALFWORLD_DATA (alfworld-download fills it)")
     folder = Path(data or os.environ["ALFWORLD_DATA"])
@@ -73,10 +73,18 @@ def survey(
     task_types: Sequence[str] = TASK_TYPES,
     on_game: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Read every game file of the splits, as ALFWorld's own loader would choose them.
+    """Read every game file of the splits and select games by the rules of ALFWorld's loader.
 
-    Left out are games with movable receptacles or sliced things, of other task types, not solvable, or unreadable.
-    `on_game(count)` is told of the progress. Raises UserError for a folder without games.
+    Games with movable receptacles or sliced objects, of other task types, unsolvable or unreadable are excluded.
+
+    Args:
+        data: the folder; None: `$ALFWORLD_DATA`.
+        splits: folders of games to read.
+        task_types: the task types to keep.
+        on_game: called with the number of files read so far.
+
+    Raises:
+        UserError: the folder has no playable game.
     """
     found = Survey(data_folder(data))
     count = 0
@@ -98,10 +106,10 @@ def survey(
 
 
 def _why_left_out(path: Path, task_types: Sequence[str], found: Survey) -> str:
-    """A reason, or nothing and the game's wording noted."""
+    """The reason for excluding a game; empty if it is kept, and then its wording is counted."""
     name = str(path.relative_to(found.folder))
     if "movable" in name or "Sliced" in name:
-        return "with movable receptacles or sliced things (ALFWorld leaves them out, too)"
+        return "with movable receptacles or sliced objects (ALFWorld excludes them, too)"
     if path.parts[-3].partition("-")[0] not in task_types:
         return "of other task types"
     try:

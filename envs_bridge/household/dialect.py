@@ -1,8 +1,8 @@
-"""Which generation of ALFWorld's domain and grammar a game file carries, and whether our engine plays it.
+"""The version of ALFWorld's domain and grammar in a game file, and whether our engine implements it.
 
-Game files carry the rules (`pddl_domain`) and the texts (`grammar`) they are played by. Our engine knows those that
-ALFWorld's releases up to 0.4.2 wrote, and our generator's; it recognises them by hashes, white space and comments
-aside, rather than trusting that a file which looks alike plays alike.
+Game files contain the rules (`pddl_domain`) and the texts (`grammar`) of the game. Our engine implements those of
+ALFWorld's releases up to 0.4.2 and of our generator. It recognises them by hashes that ignore white space and comments,
+since files that look alike may play differently.
 """
 
 import functools
@@ -20,7 +20,7 @@ SINKS = {
     "da18d44ab1bc": ("sinkbasintype",),  # 0.4.0 to 0.4.2
     "f375f3e42423": ("sinkbasintype",),  # household.pddl
 }
-# What is said on putting things down, by grammar: "move X to Y" since December 2024, "put X in/on Y" before.
+# The wording for putting objects down, by grammar: "move X to Y" since December 2024, "put X in/on Y" before.
 WORDINGS = {
     "2d3167f12452": "put",  # up to 0.3.5
     "160460f60286": "move",  # 0.4.0 to 0.4.2
@@ -35,12 +35,12 @@ class GameFileError(UserError):
 
 
 class ForeignGame(GameFileError):
-    """A game file whose domain, grammar or goal our engine does not implement; ALFWorld's own may."""
+    """A game file whose domain, grammar or goal our engine does not implement; ALFWorld's engine may."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """wording: "move" or "put"; sinks: types of receptacle that clean; task and help as the grammar has them."""
+    """wording: "move" or "put". sinks: receptacle types that clean. task, help_text: as in the grammar."""
 
     wording: str
     sinks: tuple[str, ...]
@@ -61,7 +61,7 @@ def read_dialect(domain: str, grammar: str) -> Dialect:
     if wording is None:
         raise ForeignGame(f"its grammar (hash {grammar_hash(general)}) is not one our engine implements")
     helped = HELP.search(grammar)
-    # A block of the grammar reaches TextWorld's JSON reader as it stands, so its escapes are JSON's.
+    # TextWorld passes a block of the grammar to a JSON reader unchanged, so its escapes are those of JSON.
     # The engine's grammar reader drops white space before a text.
     task, help_text = json.loads(found.group(1)).strip(), json.loads(helped.group(1)).lstrip() if helped else ""
     return Dialect(wording, sinks, task, help_text)
@@ -69,13 +69,13 @@ def read_dialect(domain: str, grammar: str) -> Dialect:
 
 @functools.lru_cache(maxsize=16)
 def domain_hash(domain: str) -> str:
-    """Of a PDDL domain, without comments, upper case and white space."""
+    """The hash of a PDDL domain, without comments, case and white space."""
     return _hash(re.sub(r";[^\n]*", "", domain).lower())
 
 
 @functools.lru_cache(maxsize=16)
 def grammar_hash(grammar: str) -> str:
-    """Of a grammar, its task taken out, without white space."""
+    """The hash of a grammar without its task and white space."""
     return _hash(grammar)
 
 

@@ -1,8 +1,8 @@
-"""A household played from an ALFWorld game file, in plain Python: same commands, texts and win rule.
+"""A household engine in plain Python for ALFWorld game files: the same commands, texts and win condition.
 
-The rules are those of ALFWorld's PDDL domain and grammar (alfworld 0.4.2 on textworld 1.7), read off the files
-and checked in lockstep; none of its code is used. Whatever is not an admissible command answers "Nothing
-happens." and costs a turn.
+The rules are those of ALFWorld's PDDL domain and grammar (alfworld 0.4.2 on textworld 1.7), taken from the files and
+verified in lockstep; none of its code is used. A command that is not admissible gets "Nothing happens." and costs a
+turn.
 """
 
 from envs_bridge.household.game import Game, load_game
@@ -22,7 +22,7 @@ def listing(names: list[str], article: bool = True) -> str:
 
 
 class Household:
-    """One running game; the Environment of `envs_bridge.turn`. Cheap: a few lists beside the shared `Game`."""
+    """One running game; an Environment of `envs_bridge.turn`. Its own state is a few lists; `Game` is shared."""
 
     def __init__(self, game: Game):
         self.game = game
@@ -42,7 +42,7 @@ class Household:
         self.inside = [list(places) for places in game.inside]
         self.object_location = list(game.object_location)
         self.flags = [set(flags) for flags in game.flags]
-        self.taken_from: list[set[int]] = [set() for _ in game.objects]  # as the engine's `not_inreceptacle` facts
+        self.taken_from: list[set[int]] = [set() for _ in game.objects]  # the engine's `not_inreceptacle` facts
         self.done = False
         self.text = f"{BANNER}\n\n{self._intro()}\n\n{self.dialect.task}"
         self.commands = self._commands()
@@ -80,7 +80,7 @@ class Household:
                 return True
         return False
 
-    # What can be done now: command -> (rule, arguments). The keys are the admissible commands.
+    # Admissible commands: command -> (rule, arguments).
 
     def _commands(self) -> dict[str, tuple]:
         game, held = self.game, self.holding
@@ -105,7 +105,7 @@ class Household:
             if held >= 0:
                 self._held_commands(commands, held, r, reachable)
         if held >= 0:
-            # Only what is in hand: the domain means to allow what lies in reach too, but the engine does not.
+            # Only the object in hand: the domain intends to allow objects in reach, too, but the engine does not.
             thing = game.objects[held]
             commands[f"examine {thing}"] = (self._examine, held)
             if game.object_type[held] in KNIVES:
@@ -134,7 +134,7 @@ class Household:
     def _in(self, r: int) -> list[int]:
         return [o for o, places in enumerate(self.inside) if r in places]
 
-    # What is said.
+    # Texts.
 
     def _intro(self) -> str:
         if self.location in self.game.receptacle_location:
@@ -152,7 +152,7 @@ class Household:
         here = [r for r, where in enumerate(self.game.receptacle_location) if where == self.location]
         if not here:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
-        # As in the engine: an object counts as beside the furniture once it was taken out of it, and lies near.
+        # As in the engine: an object is next to the furniture if it was taken out of it and lies at its location.
         beside = [
             self.game.objects[o]
             for o, where in enumerate(self.object_location)
@@ -180,7 +180,7 @@ class Household:
             return f"This is a hot and clean {sliced}{name}."
         if "clean" in flags and "cool" in flags:
             return f"This is a cool and clean {sliced}{name}."
-        if sliced:  # the grammar asks for 'sliced' rules before the single states, in this order
+        if sliced:  # the grammar checks 'sliced' rules before single states, in this order
             for state, word in (("clean", "clean "), ("hot", "hot "), ("cool", "cool ")):
                 if state in flags:
                     return f"This is a {word}sliced {name}."
@@ -193,7 +193,7 @@ class Household:
             return f"This is a sliced {name}."
         return f"There's nothing special about {name}."
 
-    # What is done.
+    # Actions.
 
     def _go(self, r: int) -> str:
         self.location = self.game.receptacle_location[r]

@@ -1,7 +1,7 @@
-"""An expert that sees the whole house: the next command of a shortest plan, from any state.
+"""An expert that knows the whole house and gives the next command of a plan from any state.
 
-It writes the walkthroughs of generated games and the demonstrations of the warm start, where it also has to
-recover from its own mistakes.
+It provides the walkthroughs of generated games and the demonstrations of the warm start, where it also recovers from
+deliberate mistakes.
 """
 
 import random
@@ -18,7 +18,7 @@ VERBS = {"clean": "clean", "hot": "heat", "cool": "cool"}
 
 
 def next_command(world: Household) -> str:
-    """The next command towards the goal. Raises ValueError if this house does not allow it."""
+    """The next command towards the goal. Raises ValueError if the expert cannot solve this house."""
     game, goal, held = world.game, world.game.goal, world.holding
     targets = [
         o
@@ -105,12 +105,11 @@ def _put(world: Household, o: int, r: int) -> str:
 
 @dataclass(frozen=True)
 class Habits:
-    """How far a demonstrator falls short of the expert; both 0 is the walkthrough.
+    """How a demonstrator differs from the expert; with both rates 0 it follows the walkthrough.
 
-    search_rate   how little it knows of where things are: at 1 it looks in places at random until it sees what it
-                  wants, never twice in the same; at 0 it always knows
-    mistake_rate  how often a turn is wasted on a command that does nothing, such as examining a thing out of reach;
-                  never twice in a row, so that demonstrations show that a failure is not to be repeated
+    search_rate: 0: it knows where objects are; 1: it searches places at random until it sees what it needs, each place
+    at most once. mistake_rate: probability of a turn with a command that has no effect, such as examining an object out
+    of reach; never twice in a row, so that demonstrations do not repeat a failed command.
     """
 
     search_rate: float = 0.0
@@ -120,9 +119,9 @@ class Habits:
 def demonstrate(
     world: Household, rng: random.Random, habits: Habits | None = None, *, max_turns: int = 50
 ) -> list[tuple[Observation, str]]:
-    """Play one episode: (what was seen, what was done) per turn.
+    """Play one episode and return (observation, command) per turn.
 
-    The expert goes on from wherever a bad habit led, so demonstrations also show how to recover.
+    The expert continues from any state, so demonstrations also show how to recover from mistakes.
     """
     habits = habits or Habits()
     game, seen = world.game, world.reset()
@@ -132,7 +131,7 @@ def demonstrate(
         here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
         looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
         if rng.random() < habits.mistake_rate and seen.text != NOTHING:
-            command = rng.choice(_fidgets(world) or list(seen.admissible))
+            command = rng.choice(_useless(world) or list(seen.admissible))
         else:
             command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)
         turns.append((seen, command))
@@ -143,7 +142,7 @@ def demonstrate(
 
 
 def replay(world: Household, commands: Sequence[str]) -> list[tuple[Observation, str]]:
-    """Play given commands from the start: (what was seen, what was done) per turn."""
+    """Play given commands from the start and return (observation, command) per turn."""
     seen = world.reset()
     turns = []
     for command in commands:
@@ -155,9 +154,10 @@ def replay(world: Household, commands: Sequence[str]) -> list[tuple[Observation,
 def episodes(
     games: Sequence[str], *, seed: int, habits: Habits, max_turns: int
 ) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
-    """(task, turns) of a demonstrated episode in each game file.
+    """Yield (task, turns) of a demonstrated episode per game file.
 
-    Where the demonstrator is at a loss the stored walkthrough stands in; games our engine does not play are left out.
+    If the expert cannot solve a house, the stored walkthrough is replayed. Games that our engine cannot play are
+    skipped.
     """
     for i, game in enumerate(games):
         try:
@@ -166,13 +166,13 @@ def episodes(
             continue
         try:
             turns = demonstrate(world, random.Random(f"{seed}/{i}"), habits, max_turns=max_turns)
-        except ValueError:  # a house the expert does not understand
+        except ValueError:  # a house that the expert cannot solve
             turns = replay(world, world.game.walkthrough)
         yield world.task, turns
 
 
 def _search(world: Household, looked_in: set[int], rng: random.Random, rate: float) -> str:
-    """Look in a place that was not looked in yet, if what is wanted was not seen yet; else nothing."""
+    """A command that searches an unseen place while the needed object is not found; else an empty string."""
     command = next_command(world)
     game = world.game
     wanted = {game.goal.object_type, game.goal.lamp_type}
@@ -181,7 +181,7 @@ def _search(world: Household, looked_in: set[int], rng: random.Random, rate: flo
     if not any(command == f"go to {game.receptacles[r]}" and r in unknown for r in places):
         return ""
     here = [r for r in unknown if game.receptacle_location[r] == world.location]
-    if here:  # walked to and found shut
+    if here:  # reached, but closed
         return f"open {game.receptacles[here[0]]}"
     others = [r for r in unknown if r not in places]
     if rng.random() < rate * len(others) / len(unknown) and others:
@@ -189,8 +189,8 @@ def _search(world: Household, looked_in: set[int], rng: random.Random, rate: flo
     return ""
 
 
-def _fidgets(world: Household) -> list[str]:
-    """Commands about the wanted thing or the place that do nothing here and now."""
+def _useless(world: Household) -> list[str]:
+    """Commands about the goal's object or this place that have no effect now."""
     game = world.game
     here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
     wanted = [

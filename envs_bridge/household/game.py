@@ -1,4 +1,4 @@
-"""Reading ALFWorld game files (`game.tw-pddl`) into plain tables, and the errors a bad file deserves.
+"""Read ALFWorld game files (`game.tw-pddl`) into plain tables, with clear errors for invalid files.
 
 A game file is JSON with `pddl_domain`, `grammar`, `pddl_problem` and perhaps `walkthrough`. The file's text is
 parsed, never evaluated. Names and their order follow ALFWorld: an entity `Mug_bar__plus_01...` is the n-th mug,
@@ -22,7 +22,7 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 
-# PDDL predicates on one object, lower-cased, and what the engine calls them.
+# PDDL predicates on one object, lower-cased, and the engine's names of them.
 OBJECT_FLAGS = {
     "pickupable": "pickupable",
     "isreceptacleobject": "container",
@@ -56,12 +56,12 @@ class Goal:
 
 @dataclass(frozen=True)
 class Game:
-    """A household before the first turn. Objects, receptacles and locations are indices into sorted tables.
+    """A household before the first turn. Objects, receptacles and locations are indices of sorted tables.
 
-    start, held: the agent's location, and what it has in hand (or -1).
+    start, held: the agent's location, and the object in hand or -1.
     object_location, inside: initial location of each object (or -1) and the receptacles it lies in.
     contents: for each object that holds others, the names of those others.
-    can_contain: pairs of a receptacle type and an object type it takes.
+    can_contain: pairs of a receptacle type and an object type that fits in it.
     """
 
     path: str
@@ -92,7 +92,7 @@ def load_game(path: str) -> Game:
 
 
 def read_game_file(path: str) -> dict:
-    """A game file's JSON with its three texts checked to be there. Raises GameFileError."""
+    """The JSON of a game file, checked for its three texts. Raises GameFileError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,8 +113,16 @@ def read_game_file(path: str) -> dict:
 
 
 def build_game(data: dict, path: str = "game") -> Game:
-    """The game of a file's JSON. Raises GameFileError naming `path` and the fault; ForeignGame if it is sound, but its
-    rules or texts are not those our engine implements."""
+    """Build a game from the JSON of its file.
+
+    Args:
+        data: the JSON.
+        path: named in errors.
+
+    Raises:
+        GameFileError: the file is invalid.
+        ForeignGame: the file is valid, but our engine does not implement its rules or texts.
+    """
     try:
         dialect = read_dialect(data["pddl_domain"], data["grammar"])
         return _build(path, dialect, _sections(data["pddl_problem"]), tuple(data.get("walkthrough") or ()))

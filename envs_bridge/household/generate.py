@@ -1,8 +1,8 @@
-"""Writing solvable household games in ALFWorld's own file format, from a seed.
+"""Generate solvable household games in ALFWorld's file format from a seed.
 
-A scene (room, furniture) belongs to training or to `valid_unseen`; `valid_seen` plays new games in training
-scenes. Game `index` of a split depends on (seed, split, level, index) alone. Every game is won once by its stored
-walkthrough before it is written.
+A scene (room, furniture) belongs to training or to `valid_unseen`; `valid_seen` has new games in training scenes. Game
+`index` of a split depends on (seed, split, level, index) only. Before a game is written, its walkthrough is played and
+must win.
 """
 
 import json
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Level:
-    """How large a house is: receptacles, objects, and how many copies of the wanted object there are."""
+    """Ranges of the size of a house: receptacles, objects, and copies of the goal's object."""
 
     receptacles: tuple[int, int]
     objects: tuple[int, int]
@@ -48,10 +48,21 @@ def generate_games(
     level: str = "easy",
     on_game: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write `count` games, the six task types in turn, under `folder/split`; returns the game files.
+    """Write games of the six task types in turn.
 
-    `on_game(count)` is told of the progress.
-    Raises UserError for an unknown split or level, or a count below 1.
+    Args:
+        folder: where the folder of the split is created.
+        split: train, valid_seen or valid_unseen.
+        count: number of games.
+        seed: of scenes and games.
+        level: easy, medium or hard.
+        on_game: called with the number of games written so far.
+
+    Returns:
+        The game files.
+
+    Raises:
+        UserError: an unknown split or level, or a count below 1.
     """
     if split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
@@ -74,7 +85,7 @@ def generate_games(
 
 
 def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> tuple[str, dict, dict]:
-    """(folder name, game file, traj_data) of one game. Houses that do not fit the task are drawn again."""
+    """(folder name, game file, traj_data) of one game. Houses that do not fit the task are redrawn."""
     rng = random.Random(f"{seed}/{split}/{level}/{index}")
     while True:
         scene = rng.choice(SCENES[split])
@@ -113,7 +124,7 @@ def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> 
 
 
 def _furnish(room: str, scene: int, seed: int, level: Level) -> list[str]:
-    """The receptacle types of a scene, which are the same in every game set there."""
+    """The receptacle types of a scene, the same in all of its games."""
     rng = random.Random(f"{seed}/{room}/{scene}/{level}")
     always, more = lexicon.ROOMS[room]
     house, left = list(always), dict(more)
@@ -147,7 +158,7 @@ def _draw_task(rng: random.Random, task_type: str, room: str, house: list[str], 
     def places(thing: str) -> list[int]:
         return [i for i, kind in enumerate(house) if thing in lexicon.HOLDS[kind]]
 
-    # The wanted object never lies at its destination already, so every game needs its walkthrough.
+    # No goal object starts at its destination, so every game needs its walkthrough.
     starts = [i for i in places(target) if house[i] != destination]
     lamps = places("DeskLamp")
     if not starts or (lamp and not lamps):

@@ -1,9 +1,9 @@
-"""What stands in a house and what fits where: facts of the AI2-THOR world that ALFWorld's games are made of.
+"""Furniture of rooms and what it can contain: facts of AI2-THOR, which ALFWorld's games are based on.
 
 Names are AI2-THOR's object types. A subset of its tables: enough types for varied games, every entry true there.
 """
 
-# Receptacle types of each kind of room: those that always stand there, then those that may, with their most.
+# Receptacle types of each kind of room: those that are always there, then optional ones with their maximum.
 ROOMS = {
     "kitchen": (
         ("Fridge", "Microwave", "SinkBasin", "CounterTop"),
@@ -115,7 +115,7 @@ ABILITIES = {
 }
 FIXED = {"DeskLamp"}  # cannot be picked up
 
-# Task type: rooms it is set in, what the object must be able to, and ALFWorld's two ways of saying it.
+# Task type: its rooms, the required ability of the object, and ALFWorld's two phrasings.
 TASKS = {
     "pick_and_place_simple": (
         ("kitchen", "livingroom", "bedroom", "bathroom"), None,

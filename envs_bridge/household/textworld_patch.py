@@ -1,9 +1,9 @@
-"""ALFWorld's own engine with its repeated work remembered: the same transcripts, many times faster.
+"""TextWorld with memoisation: ALFWorld's engine with the same transcripts, many times faster.
 
-TextWorld parses every text template and every condition of a game's grammar anew at each use, translates the game's
-PDDL twice at each reset (the second time for a planner that playing does not need), and copies its tables of names
-deeply for each symbol it expands. `install` replaces those places, in this process, by memoised or shallow ones. It is
-guarded: it changes nothing unless the code to be replaced is, line for line, that of textworld 1.7.0.
+TextWorld parses every text template and every condition of a game's grammar at each use, translates the game's PDDL
+twice at each reset (the second time for a planner that is not used here), and deep-copies its tables of names for each
+symbol it expands. `install` replaces these functions in this process by memoised ones or shallow copies. It changes
+nothing unless the source of the replaced code is exactly that of textworld 1.7.0.
 """
 
 import functools
@@ -12,15 +12,19 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-# Of the functions replaced and those that rely on them, in textworld 1.7.0.
+# The hash of the replaced functions and of those that rely on them, in textworld 1.7.0.
 KNOWN_SOURCE = "ce21007ac6572331"
 _installed: str | None = None
 
 
 def install() -> str:
-    """Make TextWorld's PDDL engine faster in this process; what was done, as a sentence. Twice is once.
+    """Memoise TextWorld's PDDL engine in this process; further calls do nothing.
 
-    Raises ImportError without textworld.
+    Returns:
+        What was done, as a sentence.
+
+    Raises:
+        ImportError: textworld is not installed.
     """
     global _installed
     if _installed is None:
@@ -29,30 +33,31 @@ def install() -> str:
         found = source_hash(logic, pddl, textgen)
         if found == KNOWN_SOURCE:
             _replace(logic, pddl, textgen)
-            _installed = "TextWorld with its repeated work remembered"
+            _installed = "TextWorld with memoisation"
         else:
-            _installed = f"TextWorld as it is: its source (hash {found}) is not the one known to be safe to speed up"
+            _installed = f"TextWorld, unmodified: its source (hash {found}) is not the known one"
     return _installed
 
 
 def source_hash(logic, pddl, textgen) -> str:
-    """Of everything in TextWorld that the replacements rely on."""
+    """The hash of everything in TextWorld that the replacements rely on."""
     parts = [logic.PddlState, logic.GameLogic, logic._parse_and_convert, logic._ModelConverter, pddl.PddlEnv, textgen]
     source = "".join(inspect.getsource(part) for part in parts)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _replace(logic, pddl, textgen) -> None:
+    """Replace functions of TextWorld's modules by memoised ones."""
     parse_symbols, parse_rule = textgen._parse_and_convert, textgen.Rule.parse_conjunctive_query
     parsed_symbols = functools.lru_cache(maxsize=4096)(lambda text: parse_symbols(text, rule_name="symbols"))
 
     def symbols(text, rule_name="symbols", **_):
-        """Fresh symbols each time: expanding them writes into them."""
+        """Copies of the parsed symbols, since expanding a symbol writes into it."""
         assert rule_name == "symbols"
         return [_clone(symbol, textgen) for symbol in parsed_symbols(text)]
 
     textgen._parse_and_convert = symbols
-    # Rules are only read once they are parsed.
+    # Parsed rules are only read, so they can be shared.
     textgen.Rule = SimpleNamespace(parse_conjunctive_query=functools.lru_cache(maxsize=4096)(parse_rule))
     textgen.deepcopy = lambda found: _copied(found, textgen)
 
@@ -64,7 +69,7 @@ def _replace(logic, pddl, textgen) -> None:
     translated = functools.lru_cache(maxsize=64)(lambda domain, problem: translate(domain, problem, verbose=False))
 
     def pddl2sas(domain, problem, verbose=False, optimize=False):
-        """What playing needs; the optimised translation is for the planner alone, which never runs here."""
+        """The translation for playing. The optimised one is for the planner only, which never runs here."""
         return (None, "") if optimize else translated(domain, problem)
 
     names = {name: getattr(logic.fast_downward, name) for name in dir(logic.fast_downward) if name[:2] != "__"}
@@ -74,7 +79,7 @@ def _replace(logic, pddl, textgen) -> None:
 
 
 class _WithoutPlanner:
-    """The planner's library, except that no problem is ever given to the planner."""
+    """The planner's library without loading problems into the planner."""
 
     def __init__(self, library: Any):
         self._library = library
@@ -88,7 +93,7 @@ class _WithoutPlanner:
 
 
 def _clone(symbol, textgen):
-    """A symbol that can be given a context of its own; the symbols inside it, too."""
+    """A copy of a symbol and of the symbols in it, each of which can get a context of its own."""
     copy = symbol.__class__.__new__(symbol.__class__)
     copy.__dict__.update(symbol.__dict__)
     for name in ("symbol", "expression"):
@@ -99,7 +104,7 @@ def _clone(symbol, textgen):
 
 
 def _copied(found, textgen):
-    """In place of a deep copy: of symbols what is written to, of tables of names the table alone."""
+    """Replaces a deep copy: copies of symbols, and shallow copies of tables of names."""
     if isinstance(found, textgen.Symbol):
         return _clone(found, textgen)
     if isinstance(found, list):

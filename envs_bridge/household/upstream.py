@@ -1,23 +1,31 @@
-"""ALFWorld's own engine behind the bridge's protocol, its texts unchanged; needs the extra `alfworld`.
+"""ALFWorld's engine behind the bridge's protocol, with unchanged texts; needs the extra `alfworld`.
 
-It runs in a worker process of its own (`Pool(engine="textworld")`), under whatever interpreter has the packages: two of
-their dependencies are GPL, and one of them changes the process it runs in.
+It runs in a worker process (`Pool(engine="textworld")`) under an interpreter that has the packages: two of their
+dependencies are GPL, and one of them changes the process it runs in.
 """
 
 import sys
 from typing import Any
 
 from envs_bridge.errors import UserError
-from envs_bridge.household import textworld_patch as speed
+from envs_bridge.household import textworld_patch
 from envs_bridge.household.game import read_game_file
 from envs_bridge.turn import Observation
 
 
-class GenuineHousehold:
-    """One game in TextWorld with ALFWorld's names for things; the Environment of `envs_bridge.turn`."""
+class UpstreamHousehold:
+    """One game in TextWorld with ALFWorld's names of objects; an Environment of `envs_bridge.turn`."""
 
     def __init__(self, data: dict, *, stock: bool = False):
-        """data: a game file's JSON. `stock`: TextWorld as it is, without `speed`. Raises UserError without it."""
+        """Load a game.
+
+        Args:
+            data: the JSON of a game file.
+            stock: use unmodified TextWorld, without `textworld_patch`.
+
+        Raises:
+            UserError: alfworld or textworld is not installed.
+        """
         try:
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from textworld import EnvInfos
@@ -28,18 +36,19 @@ class GenuineHousehold:
                 " install them with: pip install 'proxmo-jax[alfworld]'"
             ) from error
         if not stock:
-            speed.install()
+            textworld_patch.install()
         self._game: Any = AlfredDemangler(PddlEnv(EnvInfos(won=True, admissible_commands=True)))
         self._game.load(data)
         self.task = ""
 
     @classmethod
-    def load(cls, path: str) -> "GenuineHousehold":
+    def load(cls, path: str) -> "UpstreamHousehold":
+        """The game of a file, with memoisation."""
         return cls(read_game_file(path))
 
     @classmethod
-    def load_stock(cls, path: str) -> "GenuineHousehold":
-        """Slow, for comparison: never in a process that has loaded one the other way."""
+    def load_stock(cls, path: str) -> "UpstreamHousehold":
+        """The game of a file in unmodified TextWorld, for comparison. Do not mix with `load` in one process."""
         return cls(read_game_file(path), stock=True)
 
     def reset(self) -> Observation:

@@ -1,4 +1,4 @@
-"""Play the same commands in two engines and find the first turn at which they differ."""
+"""Play the same commands in two engines and find the first turn in which they differ."""
 
 import contextlib
 import random
@@ -11,12 +11,12 @@ from envs_bridge.household.game import GameFileError, load_game
 from envs_bridge.turn import Observation
 
 SHOWN = 12  # last turns of a transcript in a report
-NOTHING_SAID = Observation("", ())
+NO_OBSERVATION = Observation("", ())
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where the engines part: the game, the commands so far, and what each said."""
+    """The first difference of two engines: the game, the commands so far, and both observations."""
 
     game: str
     commands: list[str]
@@ -38,8 +38,11 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What came of playing two engines side by side: episodes and steps compared, the first difference if there is one,
-    and one sentence for each episode that the other engine could not start."""
+    """The result of a lockstep comparison.
+
+    episodes, steps: how many were compared. difference: the first one, if any. unplayed: games that the other engine
+    could not start.
+    """
 
     episodes: int = 0
     steps: int = 0
@@ -60,12 +63,20 @@ def lockstep(
     max_steps: int = 40,
     on_episode: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Play `episodes` episodes, the games in turn, in our engine and in the other, up to the first difference.
+    """Play episodes in our engine and in another, up to the first difference.
 
-    `reset(game)` and `step(command)` drive the other engine; an answer of None means that it failed. Every third
-    episode follows the expert to the win, every third takes it for half of its commands, the rest are random; now and
-    then a command is nonsense. Text, admissible commands, reward, end and win are compared after every step, the task
-    at the start.
+    A third of the episodes follow the expert to the win, a third follow it in half of their turns, and the rest are
+    random; some commands are nonsense. The task is compared at the start; text, admissible commands, reward, end and
+    win after every step.
+
+    Args:
+        games: game files, played in turn.
+        reset: starts a game in the other engine: (observation, task), or None if it failed.
+        step: plays a command in the other engine; None if it failed.
+        episodes: how many to play.
+        seed: of the random commands.
+        max_steps: at most so many commands per episode.
+        on_episode: called with the number of finished episodes.
     """
     found = Comparison()
     for episode in range(episodes):
@@ -88,7 +99,7 @@ def _compare(
     game: str, started: tuple[Observation, str], step: Callable[[str], Observation | None], found: Comparison,
     rng: random.Random, guided: float, max_steps: int,
 ) -> None:  # fmt: skip
-    """One episode; steps and the first difference are noted in `found`."""
+    """Play one episode; add its steps and a difference to `found`."""
     world = Household.load(game)
     ours, (theirs, task) = world.reset(), started
     if task != world.task:
@@ -96,14 +107,14 @@ def _compare(
     commands: list[str] = []
     while ours == theirs and not ours.done and len(commands) < max_steps:
         commands.append(command_for(world, ours, rng, guided))
-        ours, theirs = world.step(commands[-1]), step(commands[-1]) or NOTHING_SAID
+        ours, theirs = world.step(commands[-1]), step(commands[-1]) or NO_OBSERVATION
         found.steps += 1
     if ours != theirs:
         found.difference = Difference(game, commands, ours, theirs)
 
 
 def playable(games: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(games that our engine plays, one sentence for each that it does not)."""
+    """(games that our engine plays, one sentence for each other game)."""
     ours, others = [], []
     for game in games:
         try:
@@ -115,9 +126,9 @@ def playable(games: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def command_for(world: Household, seen: Observation, rng: random.Random, guided: float) -> str:
-    """The expert's next command with probability `guided`, else a random one, and now and then nonsense."""
+    """The expert's next command with probability `guided`, else a random one, sometimes nonsense."""
     if rng.random() < guided:
-        with contextlib.suppress(ValueError):  # a house the expert does not understand
+        with contextlib.suppress(ValueError):  # a house that the expert cannot solve
             return next_command(world)
     if rng.random() < 0.03:
         return rng.choice(["", "take nothing from nowhere", "go to", f" {rng.choice(seen.admissible)} ", "LOOK", "!?"])

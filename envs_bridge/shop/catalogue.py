@@ -1,9 +1,9 @@
-"""WebShop's own data files, read once and laid out so that many processes share them.
+"""WebShop's data files, converted once to files that many processes share.
 
-A folder holds `items_shuffle*.json` (products), `items_ins_v2*.json` (attributes and synthetic instructions),
-`items_human_ins.json` (human instructions) and, if it is there, `reviews.json`. `prepare` reads them, a product at a
-time, and leaves a folder of lines and arrays; `Catalogue` maps those into memory, so that what a host's processes read
-lies there once. Rules of the fields, prices and goals: WebShop's `engine.py` and `goal.py`.
+A folder has `items_shuffle*.json` (products), `items_ins_v2*.json` (attributes and synthetic instructions),
+`items_human_ins.json` (human instructions) and optionally `reviews.json`. `prepare` streams them into a folder of JSON
+lines and arrays; `Catalogue` memory-maps those, so that the processes of a host share one copy. The rules for fields,
+prices and goals are those of WebShop's `engine.py` and `goal.py`.
 """
 
 import functools
@@ -27,21 +27,21 @@ from envs_bridge.shop.search import Lucene, build_index, mapped
 from envs_bridge.text import escapes_halves, load_json, whole_characters
 
 VERSION = 2
-SEED = 233  # of WebShop's shuffling of the goals; ours of the prices and limits, too, which WebShop leaves to chance
+SEED = 233  # of the order of the goals, as in WebShop; also of prices and limits, which WebShop draws at random
 SPLITS = ("train", "valid", "test")
-# WebShop's own ranges of its goals' order, test first; a tenth each where there are fewer than twice as many goals.
+# Sizes of WebShop's ranges in the order of the goals, test first; a tenth each if there are too few goals.
 TEST, VALID = 500, 1000
 GOALS = ("human", "synthetic")
 NO_PRICE, NO_LIMIT = 100.0, 1_000_000
-ASKED = ("asin", "title", "category", "query", "product_category", "options")  # what goals are made of
+ASKED = ("asin", "title", "category", "query", "product_category", "options")  # fields that goals need
 
 
 class CatalogueError(UserError):
-    """A data file that cannot be used: names the file, the product where there is one, and what is wrong."""
+    """An invalid data file; the message names the file, the product if there is one, and the fault."""
 
 
 def read_array(path: Path, size: int = 1 << 22) -> Iterator[dict]:
-    """The objects of a JSON array, one at a time. Raises CatalogueError for what is not one, or is cut off."""
+    """Stream the objects of a JSON array. Raises CatalogueError for other or truncated content."""
     decoder, buffer, at, number = json.JSONDecoder(), "", 0, 0
     try:
         file = path.open(encoding="utf-8")
@@ -72,6 +72,7 @@ def read_array(path: Path, size: int = 1 << 22) -> Iterator[dict]:
 
 
 def _text(file: TextIO, size: int, path: Path) -> str:
+    """The next characters of a file. Raises CatalogueError if they are not UTF-8."""
     try:
         return file.read(size)
     except UnicodeDecodeError as error:
@@ -79,7 +80,7 @@ def _text(file: TextIO, size: int, path: Path) -> str:
 
 
 def read_object(path: Path) -> dict:
-    """A JSON object by ASIN. Raises CatalogueError."""
+    """Read a JSON object by ASIN. Raises CatalogueError."""
     try:
         found = load_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,7 +93,7 @@ def read_object(path: Path) -> dict:
 
 
 def product_file(data: Path) -> Path:
-    """The products' file of a folder, or the file itself: the full one rather than the first thousand."""
+    """The products file of a folder (the full one if there are several), or the file itself."""
     if data.is_file():
         return data
     found = sorted(data.glob("items_shuffle*.json"), key=lambda path: len(path.name))
@@ -102,7 +103,17 @@ def product_file(data: Path) -> Path:
 
 
 def clean(raw: dict, known: dict, reviews: dict, where: str) -> dict[str, Any]:
-    """A product as the shop shows it. `known`: its entry in the attributes' file. Raises CatalogueError."""
+    """Convert a raw product to the fields that the shop shows.
+
+    Args:
+        raw: its entry in the products file.
+        known: its entry in the attributes file.
+        reviews: of `read_reviews`.
+        where: named in errors.
+
+    Raises:
+        CatalogueError: a field is invalid.
+    """
     asin = raw["asin"]
 
     def text(name: str) -> str:
@@ -113,7 +124,7 @@ def clean(raw: dict, known: dict, reviews: dict, where: str) -> dict[str, Any]:
 
     bullets = raw.get("small_description")
     tag, prices = _prices(raw.get("pricing"), f"{where}: product {asin}")
-    rating, said = reviews.get(asin, ("N.A.", []))
+    rating, written = reviews.get(asin, ("N.A.", []))
     return {
         "asin": asin,
         "title": text("name"),
@@ -127,12 +138,12 @@ def clean(raw: dict, known: dict, reviews: dict, where: str) -> dict[str, Any]:
         "query": text("query").lower().strip(),
         "product_category": text("product_category"),
         "rating": rating,
-        "reviews": said,
+        "reviews": written,
     }
 
 
 def _prices(pricing: Any, where: str) -> tuple[str, list[float]]:
-    """(what the page says, one price or the ends of a range); 100 dollars where there is none."""
+    """(text on the page, one price or the ends of a range); 100 dollars without a price."""
     if not pricing:
         return f"${NO_PRICE}", [NO_PRICE]
     try:
@@ -159,7 +170,7 @@ def _options(found: Any, where: str) -> dict[str, list[str]]:
 
 
 def read_reviews(path: Path) -> dict[str, tuple[str, list]]:
-    """(rating, [title, score, body]) by ASIN; nothing where there is no such file."""
+    """(rating, [title, score, body]) by ASIN; empty without a file."""
     if not path.is_file():
         return {}
     try:
@@ -175,7 +186,7 @@ def read_reviews(path: Path) -> dict[str, tuple[str, list]]:
 
 
 def read_products(data: Path) -> Iterator[tuple[dict[str, Any], dict]]:
-    """(product, its entry in the attributes' file), in the order of the file, each ASIN once. Raises CatalogueError."""
+    """Yield (product, its entry in the attributes file) in file order, each ASIN once. Raises CatalogueError."""
     path = product_file(data)
     known = read_object(path.with_name(path.name.replace("items_shuffle", "items_ins_v2")))
     reviews, seen = read_reviews(path.with_name("reviews.json")), set()
@@ -193,14 +204,14 @@ def read_products(data: Path) -> Iterator[tuple[dict[str, Any], dict]]:
 
 
 def indexed_text(product: dict[str, Any]) -> str:
-    """What is searched of a product (WebShop's `convert_product_file_format.py`)."""
+    """The indexed text of a product (WebShop's `convert_product_file_format.py`)."""
     options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
     first = product["bullets"][0] if product["bullets"] else ""
     return " ".join([product["title"], product["description"], first, options]).lower()
 
 
 def limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """(the most it may cost, how the instruction says so): the larger of two of the next four tens above the price."""
+    """(price limit, its words in the instruction): the larger of two of the next four tens above the price."""
     above = [10.0 * i for i in range(1, 100) if 10.0 * i > price][:4]
     if len(above) < 2:
         return NO_LIMIT, ""
@@ -209,29 +220,29 @@ def limit(price: float, rng: random.Random) -> tuple[float, str]:
 
 
 def human_goals(product: dict, price: float, instructions: list[dict], rng: random.Random, where: str) -> list[dict]:
-    """Goals that people wrote for a product."""
+    """The goals that people wrote for a product. Raises CatalogueError, with `where`, for invalid instructions."""
     goals = []
     for entry in instructions:
         try:
-            said, attributes, options = (
+            text, attributes, options = (
                 entry[name] for name in ("instruction", "instruction_attributes", "instruction_options")
             )
-            said = said.strip(".")
+            text = text.strip(".")
         except (KeyError, TypeError, AttributeError) as error:
             raise CatalogueError(
                 f"{where}: product {product['asin']}: need instruction, instruction_attributes and"
                 f" instruction_options, got {entry!r:.80}"
             ) from error
         if attributes:
-            upper, text = limit(price, rng)
-            goals.append(goal_of(product, said + text, attributes, upper, options) | {"weight": 1})
+            upper, price_text = limit(price, rng)
+            goals.append(goal_of(product, text + price_text, attributes, upper, options) | {"weight": 1})
     return goals
 
 
 def synthetic_goals(product: dict, price: float, entry: dict, rng: random.Random, where: str) -> list[dict]:
-    """A goal for every combination of the product's options, if it has an instruction. Options are (name, value)."""
-    said, attributes = entry.get("instruction"), entry.get("instruction_attributes")
-    if said is None:
+    """A goal for every combination of a product's options, if it has an instruction. Options are (name, value)."""
+    text, attributes = entry.get("instruction"), entry.get("instruction_attributes")
+    if text is None:
         return []
     if not attributes:
         raise CatalogueError(f"{where}: product {product['asin']}: its instruction has no instruction_attributes")
@@ -241,11 +252,12 @@ def synthetic_goals(product: dict, price: float, entry: dict, rng: random.Random
     for values in itertools.product(*(product["options"][name] for name in names)):
         pairs = list(zip(names, values, strict=True))
         wanted = " with " + ", and ".join(f"{name}: {value}" for name, value in pairs) if pairs else ""
-        goals.append(goal_of(product, f"{said}{wanted}{price_text}", attributes, upper, pairs))
+        goals.append(goal_of(product, f"{text}{wanted}{price_text}", attributes, upper, pairs))
     return goals
 
 
 def goal_of(product: dict, instruction: str, attributes: list[str], upper: float, options: list) -> dict[str, Any]:
+    """A goal with WebShop's field names."""
     same = {name: product[name] for name in ("asin", "category", "query", "product_category")}
     return same | {
         "name": product["title"], "instruction_text": instruction, "attributes": attributes, "price_upper": upper,
@@ -254,16 +266,16 @@ def goal_of(product: dict, instruction: str, attributes: list[str], upper: float
 
 
 def weigh(goals: list[dict]) -> None:
-    """Synthetic goals by how rare their attributes are among the goals."""
+    """Set the weights of synthetic goals by the rarity of their attributes."""
     count = Counter(attribute for goal in goals for attribute in goal["attributes"])
     for goal in goals:
         goal["weight"] = sum(1.0 / count[a] for a in goal["attributes"]) / len(goal["attributes"])
 
 
 def splits(count: int) -> dict[str, range]:
-    """Disjoint ranges of the one order of the goals, the same in every process.
+    """Disjoint ranges of the order of the goals, the same in every process.
 
-    (The official code shuffles in every worker by a seed of its own, so that its validation goals are training goals.)
+    (The official code shuffles in every worker with another seed, so that its validation goals are training goals.)
     """
     small = count < 2 * (TEST + VALID)
     test, valid = (max(count // 10, 1), max(count // 10, 1)) if small else (TEST, VALID)
@@ -271,7 +283,7 @@ def splits(count: int) -> dict[str, range]:
 
 
 def cache_folder() -> Path:
-    """Where prepared catalogues lie: $PROXMO_CACHE, or ~/.cache/proxmo. Raises CatalogueError without a home."""
+    """The folder of prepared catalogues: $PROXMO_CACHE or ~/.cache/proxmo. Raises CatalogueError without a home."""
     if named := os.environ.get("PROXMO_CACHE"):
         return Path(named)
     try:
@@ -283,9 +295,20 @@ def cache_folder() -> Path:
 def prepare(
     data: Path, goals: str = "human", on_product: Callable[[int], None] | None = None, cache: Path | None = None
 ) -> Path:
-    """The folder of a prepared catalogue, made if it is not there; whole or not at all. Raises CatalogueError.
+    """Prepare a catalogue, unless it is cached; the folder is written atomically.
 
-    on_product: told how many were read.
+    Args:
+        data: folder or products file of WebShop.
+        goals: human or synthetic.
+        on_product: called with the number of products read so far.
+        cache: where prepared catalogues are stored; default: `cache_folder`.
+
+    Returns:
+        The prepared folder.
+
+    Raises:
+        UserError: unknown goals.
+        CatalogueError: a data file is missing or invalid, or the cache cannot be written.
     """
     if goals not in GOALS:
         raise UserError(f"goals must be one of {', '.join(GOALS)}; got {goals!r}")
@@ -306,7 +329,7 @@ def prepare(
             _write(folder, path, goals, on_product)
             try:
                 folder.rename(target)
-            except OSError:  # another process was quicker
+            except OSError:  # another process was faster
                 if not target.is_dir():
                     raise
         finally:
@@ -319,6 +342,7 @@ def prepare(
 
 
 def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None] | None) -> None:
+    """Write the index, products, goals and arrays of a catalogue."""
     rng, human = random.Random(SEED), path.with_name("items_human_ins.json")
     if kind == "human" and not human.is_file():
         raise CatalogueError(f"{human}: is missing; need it for human goals (--goals synthetic does without)")
@@ -338,7 +362,7 @@ def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None
                 for name, values in labels.items():
                     values.append(product[name])
                 found = instructions.get(product["asin"]) if kind == "human" else entry
-                if found:  # all that a goal needs of it, as a full catalogue has a million
+                if found:  # keep only the fields of goals: a full catalogue has a million products
                     wanted.append(({name: product[name] for name in ASKED}, found))
                 if on_product:
                     on_product(len(asins))
@@ -367,7 +391,7 @@ def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None
 
 
 class Lines:
-    """JSON lines and where each begins, to be read one at a time by any number of processes."""
+    """Writes JSON lines and their offsets, for random access by many processes."""
 
     def __init__(self, path: Path):
         self._path, self._starts = path, [0]
@@ -386,10 +410,10 @@ class Lines:
 
 
 class Catalogue:
-    """A prepared folder, mapped into memory: products by ASIN or row, prices, goals in their one order, search."""
+    """A memory-mapped prepared folder: products by ASIN or row, prices, goals in order, search."""
 
     def __init__(self, folder: Path, search: Callable[[str], Iterable[int]] | None = None):
-        """search: rows of products for a query, best first; default: as Lucene would."""
+        """search: query -> rows of products, best first; default: as Lucene."""
         self.folder = folder
 
         def array(name: str) -> np.ndarray:
@@ -405,7 +429,7 @@ class Catalogue:
         self.search = functools.lru_cache(4096)(self._results)
 
     def row(self, asin: str) -> int:
-        """Raises KeyError for a product there is not."""
+        """The row of a product. Raises KeyError for an unknown ASIN."""
         key = asin.encode("ascii", "replace")
         at = int(np.searchsorted(self._asins, key))
         if at == self.count or self._asins[at] != key:
@@ -413,9 +437,11 @@ class Catalogue:
         return int(self._rows[at])
 
     def goal(self, number: int) -> dict:
+        """The goal of a number."""
         return self._line("goals", number)
 
     def at(self, row: int) -> dict:
+        """The product in a row."""
         return self._line("products", row)
 
     def _product(self, asin: str) -> dict:
@@ -429,6 +455,6 @@ class Catalogue:
         return tuple(self._search(query))
 
     def labelled(self, name: str, value: str) -> list[int]:
-        """Rows of all products of a query or category."""
+        """Rows of all products with a given query or category."""
         words = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         return np.flatnonzero(self._codes[name] == words.index(value)).tolist() if value in words else []

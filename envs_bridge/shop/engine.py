@@ -1,6 +1,6 @@
-"""WebShop in plain Python: pages, clicks, searches and the reward, as its text environment plays them.
+"""WebShop in plain Python: pages, clicks, searches and the reward of its text environment.
 
-`Shop` is WebShop's own interface, its quirks included; `Shopping` is the bridge's (`envs_bridge.turn`) on top of it.
+`Shop` has WebShop's interface, including its quirks; `Shopping` adapts it to the bridge (`envs_bridge.turn`).
 """
 
 import functools
@@ -18,12 +18,12 @@ from envs_bridge.turn import SEARCH_COMMAND, Goal, Observation, bracketed, click
 
 HITS = 50
 MODES = ("text", "text_rich")
-HOST = "http://127.0.0.1:3000"  # of the addresses, which WebShop looks into to know where it is
+HOST = "http://127.0.0.1:3000"  # of the addresses, from which WebShop determines the current page
 _PAGE_NAMES = ("search_results", "item_page", "item_sub_page", "done")
 
 
 class Shop:
-    """One session: one goal. `reset` and `step` answer what WebShop's text environment answers."""
+    """One session with one goal. `reset` and `step` return what WebShop's text environment returns."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Shop:
         self.reset()
 
     def reset(self) -> str:
-        """Back to the search page, nothing searched, seen or chosen."""
+        """Return to the search page with an empty state."""
         self._keywords: list[str] = []
         self._seen: set[str] = set()
         self.options: dict[str, str] = {}
@@ -52,11 +52,11 @@ class Shop:
         return self.observation()
 
     def available(self) -> dict[str, Any]:
-        """Whether there is a search bar, and what can be clicked."""
+        """Whether the page has a search bar, and its clickable labels."""
         return {"has_search_bar": self.page.first, "clickables": list(self.page.clickables)}
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """(observation, reward, done). What is neither a search nor something to click changes nothing."""
+        """(observation, reward, done). An action that is neither a search nor a clickable label has no effect."""
         (name, argument), reward = bracketed(action), 0.0
         if self.done:
             pass
@@ -68,14 +68,15 @@ class Shop:
 
     def observation(self) -> str:
         """The page as text, in the session's mode."""
-        said = self.goal["instruction_text"]
+        instruction = self.goal["instruction_text"]
         if self.mode == "text":
             before = ["WebShop"] if self.page.first else []
-            parts = [] if self.done else [*before, "Instruction:", *([said.strip()] if said else [])]
+            parts = [] if self.done else [*before, "Instruction:", *([instruction.strip()] if instruction else [])]
             return " [SEP] ".join([*parts, self.page.text])
         text = ""
         if not self.done:
-            text = ("WebShop\nInstruction: \n" if self.page.first else "Instruction:\n") + (f"{said}\n" if said else "")
+            text = "WebShop\nInstruction: \n" if self.page.first else "Instruction:\n"
+            text += f"{instruction}\n" if instruction else ""
         for piece, kind in self.page.pieces:
             mark = "button"
             if (kind == "option" and f'"{piece}"' in self.url) or (kind == "link" and piece in self._seen):
@@ -87,7 +88,7 @@ class Shop:
         return text
 
     def _where(self) -> str:
-        """Which page the address names; the words searched are part of it."""
+        """The page that the address names; the address contains the search words, too."""
         return next((name for name in _PAGE_NAMES if name in self.url), "")
 
     def _click(self, label: str) -> float:
@@ -109,13 +110,18 @@ class Shop:
     def _search(self, keywords: list[str], number: int) -> None:
         self._keywords, self._number, self.asin, self.options = keywords, number, "", {}
         rows = self._found(keywords)
-        shown = rows[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]  # negative numbers count from the end, as there
+        shown = rows[
+            (number - 1) * PAGE_SIZE : number * PAGE_SIZE
+        ]  # negative numbers count from the end, as in WebShop
         self.page = pages.results_page([self.catalogue.at(row) for row in shown], number, len(rows))
         self.url = f"{HOST}/search_results/{self._session}/{'+'.join(keywords)}/{number}"
 
     def _found(self, keywords: list[str]) -> list[int]:
-        """Rows of products. `<r>`, `<c>` and `<q>` ask for random ones, a category's and a query's; `<a>`, which breaks
-        WebShop, for none."""
+        """Rows of products for keywords.
+
+        `<r>` gives random products, `<c>` those of a category, `<q>` those of a query, and `<a>`, which crashes
+        WebShop, none.
+        """
         first, rest = keywords[0], keywords[1:]
         if first == "<r>":
             rng = random.Random(f"{self._session}/{self._number}")
@@ -132,7 +138,7 @@ class Shop:
         if label in self.page.links and label not in self.page.options:
             try:
                 self.catalogue.row(label.upper())
-            except KeyError:  # an ASIN in small letters: WebShop breaks here
+            except KeyError:  # an ASIN in lower case: WebShop crashes here
                 return
             self.asin = label.upper()
             self._seen.add(self.asin)
@@ -160,15 +166,15 @@ class Shop:
         return reward
 
     def price(self, product: dict[str, Any]) -> float:
-        """What it costs; one of a range was drawn when the catalogue was prepared."""
+        """The price of a product; prices of a range were drawn when the catalogue was prepared."""
         return float(self.catalogue.prices[self.catalogue.row(product["asin"])])
 
 
 class Shopping:
-    """A shop session as the bridge's environment: `task` is the instruction, texts are pages without it.
+    """A shop session as an Environment of the bridge: `task` is the instruction, texts are pages without it.
 
-    reward: the purchase's score in [0, 1]; won: it is 1. admissible: `search[<words>]` where there is a search bar,
-    then every click that does something, in the page's order.
+    reward: the score of the purchase in [0, 1]; won: whether it is 1. admissible: `search[<words>]` on a page with a
+    search bar; else every click that has an effect, in the order of the page.
     """
 
     def __init__(self, catalogue: Catalogue, goal: dict[str, Any], session: str = "0"):
@@ -177,7 +183,7 @@ class Shopping:
 
     @classmethod
     def load(cls, game: Goal) -> "Shopping":
-        """game: its folder is a prepared catalogue, which a process opens once."""
+        """Open a goal; its folder is a prepared catalogue, which a process opens once."""
         catalogue = opened(game.folder)
         if not 0 <= game.number < catalogue.goal_count:
             raise UserError(f"{game.folder}: has {catalogue.goal_count} goals, got number {game.number}")
@@ -197,11 +203,12 @@ class Shopping:
 
 @functools.lru_cache(maxsize=8)
 def opened(folder: str) -> Catalogue:
+    """The catalogue of a prepared folder, memoised."""
     return Catalogue(Path(folder))
 
 
 def admissible(page: Page) -> tuple[str, ...]:
-    """What does something on a page; an ASIN in small letters, as an option that WebShop cannot read, does nothing."""
+    """Commands that have an effect on a page; an ASIN in lower case, which WebShop cannot read, has none."""
     if page.first:
         return (SEARCH_COMMAND,)
     unknown = {text.lower() for text, kind in page.pieces if kind == "link" and text != text.upper()}

@@ -1,5 +1,5 @@
-"""A demonstrator for the shop: it searches for what the instruction is about, takes the first result that looks right,
-chooses the options and buys. It knows the goal's fields; of the products it knows what the pages say."""
+"""A demonstrator for the shop: it searches by the instruction, opens the first matching result, chooses the options and
+buys. It knows the fields of the goal, but of the products only what the pages show."""
 
 import random
 import re
@@ -13,7 +13,7 @@ _PRICE = re.compile(r" (\d+)$")
 
 
 def next_command(world: Shopping, notes: ShopNotes) -> str:
-    """What to do now."""
+    """The demonstrator's next command."""
     goal, page = world.goal, notes.page
     if SEARCH_COMMAND in page.admissible:
         return f"search[{wanted_words(world)}]"
@@ -31,17 +31,18 @@ def next_command(world: Shopping, notes: ShopNotes) -> str:
 
 
 def wanted_words(world: Shopping) -> str:
-    """Attributes and kind of thing, as the instruction says them: what stands before its options."""
+    """Attributes and product type in the words of the instruction: the part before its options."""
     words = re.sub(r"^.*?\b(?:a|an|me) ", "", world.task.partition(" in ")[0].lower())
     return " ".join(re.sub(r"[\[\]]", " ", words).split())  # brackets would end the search
 
 
 def _options(goal: dict) -> list[str]:
+    """The values of the goal's options."""
     return [option if isinstance(option, str) else option[1] for option in goal["goal_options"]]
 
 
 def best_row(world: Shopping, rows: Sequence[str]) -> str:
-    """The first with the most of the attributes in its title that is within the limit."""
+    """The first result within the price limit with the most attributes in its title."""
 
     def rank(row: str) -> tuple[bool, int]:
         price = _PRICE.search(row)
@@ -54,7 +55,7 @@ def best_row(world: Shopping, rows: Sequence[str]) -> str:
 def demonstrate(
     world: Shopping, rng: random.Random, mistake_rate: float, *, max_turns: int
 ) -> list[tuple[Observation, str]]:
-    """One episode: (what was seen, what was done) per turn. mistake_rate: how often a turn is a careless one."""
+    """Play one episode and return (observation, command) per turn; `mistake_rate` of the turns are careless."""
     seen = world.reset()
     notes, turns = ShopNotes.start(world.task, seen), []
     for _ in range(max_turns):
@@ -70,7 +71,7 @@ def demonstrate(
 
 
 def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random) -> str:
-    """Searches for the last two words alone, takes any result, buys before all is chosen, or reads on for nothing."""
+    """A careless command: a search of two words, a random result, a premature purchase or a needless click."""
     if command.startswith("search["):
         words = command[7:-1].split()
         return f"search[{' '.join(words[-2:])}]"
@@ -84,6 +85,6 @@ def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random
 def episodes(
     worlds: Iterable[Shopping], *, seed: int, mistake_rate: float, max_turns: int
 ) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
-    """(task, turns) of a demonstrated episode in each."""
+    """Yield (task, turns) of a demonstrated episode in each environment."""
     for i, world in enumerate(worlds):
         yield world.task, demonstrate(world, random.Random(f"{seed}/{i}"), mistake_rate, max_turns=max_turns)

@@ -1,7 +1,7 @@
-"""Catalogues of invented products in WebShop's file formats, so that a shop can be opened with nothing downloaded.
+"""Generate catalogues in WebShop's file formats, so that the shop needs no download.
 
-Every kind of product comes in many versions that share brand, attributes, options or price with their neighbours, so
-that a search finds several that will not do.
+Every kind of product has many variants that share brand, attributes, options or price, so that a search finds several
+products that do not meet the goal.
 """
 
 import json
@@ -18,7 +18,7 @@ BRANDS = """Lumeo Norvik Halden Orbita Quillon Ombrio Castor Brightwell Tallowby
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of product: its words in a title and as an Amazon query, its category's path and its option groups."""
+    """A kind of product: its words in a title, its Amazon query, category, path and option groups, its lowest price."""
 
     noun: str
     query: str
@@ -99,9 +99,18 @@ FILES = ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
 
 
 def generate_catalogue(folder: Path, *, count: int = 4000, seed: int = 0) -> Path:
-    """Write a catalogue of `count` products, one human-sounding and one synthetic instruction each; returns the folder.
+    """Write a catalogue with a human-style and a synthetic instruction per product; equal arguments give equal files.
 
-    The same count and seed give the same files. At most 10,000, as an ASIN has four digits here.
+    Args:
+        folder: created if missing.
+        count: number of products, at most 10,000: the ASINs here have four digits.
+        seed: of the random draws.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: count is out of range.
     """
     if not 1 <= count <= 10_000:
         raise UserError(f"count must lie between 1 and 10000, got {count}")
@@ -125,7 +134,7 @@ def generate_catalogue(folder: Path, *, count: int = 4000, seed: int = 0) -> Pat
 
 
 def _product(rng: random.Random, asin: str, kind: Kind) -> tuple[dict, dict]:
-    """(its entry in the products' file, in the attributes' file)."""
+    """(entry in the products file, entry in the attributes file) of a product."""
     has = rng.sample(ATTRIBUTES[kind.category], 3)
     brand = rng.choice(BRANDS)
     title = f"{brand} {kind.noun.title()}, {has[0].title()}, {has[1].title()}"
@@ -149,8 +158,8 @@ def _product(rng: random.Random, asin: str, kind: Kind) -> tuple[dict, dict]:
 
 
 def _instruction(rng: random.Random, asin: str, kind: Kind, product: dict, has: Sequence[str]) -> dict:
-    """What a person might ask for who is to get this product, or one that is as good."""
+    """A human-style instruction that this product meets."""
     wanted = list(has[: rng.choice((1, 2, 2))])
     chosen = [rng.choice(values)["value"] for values in product["customization_options"].values()]
-    said = f"{rng.choice(ASKING)} {' '.join(wanted)} {kind.noun} in {' and '.join(chosen)}."
-    return {"asin": asin, "instruction": said, "instruction_attributes": wanted, "instruction_options": chosen}
+    text = f"{rng.choice(ASKING)} {' '.join(wanted)} {kind.noun} in {' and '.join(chosen)}."
+    return {"asin": asin, "instruction": text, "instruction_attributes": wanted, "instruction_options": chosen}

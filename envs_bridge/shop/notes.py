@@ -1,4 +1,4 @@
-"""What a small policy reads at a turn in the shop: the task, and of the page what decides the next click."""
+"""The prompt of a small policy in the shop: the task, and the parts of the page that matter for the next click."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ _PRICE = re.compile(r"\$(\d+)(?:\.\d+)?")
 
 @dataclass
 class ShopNotes:
-    """Notes on one session: the page as WebShop shows it, what was chosen, what was done last."""
+    """Notes on one session: the current page, the chosen options, the last command."""
 
     task: str
     page: Observation
@@ -25,7 +25,7 @@ class ShopNotes:
         return cls(task, seen)
 
     def remember(self, command: str, seen: Observation) -> None:
-        """Note what was done and what came of it; a choice is one of an option's values of the page it was made on."""
+        """Add a command and the observation after it; a clicked option value is noted as chosen."""
         label = command.removeprefix("click[").removesuffix("]")
         self.last = command if seen.text != self.page.text or self._group(label) else f"{command} nothing"
         if group := self._group(label):
@@ -41,7 +41,7 @@ class ShopNotes:
         return next((name for name, values in self.options().items() if label in values), "")
 
     def options(self) -> dict[str, list[str]]:
-        """Option groups of a product's page."""
+        """The option groups of a product page."""
         if "click[buy now]" not in self.page.admissible:
             return {}
         values = {c[6:-1] for c in self.page.admissible[self.page.admissible.index("click[buy now]") + 1 :]}
@@ -52,26 +52,26 @@ class ShopNotes:
                 break
             if part in values and name:
                 groups.setdefault(name, []).append(part)
-            elif not name or clicks([part.lower()]):  # else a value that cannot be clicked
+            elif not name or clicks([part.lower()]):  # else it is a value that cannot be clicked
                 name = part
         return groups
 
     def rows(self) -> list[str]:
-        """The products of a page of results: ASIN, title, price in dollars."""
+        """The products of a results page: ASIN, title, price in dollars."""
         parts = self.page.text.split(SEPARATOR)
         starts = [i for i, part in enumerate(parts) if f"click[{part.lower()}]" in self.page.admissible]
         starts = [i for i in starts if i + 2 < len(parts) and parts[i + 2].startswith("$")]
         return [f"{parts[i]} {parts[i + 1]} {' '.join(_PRICE.findall(parts[i + 2])[:1])}" for i in starts]
 
     def prompt(self) -> str:
-        """Task, kind of page, what is on it, what was done last."""
+        """Task, kind of page, its content, the last command."""
         return self._written(self.task, "\n".join(self._lines(self.rows())))
 
     def _written(self, task: str, page: str) -> str:
         return f"task : {task}\n{page}\nlast {self.last}\n"
 
     def _lines(self, rows: Sequence[str]) -> list[str]:
-        """The page as the policy reads it, with these of its results."""
+        """The lines of the page in the prompt, with the given results."""
         if SEARCH_COMMAND in self.page.admissible:
             return ["page search"]
         if "click[buy now]" in self.page.admissible:
@@ -83,7 +83,7 @@ class ShopNotes:
         return ["page other " + " ".join(self.page.text.replace(SEPARATOR, " , ").split())]
 
     def shortened(self) -> Iterator[Cut]:
-        """Fewer results, less of the page, less of the task."""
+        """Drop results, the end of the page, the end of the task."""
         rows = self.rows()
         if rows:
             yield Cut(

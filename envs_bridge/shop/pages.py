@@ -1,7 +1,7 @@
-"""The shop's pages as WebShop's templates show them: pieces of text, and what can be clicked.
+"""The pages of the shop, as WebShop's templates render them: pieces of text and clickable labels.
 
-A piece is (text, kind); kind is "" for plain text, "button", "option" or "link". In mode `text` the pieces are joined
-by ` [SEP] `, in `text_rich` each stands on a line of its own and what can be clicked is marked.
+A piece is (text, kind); kind is "" for plain text, "button", "option" or "link". Mode `text` joins the pieces by
+` [SEP] `; mode `text_rich` puts each on its own line and marks clickable ones.
 """
 
 import json
@@ -14,8 +14,8 @@ SUBPAGES = ("Description", "Features", "Reviews", "Attributes")
 
 @dataclass(frozen=True)
 class Page:
-    """pieces: after the instruction. text: they, as mode `text` shows them. clickables: labels, lower-cased, each
-    once, in the order of buttons, links, options. options: which option a label belongs to. first: the search page."""
+    """A page. pieces: those after the instruction. text: the pieces in mode `text`. clickables: lower-cased distinct
+    labels in the order buttons, links, options. options: label -> its option. first: whether it is the search page."""
 
     pieces: tuple[Piece, ...]
     text: str
@@ -26,7 +26,7 @@ class Page:
 
 
 def page(pieces: list[Piece], options: dict[str, str] | None = None, *, first: bool = False) -> Page:
-    """A page of these pieces, without those that an HTML parser would not show."""
+    """A page of pieces, without those that an HTML parser drops."""
     shown = tuple(piece for text, kind in pieces if (piece := (_blank(text), kind))[0] not in ("", "\n"))
     buttons = [text.lower() for text, kind in shown if kind == "button"]
     links = [text.lower() for text, kind in shown if kind == "link"]
@@ -35,13 +35,14 @@ def page(pieces: list[Piece], options: dict[str, str] | None = None, *, first: b
 
 
 def _blank(text: str) -> str:
-    """Nothing but white space becomes one space or line break (as BeautifulSoup reads it)."""
+    """Collapse a text of only white space to one space or line break, as BeautifulSoup does."""
     if text and not text.strip("\n\t\f\r "):
         return "\n" if "\n" in text else " "
     return text
 
 
 def joined(pieces: tuple[Piece, ...]) -> str:
+    """The pieces in mode `text`."""
     return " [SEP] ".join(text.strip() for text, _ in pieces)
 
 
@@ -51,7 +52,7 @@ PREVIOUS: Piece = ("< Prev", "button")
 
 
 def results_page(products: list[dict], number: int, total: int) -> Page:
-    """A page of search results: 10 a page; `Next >` is always there."""
+    """A page of at most 10 search results; it always has `Next >`."""
     pieces = [BACK, (f"Page {number} (Total results: {total})", "")]
     pieces += [PREVIOUS] if number > 1 else []
     pieces.append(("Next >", "button"))
@@ -91,7 +92,7 @@ def sub_page(product: dict, name: str) -> Page:
 
 
 def done_page(asin: str, options: dict[str, str], reward: float) -> Page:
-    """After the purchase; most of it is what WebShop's templates leave empty."""
+    """The page after the purchase; most of it is empty in WebShop's templates, too."""
     chosen = json.dumps(options, sort_keys=True)
     for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("'", "\\u0027")):
         chosen = chosen.replace(character, escape)

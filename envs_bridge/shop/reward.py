@@ -1,4 +1,4 @@
-"""What a purchase is worth, as WebShop's `goal.py` has it: a number in [0, 1] and its parts.
+"""The reward of a purchase, as in WebShop's `goal.py`: a number in [0, 1] and its parts.
 
 reward = r_type * (attributes met + options met + price within the limit) / (goal attributes + goal options + 1)
 """
@@ -12,9 +12,9 @@ from thefuzz import fuzz
 
 from envs_bridge.shop.search import STOP_WORDS
 
-ALIKE = 85  # token_set_ratio, percent; more is a match
+ALIKE = 85  # threshold of token_set_ratio in percent; a higher ratio is a match
 
-# The first of these that stands in an option is what the option is compared by (WebShop's `normalize.py`).
+# An option is compared by the first of these that it contains (WebShop's `normalize.py`).
 COLOURS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel
  camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal
  dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory
@@ -32,15 +32,15 @@ _NO_NOUNS = STOP_WORDS | set(
 
 
 def word_nouns(title: str) -> list[str]:
-    """Nouns where there is no tagger: words that begin with a letter and are not among some frequent others."""
+    """Nouns without a tagger: words that begin with a letter, except frequent other words."""
     words = (word.lower() for word in _WORD.findall(title))
     return [word for word in words if word[0].isalpha() and word not in _NO_NOUNS]
 
 
 @functools.cache
 def default_nouns() -> Nouns:
-    """spaCy's tagger with its large or small English model, as WebShop and the official code use them; else
-    `word_nouns`."""
+    """Nouns by spaCy's tagger with the large or small English model, as in WebShop and the official code, if installed;
+    else `word_nouns`."""
     try:
         import spacy
     except ImportError:
@@ -52,17 +52,18 @@ def default_nouns() -> Nouns:
 
 
 def _tagged_nouns(tagger: Callable, title: str) -> list[str]:
+    """Nouns by spaCy's tags."""
     return [token.text.lower() for token in tagger(title) if token.pos_ in ("NOUN", "PROPN")]
 
 
 def colour_of(option: Any) -> Any:
-    """The option, or the first colour in it. One that is a (name, value) pair is a colour only as a whole."""
+    """The first colour in an option, or the option. A (name, value) pair matches a colour only as a whole element."""
     parts = tuple(option) if isinstance(option, list | tuple) else option
     return next((colour for colour in COLOURS if colour in parts), parts)
 
 
 def type_reward(product: dict, goal: dict, nouns: Nouns) -> dict[str, Any]:
-    """Whether it is the same kind of thing, by query, category and the nouns of the titles."""
+    """Whether a product has the goal's type, by query, category and nouns of the titles."""
     query_match = product["query"] == goal["query"]
     ours, wanted = ({x.strip() for x in p["product_category"].split("›")} for p in (product, goal))
     category_match = len(ours & wanted) >= 2
@@ -78,7 +79,7 @@ def type_reward(product: dict, goal: dict, nouns: Nouns) -> dict[str, Any]:
 
 
 def attributes_met(product: dict, attributes: list[str]) -> int:
-    """How many are like one of the product's, or stand in its texts."""
+    """The number of attributes that match one of the product's, or occur in its texts."""
     texts = [product["title"].lower(), " ".join(product["bullets"]).lower(), product["description"].lower()]
     return sum(
         any(fuzz.token_set_ratio(ours, wanted) > ALIKE for ours in product["attributes"])
@@ -88,13 +89,13 @@ def attributes_met(product: dict, attributes: list[str]) -> int:
 
 
 def options_met(chosen: list[str], wanted: list) -> int:
-    """How many of the goal's options are like one that was chosen."""
+    """The number of the goal's options that match a chosen one."""
     ours, goals = [colour_of(x) for x in chosen], [colour_of(x) for x in wanted]
     return sum(any(fuzz.token_set_ratio(x, goal) > ALIKE for x in ours) for goal in goals)
 
 
 def score(product: dict, goal: dict, price: float, chosen: dict[str, str], nouns: Nouns) -> tuple[float, dict]:
-    """(reward, its parts by WebShop's names)."""
+    """(reward, its parts under WebShop's names) of a purchase."""
     parts = type_reward(product, goal, nouns)
     options = goal["goal_options"]
     if isinstance(options, dict):

@@ -1,8 +1,8 @@
-"""Search as Lucene does it in WebShop: BM25 over an inverted index that lies on disk and is shared by mapping it.
+"""Search as Lucene in WebShop: BM25 over an inverted index on disk, shared by memory-mapping.
 
-k1 0.9, b 0.4, Porter stems, Lucene's stop words, and a document's length kept in one byte (Anserini's defaults). The
-lossy length and the sharing are why this is no library: theirs take neither. Any function of a query that gives rows,
-best first, can stand in its place (`Catalogue`).
+k1 0.9, b 0.4, Porter stems, Lucene's stop words, and document lengths in one byte (Anserini's defaults). Known
+libraries support neither the lossy length nor the sharing. Any function from a query to rows, best first, can replace
+it (`Catalogue`).
 """
 
 import functools
@@ -16,8 +16,8 @@ import numpy as np
 import Stemmer
 
 K1, B, HITS = 0.9, 0.4, 50
-TERMS_AT_MOST = 1024  # of a query; Lucene refuses more
-BLOCK = 256  # documents whose best is looked at first
+TERMS_AT_MOST = 1024  # per query; Lucene rejects more
+BLOCK = 256  # documents per block; the maxima of blocks preselect candidates
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this"
     " to was will with".split()
@@ -29,7 +29,7 @@ _STEMMER = Stemmer.Stemmer("porter")
 
 @functools.lru_cache(1 << 18)
 def stem(word: str) -> str:
-    """Porter's stem in the version of his C program, as Lucene has it: short words stay, -bli and -logi are endings."""
+    """Porter's stem as in his C program and Lucene: short words are unchanged, -bli and -logi are suffixes."""
     if len(word) <= 2:
         return word
     found = _STEMMER.stemWord(word)
@@ -39,20 +39,20 @@ def stem(word: str) -> str:
 
 
 def terms(text: str) -> list[str]:
-    """What is indexed of a text, in order."""
+    """The indexed terms of a text, in order."""
     words = (word.removesuffix("'s").removesuffix("’s") for word in _TOKEN.findall(text.lower()))
     return [stem(word) for word in words if word and word not in STOP_WORDS]
 
 
 def lossy_length(length: np.ndarray) -> np.ndarray:
-    """A document's length as Lucene's norm remembers it: exact below 40, four significant bits above."""
+    """Document lengths as in Lucene's norms: exact below 40, four significant bits above."""
     excess = np.asarray(length, np.int64) - 24
     shift = np.maximum(np.floor(np.log2(np.maximum(excess, 1))).astype(np.int64) - 3, 0)
     return np.where(excess < 8, length, 24 + ((excess >> shift) << shift))
 
 
 def build_index(folder: Path, texts: Iterable[str]) -> None:
-    """Write the postings of the texts: for each term its documents and what each is worth."""
+    """Write the postings of the texts: for each term its documents and their BM25 values."""
     number: dict[str, int] = {}
     documents, words, counts, lengths = ([np.zeros(0, np.int32)] for _ in range(4))
     part: list[list[int]] = [[], [], [], []]
@@ -96,7 +96,7 @@ def build_index(folder: Path, texts: Iterable[str]) -> None:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """A file's array, or its bytes, mapped into memory: a plain array, since `np.memmap` makes each slice cost more."""
+    """Memory-map a file's array or bytes, as a plain array: slices of `np.memmap` are slower."""
     if path.suffix == ".npy":
         return np.asarray(np.load(path, mmap_mode="r"))
     # An empty file cannot be mapped.
@@ -104,8 +104,8 @@ def mapped(path: Path) -> np.ndarray:
 
 
 class Lucene:
-    """Rows of a prepared folder's products for a query, best first; of two that are worth the same the smaller ASIN,
-    as Anserini has it."""
+    """Searches a prepared folder: the rows of products for a query, best first. Ties are ordered by ASIN, as in
+    Anserini."""
 
     def __init__(self, folder: Path):
         def array(name: str) -> np.ndarray:
@@ -126,13 +126,13 @@ class Lucene:
                 values = self._values[span] if times == 1 else self._values[span] * np.float32(times)
                 np.add.at(scores, self._documents[span], values)  # half the time of `scores[documents] += values`
         best = scores.reshape(-1, BLOCK).max(1)
-        # The 50th best block's best is no more than the 50th best of all.
+        # The maximum of the 50th best block is at most the 50th best score.
         least = np.partition(best, -HITS)[-HITS] if len(best) > HITS else np.float32(0)
         candidates = np.flatnonzero((scores >= least) & (scores > 0))
         return candidates[np.lexsort((self._rank[candidates], -scores[candidates]))[:HITS]].tolist()
 
     def _number(self, term: bytes) -> int:
-        """Where the term stands among the sorted ones, or -1."""
+        """The index of a term among the sorted ones, or -1."""
         starts = self._term_starts
 
         def at(number: int) -> bytes:

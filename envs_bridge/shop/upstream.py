@@ -1,9 +1,9 @@
-"""The genuine WebShop behind the bridge's protocol, in an interpreter of its own that has its packages.
+"""WebShop itself behind the bridge's protocol, in an interpreter that has its packages.
 
-Runs under Python 3.8 to 3.12: nothing newer here, nor in what this file imports. All sessions of a worker share one of
-WebShop's servers (products, search index); what they were doing is kept apart by the session's name.
+It runs under Python 3.8 to 3.12, so this file and its imports use no newer syntax. All sessions of a worker share one
+WebShop server (products, search index); the name of a session separates its state from others.
 
-    python -m envs_bridge.shop.upstream DIR human      # how many goals WebShop has there
+    python -m envs_bridge.shop.upstream DIR human      # the number of goals in WebShop
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from typing import Any
 from envs_bridge.errors import UserError
 from envs_bridge.turn import SEARCH_COMMAND, Goal, Observation, clicks
 
-SEED = 233  # of prices and their limits, which WebShop leaves to chance: the same in every worker
+SEED = 233  # of prices and price limits, which WebShop draws at random: the same in every worker
 SEPARATOR = " [SEP] "
-# Where a module and the package that has it are called differently.
+# Modules whose package has another name.
 PACKAGES = {"bs4": "beautifulsoup4"}
-NUMBERS = iter(range(sys.maxsize))  # of the sessions of this process
+NUMBERS = iter(range(sys.maxsize))  # of this process's sessions
 
 
 @functools.lru_cache(maxsize=4)
 def server(folder: str, goals: str) -> tuple[Any, Any]:
-    """(WebShop's environment class, one server), loaded once. Raises UserError: what is missing, and what
-    brings it."""
+    """(WebShop's environment class, one server), loaded once.
+
+    Raises:
+        UserError: something is missing; the message says how to install it.
+    """
     if not (Path(folder) / "web_agent_site").is_dir():
         raise UserError(f"--webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
     sys.path.insert(0, folder)
@@ -45,27 +48,27 @@ def server(folder: str, goals: str) -> tuple[Any, Any]:
             f"WebShop needs the package {missing or error} in {sys.executable}; install it with:"
             f" {sys.executable} -m pip install {PACKAGES.get(missing, missing)}"
         ) from error
-    except Exception as error:  # whatever its packages raise where a model, a data file, an index or Java is missing
+    except Exception as error:  # any error of its packages if a model, data file, index or Java is missing
         raise UserError(f"WebShop in {folder} could not be started ({_brief(error)}); {_remedy(str(error))}") from error
     return WebAgentTextEnv, first.server
 
 
 def _brief(error: Exception) -> str:
-    """Its kind and the first line of what it says, at most 200 characters."""
+    """The type of an error and the first line of its message, at most 200 characters."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
 
 
-def _remedy(said: str) -> str:
-    """What brings that which WebShop's packages found missing."""
-    if "en_core_web" in said:
+def _remedy(message: str) -> str:
+    """How to install what WebShop's packages miss, by their error message."""
+    if "en_core_web" in message:
         return f"install the model with: {sys.executable} -m spacy download en_core_web_lg"
-    if any(word in said.lower() for word in ("java", "jvm")):
+    if any(word in message.lower() for word in ("java", "jvm")):
         return "its search needs Java: install a JDK, version 11 or newer, and set JAVA_HOME"
     return "its setup.sh downloads the data and builds the search index"
 
 
-class GenuineShop:
-    """One goal in WebShop; the Environment of `envs_bridge.turn`, with pages as `engine.Shopping` gives them."""
+class UpstreamShop:
+    """One goal in WebShop; an Environment of `envs_bridge.turn` with the pages of `engine.Shopping`."""
 
     def __init__(self, folder: str, number: int, goals: str = "human"):
         self._class, self._server = server(folder, goals)
@@ -75,12 +78,12 @@ class GenuineShop:
         self._env: Any = None
 
     @classmethod
-    def load(cls, game: Goal) -> GenuineShop:
-        """game: its folder is a checkout, its kind human or synthetic."""
+    def load(cls, game: Goal) -> UpstreamShop:
+        """Open a goal; its folder is a checkout, its kind human or synthetic."""
         return cls(game.folder, game.number, game.kind)
 
     def reset(self) -> Observation:
-        # A name used before would find the goal's state as it was left.
+        # A session name that was used before would restore its old state.
         prefix = f"s{next(NUMBERS)}-"
         self._env = self._class(observation_mode="text", server=self._server, session_prefix=prefix)
         text, _ = self._env.reset(session=self._number)
@@ -92,7 +95,7 @@ class GenuineShop:
         return self._seen(text, float(reward), bool(done))
 
     def _seen(self, text: str, reward: float, done: bool) -> Observation:
-        """The page without the instruction, and what does something there."""
+        """The page without the instruction, and its admissible commands."""
         if done:
             return Observation(text, (), reward, True, reward == 1.0)
         parts = text.split(SEPARATOR)
@@ -105,7 +108,7 @@ class GenuineShop:
 
 
 def count_goals(python: str, folder: Any, goals: str) -> int:
-    """How many goals WebShop has, by its own interpreter. Raises UserError with what that said."""
+    """The number of WebShop's goals, from its own interpreter. Raises UserError with that process's message."""
     root = str(Path(__file__).resolve().parent.parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [python, "-m", "envs_bridge.shop.upstream", str(folder), goals]

@@ -1,7 +1,7 @@
-"""Replay recorded episodes of the genuine WebShop in our engine and count the differences.
+"""Replay recorded episodes of WebShop itself in our engine and count the differences.
 
-Two kinds of files: a list of episodes (their search was rank_bm25 over plain words, their nouns words of more than
-three letters), and an object with `trajectories` and a catalogue of its own (their search was Lucene).
+There are two formats: a list of episodes (recorded with rank_bm25 over plain words, and words of more than three
+letters as nouns), and an object with `trajectories` and a catalogue (recorded with Lucene).
 """
 
 import json
@@ -20,11 +20,11 @@ from envs_bridge.shop.engine import Shop
 from envs_bridge.shop.reward import Nouns, word_nouns
 
 CLOSE = 1e-9
-SHOWN = 160  # characters of what differs
+SHOWN = 160  # characters of a difference in a message
 
 
 class Okapi:
-    """rank_bm25's BM25Okapi over `[a-z0-9]+` of name, description and bullets: what some traces were recorded with."""
+    """rank_bm25's BM25Okapi over `[a-z0-9]+` of name, description and bullets, which some traces were recorded with."""
 
     K1, B, EPSILON = 1.5, 0.75, 0.25
 
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def _apart(ours: Any, theirs: Any) -> str:
-    """Both, from a little before the first character that differs."""
+    """Both values, from shortly before the first different character."""
     first, second = str(ours), str(theirs)
     at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     start = max(at - 20, 0)
@@ -82,7 +82,15 @@ def _apart(ours: Any, theirs: Any) -> str:
 
 
 def verify(data: Path | None, traces: Path) -> Comparison:
-    """Replay every episode. Raises UserError for files that are neither kind."""
+    """Replay every episode of a file of traces.
+
+    Args:
+        data: the folder that a list of episodes was recorded on.
+        traces: a file in one of the two formats.
+
+    Raises:
+        UserError: the file has neither format.
+    """
     try:
         found = json.loads(traces.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -103,7 +111,7 @@ def verify(data: Path | None, traces: Path) -> Comparison:
 
 def _replay_plain(episodes: list[dict], data: Path, cache: Path, comparison: Comparison) -> None:
     has_human = product_file(data).with_name("items_human_ins.json").is_file()
-    folder = prepare(data, "human" if has_human else "synthetic", cache=cache)  # the goals are the recording's
+    folder = prepare(data, "human" if has_human else "synthetic", cache=cache)  # the recording has its own goals
     plain = Catalogue(folder)
     catalogue = Catalogue(folder, search=Okapi([plain.at(row) for row in range(plain.count)]))
     for number, episode in enumerate(episodes):
@@ -116,7 +124,7 @@ def _replay_plain(episodes: list[dict], data: Path, cache: Path, comparison: Com
         shop = _Priced(catalogue, episode["goal"], prices, episode["mode"], str(episode["session"]), long_words)
         where = f"episode {number} ({episode['mode']})"
         _replay(shop, (first["observation"], first["available"]), steps, where, comparison)
-        if bought:  # else the recording stops before
+        if bought:  # else the recording stops before a purchase
             comparison.check(where, "reward parts", _rounded(shop.parts), _rounded(episode["verbose"]))
             comparison.check(where, "purchase", (shop.asin, shop.options), (bought, episode["chosen_options"]))
 
@@ -144,7 +152,7 @@ def _replay_lucene(found: dict, cache: Path, comparison: Comparison) -> None:
 
 
 class _Priced(Shop):
-    """A session with the prices of the recording, where products of a price range had theirs drawn."""
+    """A session with the recorded prices: those of products with a price range were drawn at random."""
 
     def __init__(self, catalogue: Catalogue, goal: dict, prices: dict, mode: str, session: str, nouns: Nouns):
         self._prices = prices
@@ -159,10 +167,10 @@ def _replay(shop: Shop, first: tuple, steps: list[tuple], where: str, comparison
     comparison.check(where, "first observation", shop.observation(), first[0])
     comparison.check(where, "first available actions", shop.available(), first[1])
     for number, (action, observation, available, reward, done, url) in enumerate(steps):
-        said, earned, over = shop.step(action)
+        page, earned, over = shop.step(action)
         at = f"{where}, step {number} {action!r:.60}"
         comparison.steps += 1
-        comparison.check(at, "observation", said, observation)
+        comparison.check(at, "observation", page, observation)
         comparison.check(at, "available actions", shop.available(), available)
         comparison.check(at, "reward", earned, float(reward))
         comparison.check(at, "done", over, done)

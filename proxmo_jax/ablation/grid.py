@@ -1,12 +1,12 @@
-"""One recorded batch under thousands of settings of the estimator.
+"""Estimate one recorded batch under thousands of settings of the estimator.
 
     proxmo ablate estimator ROLLOUT.npz --grid "temperature=0.05:0.8:12 alpha=1,2,4,8 omega=0,0.5,1 modulation=on,off
         aggregation=none,hard,soft"
 
-ROLLOUT: steps as for `proxmo advantages`; `proxmo train` leaves those of its last iteration as rollout.npz. Settings
-that differ only in floats are one compiled function under `vmap`, `chunk` of them at a time; the texts' similarity does
-not depend on any of them and is computed once for each chunk. Groups are split over the devices there are. Every
-setting is compared with ProxMO as published.
+ROLLOUT: steps as for `proxmo advantages`; `proxmo train` writes those of its last iteration to rollout.npz. Settings
+that differ only in floats share a compiled function under `vmap`, `chunk` of them at a time; the similarity of the
+texts does not depend on them and is computed once per chunk. Groups are sharded over the devices. Every setting is
+compared with published ProxMO.
 """
 
 import csv
@@ -34,7 +34,7 @@ from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.steps_file import needed, read_steps
 from proxmo_jax.estimator.types import LARGEST, Group, Settings
 
-# Axis: the settings' field and what its values may be.
+# Axis: the field of `Settings`, and the range of its values.
 AXES = {
     "temperature": ("temperature", 1e-6, LARGEST),
     "alpha": ("alpha", 1e-6, LARGEST),
@@ -44,7 +44,7 @@ AXES = {
     "penalty": ("invalid_penalty", 0.0, LARGEST),
 }
 CHOICES = {"modulation": ("on", "off"), "aggregation": ("none", "hard", "soft")}
-# What changes nothing there is not repeated there.
+# Axes without effect under a choice; they are not varied there.
 IDLE = {"aggregation=none": ("temperature", "omega"), "aggregation=hard": ("temperature",),
         "modulation=off": ("alpha", "range")}  # fmt: skip
 MEASURES = (
@@ -65,14 +65,17 @@ class Config:
     out: Path = Path("runs/ablate_estimator")
     """Folder for table.csv, table.npz and figures.png."""
     chunk: int = 64
-    """Settings computed at once; fewer where the memory asks for it."""
+    """Settings computed at once; fewer if the memory limit requires it."""
     memory: float = 4.0
-    """GiB that may be used for them."""
+    """Memory limit for them in GiB."""
 
 
 def main(config: Config, console: Console | None = None) -> Path:
-    """Compute the table and draw the figures; returns the folder. Raises UserError for what cannot be, before anything
-    is computed or written."""
+    """Compute the table, draw the figures and return the folder.
+
+    Raises:
+        UserError: invalid options or steps; nothing is computed or written then.
+    """
     console = console or terminal()
     grid = settings_of(parse(config.grid))
     if config.chunk < 1:
@@ -92,22 +95,22 @@ def main(config: Config, console: Console | None = None) -> Path:
     write(config.out, table)
     figures(config.out / "figures.png", table, group)
     console.print(
-        f"{count} settings on {int(group.mask.sum())} steps in {took:.1f} s ({count / took:,.0f} a second, compilation"
-        f" included): {config.out}/ holds table.csv, table.npz and figures.png.",
+        f"{count} settings on {int(group.mask.sum())} steps in {took:.1f} s ({count / took:,.0f} per second,"
+        f" compilation included): {config.out}/ holds table.csv, table.npz and figures.png.",
         soft_wrap=True,
     )
     return config.out
 
 
 def parse(text: str) -> dict[str, list]:
-    """Axis -> its values. Raises UserError for an empty grid, an unknown axis, and values that cannot be."""
+    """Axis -> its values. Raises UserError for an empty grid, an unknown axis and invalid values."""
     axes: dict[str, list] = {}
     for part in text.split():
         name, equals, values = part.partition("=")
         if name not in AXES and name not in CHOICES:
             raise UserError(f"--grid: unknown axis {name!r}; need some of {', '.join((*AXES, *CHOICES))}")
         if name in axes:
-            raise UserError(f"--grid: {name} stands there twice")
+            raise UserError(f"--grid: {name} is given twice")
         if not equals or not values:
             raise UserError(f"--grid: {name} has no values; write {name}=a,b or {name}=from:to:count")
         axes[name] = choices(name, values) if name in CHOICES else numbers(name, values)
@@ -117,6 +120,7 @@ def parse(text: str) -> dict[str, list]:
 
 
 def choices(name: str, values: str) -> list[str]:
+    """The values of an axis of names."""
     found = values.split(",")
     odd = [value for value in found if value not in CHOICES[name]]
     if odd:
@@ -125,6 +129,7 @@ def choices(name: str, values: str) -> list[str]:
 
 
 def numbers(name: str, values: str) -> list[float]:
+    """The values of an axis of numbers."""
     try:
         if ":" in values:
             first, last, count = values.split(":")
@@ -144,9 +149,11 @@ def numbers(name: str, values: str) -> list[float]:
 
 
 def settings_of(axes: dict[str, list]) -> list[tuple[Settings, list[dict]]]:
-    """For each aggregation: its settings and the N points of the grid they stand for. Floats that differ are [N]; the
-    others are one number, so that what depends on them alone is computed once."""
-    answer = []
+    """The settings of each aggregation, and the N points of the grid that they represent.
+
+    Floats that vary are [N]; the others are scalars, so that what depends only on them is computed once.
+    """
+    found = []
     for aggregation in axes.get("aggregation", ["soft"]):
         points: dict[tuple, dict] = {}
         names = [name for name in axes if name != "aggregation"]
@@ -166,12 +173,12 @@ def settings_of(axes: dict[str, list]) -> list[tuple[Settings, list[dict]]]:
         for name in floats:
             column = np.array([field.get(name, getattr(base, name)) for field in fields], np.float32)
             stacked[name] = column if (column != column[0]).any() else column[0]
-        answer.append((dataclasses.replace(base, **stacked), list(points.values())))
-    return answer
+        found.append((dataclasses.replace(base, **stacked), list(points.values())))
+    return found
 
 
 def fitting(group: Group, chunk: int, memory: float) -> int:
-    """At most `chunk` settings at a time, as many as fit. Raises UserError if not even one does."""
+    """The number of settings that fit in memory, at most `chunk`. Raises UserError if not even one fits."""
     groups, members, turns = group.reward.shape
     texts = group.words.ids.shape[1] if group.words is not None else 1
     one = 4 * groups * (2 * texts * texts + 16 * members * turns)
@@ -187,7 +194,20 @@ def fitting(group: Group, chunk: int, memory: float) -> int:
 def estimate(
     group: Group, grid: Sequence[tuple[Settings, list[dict]]], chunk: int, on_chunk=lambda done: None
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The table: every axis and measure as a column, one row for each setting."""
+    """Estimate a batch under all settings of a grid.
+
+    Args:
+        group: a batch, [G, M, T].
+        grid: of `settings_of`.
+        chunk: settings computed at once.
+        on_chunk: called with the number of settings of each finished chunk.
+
+    Returns:
+        The table: a column for each axis and metric, with an entry per setting.
+
+    Raises:
+        UserError: the advantages are not finite.
+    """
     mesh = Mesh(np.array(jax.devices()), ("data",))
     padded = pad_groups(group, jax.device_count())
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
@@ -208,7 +228,7 @@ def estimate(
         count = len(points)
         size = min(chunk, count)
         for start in range(0, count, size):
-            take = np.minimum(np.arange(start, start + size), count - 1)  # the last one fills the chunk up
+            take = np.minimum(np.arange(start, start + size), count - 1)  # the last one pads the chunk
             part = jax.tree.map(lambda x, take=take: x[take] if np.ndim(x) else x, settings)
             measured = jax.device_get(measure(padded, part, reference))
             for i, point in enumerate(points[start : start + size]):
@@ -229,7 +249,16 @@ def _joint(group: Group, settings: Settings) -> jax.Array:
 
 @jax.jit
 def measure(group: Group, settings: Settings, reference: jax.Array) -> dict[str, jax.Array]:
-    """The measures [N] of settings, some of whose floats are [N]. reference: ranks of the published advantages."""
+    """The metrics of N settings.
+
+    Args:
+        group: a batch, [G, M, T].
+        settings: some of its floats are [N].
+        reference: `rank` of the published advantages.
+
+    Returns:
+        Each metric of `MEASURES`, float32 [N].
+    """
     unit = jnp.zeros((*group.reward.shape[:1], 1, 1))
     if settings.aggregation == "soft":
         assert group.words is not None
@@ -247,13 +276,13 @@ def measure(group: Group, settings: Settings, reference: jax.Array) -> dict[str,
 
 
 def _measure(group: Group, alike: jax.Array, reference: jax.Array, settings: Settings) -> dict[str, jax.Array]:
-    """The measures of one setting, means over the steps that happened.
+    """The metrics of one setting, means over the steps that happened.
 
-    rank_correlation: Spearman's, of joint advantages with the reference's; sign_flips: share of steps whose sign is the
-    other one; baseline_variance: of the step baselines inside their groups; neighbours: 1 / sum of squared weights;
-    step_share: of the step advantages in the sum of absolute values; size: mean |advantage|; mass_...: share of the sum
-    of |advantage| on winning trajectories, in groups that mostly fail (p <= 1/4), are mixed or mostly win (p >= 3/4),
-    and on the later half of trajectories.
+    rank_correlation: Spearman's, of the joint advantages with the reference; sign_flips: share of steps with the
+    opposite sign; baseline_variance: variance of the step baselines within groups; neighbours: 1 / sum of squared
+    weights; step_share: share of the step advantages in the sum of absolute values; size: mean |advantage|; mass_...:
+    share of the sum of |advantage| on winning trajectories, in groups that mostly fail (p <= 1/4), are mixed, or mostly
+    win (p >= 3/4), and in the later half of trajectories.
     """
     mask = jnp.asarray(group.mask)
     steps = mask.sum()
@@ -291,7 +320,7 @@ def _measure(group: Group, alike: jax.Array, reference: jax.Array, settings: Set
 
 
 def neighbours(group: Group, alike: jax.Array, settings: Settings) -> jax.Array:
-    """1 / sum_j w_ij^2 of each step's baseline [G, M, T]: over how many steps it is a mean, in effect."""
+    """1 / sum_j w_ij^2 of each step's baseline, float32 [G, M, T]: its effective number of steps."""
     assert group.anchor is not None
     shape = group.mask.shape
     flat, row = group.mask.reshape(shape[0], -1), group.anchor.reshape(shape[0], -1)
@@ -310,14 +339,14 @@ def neighbours(group: Group, alike: jax.Array, settings: Settings) -> jax.Array:
 
 
 def rank(values: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Ranks among the values under the mask, the mean rank where values are equal; and their signs. [N] each."""
+    """Ranks of the values under the mask (ties get their mean rank) and their signs; float32 [N] each."""
     ordered = jnp.sort(jnp.where(mask, values, jnp.inf))
     left, right = jnp.searchsorted(ordered, values, side="left"), jnp.searchsorted(ordered, values, side="right")
     return {"rank": (left + right - 1).astype(jnp.float32) / 2, "sign": jnp.where(mask, jnp.sign(values), 0.0)}
 
 
 def correlation(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
-    """Pearson's, under the mask; 0 where one of them does not vary."""
+    """Pearson's correlation under the mask; 0 if one side is constant."""
     count = mask.sum()
 
     def centred(x):
@@ -329,6 +358,7 @@ def correlation(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def write(folder: Path, table: dict[str, np.ndarray]) -> None:
+    """Write table.npz and table.csv."""
     np.savez(folder / "table.npz", **table)  # type: ignore[arg-type]
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -342,8 +372,8 @@ def _plain(value: Any) -> Any:
 
 
 def figures(path: Path, table: dict[str, np.ndarray], group: Group) -> None:
-    """Six panels: agreement, sign flips, baseline variance and neighbours against temperature; singletons of exact
-    matching; where the mass goes."""
+    """Draw six panels: rank correlation, sign flips, baseline variance and neighbours by temperature; singletons of
+    exact matching; distribution of the mass."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -370,12 +400,12 @@ def figures(path: Path, table: dict[str, np.ndarray], group: Group) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
 
-    against_temperature(axes[0, 0], "rank_correlation", "rank correlation with ProxMO as published")
-    against_temperature(axes[0, 1], "sign_flips", "share of steps whose sign flips")
-    against_temperature(axes[0, 2], "baseline_variance", "variance of step baselines in their groups")
-    against_temperature(axes[1, 0], "neighbours", "steps a baseline is a mean of, in effect")
+    against_temperature(axes[0, 0], "rank_correlation", "rank correlation with published ProxMO")
+    against_temperature(axes[0, 1], "sign_flips", "share of steps with the opposite sign")
+    against_temperature(axes[0, 2], "baseline_variance", "variance of step baselines within groups")
+    against_temperature(axes[1, 0], "neighbours", "effective number of steps of a baseline")
     axes[1, 1].hist(singletons(group), bins=np.linspace(0, 1, 21), color="C1")
-    axes[1, 1].set_title("share of steps alone with their text, by group")
+    axes[1, 1].set_title("share of steps with a unique text, by group")
     axes[1, 1].set_xlabel("share")
     axes[1, 1].set_ylabel("groups")
     names = [n for n in MEASURES if n.startswith("mass_in") or n in ("mass_on_wins", "mass_late")]
@@ -384,18 +414,18 @@ def figures(path: Path, table: dict[str, np.ndarray], group: Group) -> None:
         means = [table[name][own].mean() for name in names]
         axes[1, 2].bar(np.arange(len(names)) + 0.27 * (i - 1), means, 0.25, label=kind, color=f"C{i}")
     axes[1, 2].set_xticks(range(len(names)), [n.removeprefix("mass_").replace("_", "\n") for n in names], fontsize=8)
-    axes[1, 2].set_title("where the advantage's mass goes")
+    axes[1, 2].set_title("share of the sum of |advantage|")
     axes[1, 2].legend(fontsize=8)
-    drawn.suptitle("shaded: from the least to the most over the grid's other axes", fontsize=9)
+    drawn.suptitle("shaded: range over the other axes of the grid", fontsize=9)
     drawn.tight_layout()
     drawn.savefig(path, dpi=100)
     plt.close(drawn)
 
 
 def singletons(group: Group) -> np.ndarray:
-    """Share of each group's steps whose text no other step of the group has [G]."""
-    answer = []
+    """Share of each group's steps whose text is unique in the group, float [G]."""
+    shares = []
     for row, mask in zip(np.asarray(group.anchor), np.asarray(group.mask), strict=True):
         _, counts = np.unique(row[mask], return_counts=True)
-        answer.append((counts == 1).sum() / max(mask.sum(), 1))
-    return np.array(answer)
+        shares.append((counts == 1).sum() / max(mask.sum(), 1))
+    return np.array(shares)

@@ -1,11 +1,11 @@
-"""Studies: whole agents trained under many settings and seeds at once, and a page written from the numbers.
+"""Run a study: train small agents under many settings and seeds in parallel, and write a report from the numbers.
 
     proxmo ablate train --study components --seeds 16
     python -m proxmo_jax.ablation.studies.components --quick
 
-Cells of the same sizes are one program; those with the same choices of the estimator are stacked and mapped, `chunk`
-runs at a time, split over the devices there are. Every finished chunk is kept, so that a study cut off goes on where it
-was. `study.write` says what is left behind.
+Cells of the same sizes share a compiled program. Runs with the same static settings of the estimator are stacked and
+mapped, `chunk` runs at a time, sharded over the devices. Each finished chunk is stored, so that an interrupted study
+resumes where it stopped. `study.write` describes the output.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.types import Settings
 
-# What the results of a run depend on. Named, not imported: `proxmo_jax.estimator.estimator` is a function and a module.
+# Modules that the results of a run depend on. Found by name, since `proxmo_jax.estimator.estimator` is a function, too.
 SOURCES = (
     "proxmo_jax.ablation.vector_agent",
     "proxmo_jax.ablation.vector_household",
@@ -60,19 +60,19 @@ class Config:
     """components, temperature, modulation, success_rate, difficulty or noise."""
     seeds: int = 16
     quick: bool = False
-    """Two seeds, few iterations and houses: whether it runs, not what it finds."""
+    """Two seeds, few iterations and houses: a test that the study runs."""
     out: Path = Path("runs/ablations")
-    """Folder; the study's own is made in it, and gone on with if it is there."""
+    """The study gets a folder in it; an interrupted study there is resumed."""
     chunk: int = 16
-    """Runs that are trained at once on each device."""
+    """Runs trained in parallel on each device."""
     houses: int = 240
-    """Houses to train in; about half as many, never trained in, to be evaluated in."""
+    """Houses for training; about half as many held-out houses are added for evaluation."""
     learning_rate: float = 0.01
     entropy: float = 0.01
 
 
 def main(config: Config, study: Study | None = None, console: Console | None = None) -> Path:
-    """Run or go on with a study; returns its folder. Raises UserError for settings that cannot work."""
+    """Run or resume a study and return its folder. Raises UserError for invalid settings."""
     console = console or terminal()
     study = study or load(config.study)
     check(config, study)
@@ -87,13 +87,14 @@ def main(config: Config, study: Study | None = None, console: Console | None = N
 
 
 def load(name: str) -> Study:
-    """A study by its name. Raises UserError for one there is not."""
+    """A study by its name. Raises UserError for an unknown name."""
     if name not in STUDIES:
         raise UserError(f"--study must be one of {', '.join(STUDIES)}; got {name!r}")
     return importlib.import_module(f"proxmo_jax.ablation.studies.{name}").STUDY
 
 
 def check(config: Config, study: Study) -> None:
+    """Raise UserError for options and studies that cannot be run."""
     for name in ("seeds", "chunk"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
@@ -109,8 +110,7 @@ def check(config: Config, study: Study) -> None:
 
 
 def use_every_core() -> None:
-    """Where JAX runs on a CPU: as many virtual devices as there are cores, since runs need nothing of each other. To be
-    called before JAX has started."""
+    """Make JAX on a CPU use one virtual device per core, since runs are independent. Call it before JAX starts."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = (
@@ -122,12 +122,13 @@ prepare = use_every_core  # what the command line calls before JAX starts
 
 
 def remember_programs(folder: Path) -> None:
-    """Keep compiled programs beside the study's results: a study that goes on does not compile again."""
+    """Cache compiled programs next to the study's results, so that a resumed study does not compile again."""
     jax.config.update("jax_compilation_cache_dir", str(folder.parent.resolve() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
 
 
 def spec_of(config: Config, study: Study, cell: Cell) -> Spec:
+    """The static sizes of a cell's runs."""
     iterations = 20 if config.quick else study.iterations
     return Spec(
         groups=cell.groups, members=cell.members, turns=cell.turns, iterations=iterations,
@@ -136,28 +137,39 @@ def spec_of(config: Config, study: Study, cell: Cell) -> Spec:
 
 
 def choices_of(settings: Settings) -> Settings:
-    """The static choices alone: equal for settings that differ in numbers only."""
+    """The static settings only: equal for settings that differ in numbers."""
     return jax.tree.map(lambda _: 1.0, settings)
 
 
 def numbers_of(settings: Settings) -> Settings:
-    """The numbers alone, under the default choices: what runs of one program are stacked from."""
+    """The numbers only, with default static settings: these are stacked over the runs of a program."""
     return jax.tree.unflatten(jax.tree.structure(Settings()), jax.tree.leaves(settings))
 
 
 def house_count(config: Config) -> int:
-    """Houses to train in."""
+    """Number of houses for training."""
     return 60 if config.quick else config.houses
 
 
 def held_out_count(count: int) -> int:
-    """Houses to be evaluated in beside so many to train in: whole rollouts of 64 attempts, where there are enough."""
+    """Number of held-out houses for `count` training houses: whole rollouts of 64 episodes if there are enough."""
     return max(64 * (count // 100), 12)
 
 
 def make_houses(level: str, count: int, *, paraphrases: bool = True) -> tuple[vh.Houses, vh.Houses, vh.Texts]:
-    """(train, held out, texts): houses of the level or of several in turn, the six task types in turn; texts with the
-    pieces of their paraphrases or without."""
+    """Generate the houses of a study.
+
+    Args:
+        level: easy, medium, hard, or several joined by `+`, which alternate.
+        count: number of training houses; task types alternate, too.
+        paraphrases: whether the texts include paraphrases.
+
+    Returns:
+        (training houses, held-out houses, texts).
+
+    Raises:
+        UserError: an unknown level.
+    """
     levels = level.split("+")
     unknown = set(levels) - set(LEVELS)
     if unknown:
@@ -173,7 +185,7 @@ def make_houses(level: str, count: int, *, paraphrases: bool = True) -> tuple[vh
 
 
 def train_all(config: Config, study: Study, folder: Path, console: Console) -> Results:
-    """Every cell from every seed; finished chunks are read back."""
+    """Train every cell from every seed; finished chunks are read from disk."""
     seeds = 2 if config.quick else config.seeds
     programs: dict[tuple[str, Spec], dict[Settings, list[int]]] = {}
     for number, cell in enumerate(study.cells):
@@ -209,11 +221,15 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
 
 
 def chunk_size(counts: Sequence[int], at_most: int) -> int:
-    """Runs of a chunk, a multiple of the devices, that cost least: a kind's last chunk is filled up by repeating its
-    last run, and small chunks are slow. A run alone takes more than twice what it takes among sixteen (BENCHMARKS.md,
-    Ablations), hence a chunk counts as two runs more on each device than it holds.
+    """The cheapest number of runs per chunk, a multiple of the number of devices.
 
-    counts: runs of each kind; at_most: on each device.
+    The last chunk of a kind is padded by repeating its last run, and small chunks are slow: a single run takes more
+    than twice its time among sixteen (BENCHMARKS.md, Ablations). Hence the cost of a chunk is its size plus two runs
+    per device.
+
+    Args:
+        counts: number of runs of each kind.
+        at_most: runs per device.
     """
     devices = jax.device_count()
 
@@ -224,13 +240,13 @@ def chunk_size(counts: Sequence[int], at_most: int) -> int:
 
 
 def compiled(config: Config, level: str, spec: Spec, kinds: Sequence[Settings]):
-    """(Knobs [N], keys [N], kind) -> curves [N, ...], the runs split over the devices; see `make_run`."""
+    """(Knobs [N], keys [N], kind) -> curves [N, ...], with runs sharded over the devices; see `make_run`."""
     houses = make_houses(level, house_count(config), paraphrases=spec.paraphrases)
     return over_devices(make_run(*houses, spec, kinds))
 
 
 def over_devices(run):
-    """`make_run`'s function mapped over runs, and jitted."""
+    """The function of `make_run`, mapped over runs, sharded over the devices and jitted."""
     mesh, split, whole = Mesh(np.array(jax.devices()), ("runs",)), PartitionSpec("runs"), PartitionSpec()
     mapped = jax.vmap(run, (0, 0, None))
     return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=(split, split, whole), out_specs=split, check_vma=False))
@@ -239,7 +255,7 @@ def over_devices(run):
 def run_chunk(
     config: Config, study: Study, program, kind: int, part: list[tuple[int, int]], size: int
 ) -> dict[str, np.ndarray]:
-    """The curves of these (cell, seed) pairs, all of one kind; the last is repeated to fill the chunk up."""
+    """The curves of (cell, seed) pairs of one kind; the last pair is repeated to pad the chunk."""
     filled = part + part[-1:] * (size - len(part))
     knobs = [
         Knobs(numbers_of(cell.settings), config.learning_rate, config.entropy, cell.paraphrase)
@@ -251,8 +267,10 @@ def run_chunk(
 
 
 def fingerprint(config: Config, study: Study, spec: Spec, part: list[tuple[int, int]]) -> str:
-    """A name for a chunk's results by what they depend on: the settings, and the source of `SOURCES`. Other modules and
-    JAX itself are left out: remove `chunks` when those have changed."""
+    """The file name of a chunk: a hash of what its results depend on, the settings and the source of `SOURCES`.
+
+    Other modules and JAX itself are not included: delete `chunks` after they change.
+    """
     cells = [(dataclasses.asdict(study.cells[c]) | {"label": "", "baseline": ""}, s) for c, s in part]
     what = [str(spec), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -279,7 +297,7 @@ def hash_of(files: Sequence[Path]) -> str:
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all."""
+    """Write arrays to a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, **arrays)  # type: ignore[arg-type]
@@ -287,13 +305,14 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read(path: Path, part: list[tuple[int, int]]) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    """The curves of each (cell, seed) pair of a stored chunk."""
     with np.load(path) as data:
         arrays = {name: data[name] for name in data.files}
     return {pair: {name: x[i] for name, x in arrays.items()} for i, pair in enumerate(part)}
 
 
 def from_command_line(study: Study) -> None:
-    """A study's own command: `python -m experiments.ablation_NAME [--quick] [--seeds N] ...`."""
+    """The command of a study: `python -m proxmo_jax.ablation.studies.NAME [--quick] [--seeds N] ...`."""
     import tyro
 
     from proxmo_jax.policy.sharding import keep_freed_memory

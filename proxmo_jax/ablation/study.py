@@ -1,4 +1,4 @@
-"""What a study is, and what is left of it: results.csv, summary.csv, curves.png and a page written from the numbers."""
+"""Studies and their output: results.csv, summary.csv, curves.png and a report written from the numbers."""
 
 import csv
 import os
@@ -13,13 +13,13 @@ from envs_bridge.household.game import TASK_TYPES
 from proxmo_jax.agent.report import bootstrap
 from proxmo_jax.estimator.types import Settings
 
-# Of the training rollouts: success, share of groups with wins and losses, turns, log-probability of the commands given.
+# Of the training rollouts: success, share of groups with wins and losses, turns, log-probability of the commands drawn.
 CURVES = ("success", "mixed", "turns", "log_prob")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of a study. level: easy, medium, hard, or several joined by `+`, in equal shares."""
+    """One setting of a study. `level`: easy, medium, hard, or several joined by `+`, in equal shares."""
 
     label: str
     settings: Settings
@@ -29,12 +29,12 @@ class Cell:
     turns: int = 20
     paraphrase: float = 0.0
     baseline: str = ""
-    """Label of the cell that this one is compared with; default: the study's first."""
+    """Label of the cell that this one is compared with; default: the study's first cell."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """question: what the study asks, one sentence. cells: the first is what the others are compared with."""
+    """A question and the settings that answer it. A cell is compared with its `baseline` or with the first cell."""
 
     name: str
     question: str
@@ -45,8 +45,12 @@ class Study:
 
 @dataclass
 class Results:
-    """eval float32 [cells, seeds, points], success on held-out houses; by_kind [cells, seeds, 6], at the end; curves:
-    means over the iterations between evaluations [cells, seeds, points - 1]."""
+    """The numbers of a study.
+
+    labels: of the cells. iterations int [points]: when runs were evaluated. eval float32 [cells, seeds, points]:
+    success in held-out houses. by_kind float32 [cells, seeds, 6]: the last evaluation by task type. curves float32
+    [cells, seeds, points - 1]: means over the iterations between evaluations, by name.
+    """
 
     labels: list[str]
     iterations: np.ndarray
@@ -56,8 +60,8 @@ class Results:
 
 
 def measures(results: Results) -> dict[str, np.ndarray]:
-    """Per run [cells, seeds]: success at the end (the last three evaluations), its mean over the run, and the
-    iterations to 80% (the run's length where it is never reached)."""
+    """Metrics of each run, [cells, seeds]: success at the end (mean of the last three evaluations), mean success over
+    the run, and iterations to 80% success (the length of the run if it is never reached)."""
     reached = results.eval >= 0.8
     first = np.where(reached.any(2), reached.argmax(2), results.eval.shape[2] - 1)
     return {
@@ -70,11 +74,18 @@ def measures(results: Results) -> dict[str, np.ndarray]:
 def write(
     folder: Path, study: Study, results: Results, *, houses: tuple[int, int], quick: bool, seconds: float
 ) -> None:
-    """Tables, figure and page.
+    """Write tables, figure and report.
 
-    houses: how many were trained in and evaluated in. results.csv: every evaluation of every run, and what its training
-    rollouts since the last one were like; summary.csv: each cell's measures and their differences from the cell it is
-    compared with.
+    results.csv has every evaluation of every run, and the means of its training rollouts since the previous one;
+    summary.csv has the metrics of each cell and their differences from the cell it is compared with.
+
+    Args:
+        folder: where to write; it must exist.
+        study: the question and its cells.
+        results: of the study's cells, in their order.
+        houses: the number of houses in training and in evaluation.
+        quick: whether the run was too short to conclude anything.
+        seconds: duration of this call.
     """
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -103,12 +114,15 @@ def write(
 
 
 def number(value: float) -> str:
+    """A number in the tables: four decimals."""
     return f"{value:.4f}"
 
 
 def figure(path: Path, study: Study, results: Results) -> None:
-    """Success on held-out houses, mean over seeds with its bootstrap interval; a panel for each cell that is compared
-    with no other, and what is compared with it, or with what is compared with it."""
+    """Draw success in held-out houses: mean over seeds and its bootstrap interval.
+
+    Each cell without a baseline has a panel, with the cells that are compared with it directly or through others.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +158,7 @@ def figure(path: Path, study: Study, results: Results) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="lower right")
     for line in axes:
-        line[0].set_ylabel("success, held-out houses")
+        line[0].set_ylabel("success in held-out houses")
         line[0].set_ylim(0, 1)
     drawn.suptitle(f"{study.name}: {results.eval.shape[1]} seeds, mean and 95% interval")
     drawn.tight_layout()
@@ -155,17 +169,16 @@ def figure(path: Path, study: Study, results: Results) -> None:
 def page(
     study: Study, results: Results, rows: list[dict[str, str]], houses: tuple[int, int], quick: bool, seconds: float
 ) -> str:
-    """The study as Markdown; its sentences are made from the numbers."""
+    """The report as Markdown; its sentences follow from the numbers."""
     seeds = results.eval.shape[1]
     lines = [
         f"# {study.name}", "", study.question, "",
-        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses to"
-        f" train in and {houses[1]} others to be evaluated in;"
-        " commands are sampled there, as in training. The policy is a small network that scores the possible commands"
-        " (`experiments/vector_agent.py` says what that leaves out). Intervals: 95%, bootstrap over seeds;"
-        " differences are between runs of the same seed. `end`: mean of the last three evaluations; `mean`: over"
-        " the whole run;"
-        " `to 80%`: iterations until the first evaluation of 80%.", "",
+        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses for training and {houses[1]}"
+        " held-out houses for evaluation, where commands are sampled as in training. The policy is a small network that"
+        " scores the admissible commands (`proxmo_jax/ablation/vector_agent.py` lists its limits). Intervals are 95%"
+        " bootstrap intervals over seeds; differences are between runs of the same seed. A difference is significant"
+        " if its interval excludes 0. `end`: mean of the last three evaluations; `mean`: mean over the whole run;"
+        " `to 80%`: iterations until an evaluation first reaches 80%.", "",
         "| setting | end | mean | to 80% | compared with | difference of the means |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
@@ -181,23 +194,23 @@ def page(
             else ""
         )
         lines.append(f"| {row['cell']} | {end} | {mean} | {float(row['to_80']):.0f} | {other} | {difference} |")
-    lines += ["", "![learning curves](curves.png)", "", "## What was found", ""]
+    lines += ["", "![learning curves](curves.png)", "", "## Findings", ""]
     lines += [f"- {sentence}" for sentence in findings(rows)]
     kinds = ["| setting | " + " | ".join(TASK_TYPES) + " |", "|---" * 7 + "|"]
     for label, rates in zip(results.labels, results.by_kind.mean(1), strict=True):
         kinds.append(f"| {label} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |")
-    lines += ["", "## By task type, at the end", "", *kinds]
+    lines += ["", "## Success by task type at the end", "", *kinds]
     if study.remark:
         lines += ["", study.remark]
     if quick:
-        lines += ["", "**A quick run: too short to find anything.**"]
+        lines += ["", "**A quick run: too short for any conclusion.**"]
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
-    lines += ["", f"Took {seconds:.0f} s on {device} (this call; chunks done before are not in it)."]
+    lines += ["", f"This call took {seconds:.0f} s on {device}, without chunks that were finished before."]
     return "\n".join(lines) + "\n"
 
 
 def findings(rows: list[dict[str, str]]) -> list[str]:
-    """One sentence for each comparison: what can be told apart, and what cannot."""
+    """One sentence for each comparison: which differences are significant."""
     sentences = []
     for row in rows:
         other = row["compared with"]
@@ -206,8 +219,9 @@ def findings(rows: list[dict[str, str]]) -> list[str]:
         parts = []
         for name, words in (("mean", "over the whole run"), ("end", "at the end")):
             middle, low, high = (float(row[f"{name} difference{x}"]) for x in ("", " low", " high"))
-            told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+            verdict = "better" if low > 0 else "worse" if high < 0 else "different"
+            verdict = ("not " if verdict == "different" else "") + f"significantly {verdict}"
             size = f"{middle:+.1%}, {low:+.1%} to {high:+.1%}"
-            parts.append(f"{told} {words} ({size})")
+            parts.append(f"{verdict} {words} ({size})")
         sentences.append(f"{row['cell']} against {other}: {', '.join(parts)}.")
     return sentences

@@ -1,8 +1,8 @@
-"""A whole training run as one function of arrays: rollout, estimator and update, to be mapped over settings and seeds.
+"""A whole training run as one function of arrays: rollout, estimator and update, mapped over settings and seeds.
 
-The policy scores the admissible commands from the goal, the last text, what is in hand and which commands were given
-before. What this leaves out against a language model: it reads texts as bags of pieces, it cannot say anything that is
-not a possible command, its commands are one token, and it knows the goal as two types rather than from a sentence.
+The policy scores the admissible commands from the goal, the last text, the object in hand and the earlier commands. Its
+limits compared with a language model: it reads texts as bags of pieces, it can only choose admissible commands, a
+command is one token, and the goal is given as two types instead of a sentence.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from proxmo_jax.training.losses import LossSettings, policy_loss
 
 @dataclass(frozen=True)
 class Spec:
-    """What is the same in all runs of a study; a program is compiled for each.
+    """Static sizes of runs; a program is compiled for each.
 
-    groups, members, turns: the rectangle of a rollout. iterations: updates; evaluated every `eval_every` of them and at
-    the start. hidden: width of the policy. paraphrases: whether texts are said otherwise by chance (`Knobs`).
+    groups, members, turns: the shape of a rollout. iterations: number of updates; the policy is evaluated at the start
+    and every `eval_every` of them. hidden: width of the policy. paraphrases: whether texts are paraphrased (`Knobs`).
     """
 
     groups: int = 8
@@ -45,33 +45,37 @@ class Spec:
 @pytree
 @dataclass(frozen=True)
 class Knobs:
-    """What runs of one program may differ in: the estimator's floats, the learning rate, the weight of the entropy, and
-    the chance that a phrase of a text is said otherwise (if `Spec.paraphrases`)."""
+    """Values in which runs of one program may differ; under `vmap` each is a scalar.
+
+    estimator: its floats. learning_rate. entropy: coefficient of the entropy bonus. paraphrase: probability that a
+    phrase of a text is paraphrased (if `Spec.paraphrases`).
+    """
 
     estimator: Settings
-    learning_rate: Any = 0.01
-    entropy: Any = 0.01
-    paraphrase: Any = 0.0
+    learning_rate: float | jax.Array = 0.01
+    entropy: float | jax.Array = 0.01
+    paraphrase: float | jax.Array = 0.0
 
 
 class Seen(NamedTuple):
-    """What the policy is shown at a turn.
+    """The policy's input in a turn.
 
-    text int32 [L] pieces; held bool [O], what is in hand; flags bool [4]: it is the target, it is as the goal wants it,
-    a place of the goal is here, the lamp is here; used float32 [A], how often each command was given; last bool [A];
-    in_place bool [O], targets that lie where they should; possible bool [A].
+    text int32 [L]: pieces. held bool [O]: the object in hand. flags bool [4]: the object in hand is a target; it is in
+    the goal's state; a receptacle of the goal is here; the lamp is here. used float32 [A]: how often each command was
+    given. last bool [A]: the previous command. in_place bool [O]: targets that are where the goal wants them. possible
+    bool [A]: admissible commands.
     """
 
-    text: Any
-    held: Any
-    flags: Any
-    used: Any
-    last: Any
-    in_place: Any
-    possible: Any
+    text: jax.Array
+    held: jax.Array
+    flags: jax.Array
+    used: jax.Array
+    last: jax.Array
+    in_place: jax.Array
+    possible: jax.Array
 
 
-# The policy's tables and how many rows each has; 0: as many as there are pieces.
+# Rows of each of the policy's embedding tables; 0: the number of pieces.
 TABLES = {
     "command_object": 0, "command_place": 0, "verb": len(vh.VERBS), "target": 1, "lamp": 1, "place": 1, "text": 0,
     "held": 0, "flags": 4, "kind": 6, "goal_target": 0, "goal_place": 0, "history": 3,
@@ -79,10 +83,10 @@ TABLES = {
 
 
 class Scores(nn.Module):
-    """Logits [A] of the commands in one house: the product of what the state calls for and what the command is.
+    """Logits [A] of the commands in one house: inner products of a state vector and command vectors.
 
-    state = MLP(goal, text, hand); command = the sum of its words' embeddings, and of what was done with it before times
-    a learned vector. Products and no [A, hidden] layer: a layer of each pair was three times as slow.
+    state = MLP(goal, text, object in hand); command = the sum of the embeddings of its words, plus learned vectors
+    times its history. There is no [A, hidden] layer: a layer over pairs was three times as slow.
     """
 
     pieces: int
@@ -90,9 +94,18 @@ class Scores(nn.Module):
 
     @nn.compact
     def __call__(self, house: Houses, seen: Seen, bag: jax.Array | None = None) -> jax.Array:
-        """bag: `bag_of` the text, to be given where there is a gradient; the same without is faster."""
+        """Score the commands.
 
-        # One parameter, cut up: a draw of random numbers for each table is most of what there is to compile.
+        Args:
+            house: one house.
+            seen: the input of one turn.
+            bag: float32 [P], `bag_of` the text; pass it when differentiating, omit it otherwise (faster).
+
+        Returns:
+            float32 [A], -1e9 for commands that are not admissible.
+        """
+
+        # One parameter, split into tables: a random draw per table would dominate the compile time.
         rows = {name: self.pieces if rows == 0 else rows for name, rows in TABLES.items()}
         tables = self.param("tables", nn.initializers.normal(0.3), (sum(rows.values()), self.hidden))
         table = dict(zip(rows, jnp.split(tables, np.cumsum(list(rows.values()))[:-1]), strict=True))
@@ -117,9 +130,9 @@ class Scores(nn.Module):
         done = jnp.pad(seen.in_place, (len(vh.COMMANDS) + receptacles, 2 * objects))  # of commands to take
         before = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32), done.astype(jnp.float32)])
 
-        # A product where there is a gradient: that of a look-up is a scatter, slow on a CPU.
-        said = table["text"]
-        state = (said[seen.text] * (seen.text > 0)[:, None]).sum(0) if bag is None else bag @ said
+        # With a gradient a product: the gradient of a look-up is a scatter, which is slow on a CPU.
+        pieces = table["text"]
+        state = (pieces[seen.text] * (seen.text > 0)[:, None]).sum(0) if bag is None else bag @ pieces
         state = state / 4.0 + seen.held @ table["held"][house.object]
         state = state + seen.flags.astype(jnp.float32) @ table["flags"] + table["kind"][house.kind]
         state = state + table["goal_target"][house.goal[0]]
@@ -131,25 +144,33 @@ class Scores(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """[G, M, T, ...]: what was shown, what was done; mask of turns that happened; won [G, M, T], at the turn."""
+    """Episodes [G, M, T]: inputs, commands int32, their log-probabilities float32, mask bool of the turns that
+    happened, and won bool in the turn that wins."""
 
-    seen: Any
-    command: Any
-    log_prob: Any
-    mask: Any
-    won: Any
+    seen: Seen
+    command: jax.Array
+    log_prob: jax.Array
+    mask: jax.Array
+    won: jax.Array
 
 
 def bag_of(text: jax.Array, pieces: int) -> jax.Array:
-    """How often each piece is said in texts [..., L]: float32 [..., P]; piece 0 says nothing.
+    """Counts of each piece in texts.
 
-    Compared with every piece: a scatter would be a loop on a CPU.
+    Every position is compared with every piece: a scatter would be a loop on a CPU.
+
+    Args:
+        text: int32 [..., L]; piece 0 is padding.
+        pieces: number of pieces, P.
+
+    Returns:
+        float32 [..., P].
     """
     return ((text[..., None] == jnp.arange(pieces)) & (text[..., None] > 0)).sum(-2).astype(jnp.float32)
 
 
 def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:
-    """What the policy is shown of a state."""
+    """The policy's input for a state."""
     held, here = state.held, state.here
     ready = jnp.select(
         [house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True
@@ -168,24 +189,43 @@ def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: ja
     return Seen(text, in_hand, flags, used, last, in_place, vh.admissible(house, state))
 
 
-def paraphrased(text: jax.Array, table: jax.Array, chance: jax.Array, key: jax.Array) -> jax.Array:
-    """The text with each phrase that has other wordings said otherwise with this chance."""
+def paraphrased(text: jax.Array, table: jax.Array, chance: float | jax.Array, key: jax.Array) -> jax.Array:
+    """Paraphrase each phrase of a text that has paraphrases with a given probability.
+
+    Args:
+        text: int32 [L], pieces.
+        table: int32 [P, 4], `Texts.paraphrases`.
+        chance: the probability, a scalar.
+        key: of the random draws.
+
+    Returns:
+        int32 [L].
+    """
     which, other = jax.random.split(key)
     choice = jax.random.randint(other, text.shape, 1, table.shape[1])
     return jnp.where(jax.random.uniform(which, text.shape) < chance, table[text, choice], text)
 
 
 def choose(log_probs: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The command that a number in [0, 1) falls to: one random number, where Gumbel noise is one for each command."""
+    """Draw a command by inverse transform sampling: one random number, where Gumbel noise needs one per command.
+
+    Args:
+        log_probs: float32 [A].
+        uniform: float32 [], a random number in [0, 1).
+
+    Returns:
+        int32 [].
+    """
     chance = jnp.exp(log_probs)
     upper = jnp.tril(jnp.ones((len(chance), len(chance)))) @ chance
     return jnp.argmax((upper > uniform * upper[-1]) & (chance > 0))
 
 
 def play(
-    params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: jax.Array, key: jax.Array
-) -> Rollout:
-    """One episode; arrays [T, ...]."""
+    params, net: Scores, house: Houses, spec: Spec, paraphrases: jax.Array, chance: float | jax.Array,
+    key: jax.Array,
+) -> Rollout:  # fmt: skip
+    """Play one episode; arrays [T, ...]."""
     length = max(house.start.shape[0], 9 + 3 * house.object.shape[0])
     commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
 
@@ -200,10 +240,10 @@ def play(
         logits: Any = net.apply({"params": params}, house, seen)
         log_probs = jax.nn.log_softmax(logits)
         command = choose(log_probs, jax.random.uniform(draw))
-        after, said, won = vh.step(house, state, command)
+        after, reply, won = vh.step(house, state, command)
         row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
         chosen = jnp.arange(commands) == command
-        following = (after, fit(said), used + chosen, chosen, done | won)
+        following = (after, fit(reply), used + chosen, chosen, done | won)
         kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), following, carry)
         return kept, row
 
@@ -213,16 +253,28 @@ def play(
 
 
 def merged(words: np.ndarray) -> np.ndarray:
-    """Words float32 [P, V] with those that every piece says equally often made one, times the root of how many they
-    are: such words have one document frequency, so that no similarity changes."""
+    """Merge words with equal counts in all pieces: one column per distinct column of float32 [P, V].
+
+    A merged column is scaled by the square root of the number of its words. Such words have the same document
+    frequency, so similarities do not change.
+    """
     distinct, alike = np.unique(words, axis=1, return_counts=True)
     return distinct * np.sqrt(alike, dtype=np.float32)
 
 
 def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
-    """TF-IDF unit vectors [..., V] of bags of pieces [..., P], over all texts under the mask.
+    """TF-IDF unit vectors of bags of pieces, with document frequencies over all texts under the mask.
 
-    The rule of `embeddings.tfidf`, by a product with the pieces' words: scattering sparse counts is a loop on a CPU.
+    The same values as `embeddings.tfidf`, computed by a product with the words of the pieces: scattering sparse counts
+    is a loop on a CPU.
+
+    Args:
+        bag: float32 [..., P].
+        mask: bool [...].
+        words: float32 [P, V], word counts of the pieces.
+
+    Returns:
+        float32 [..., V].
     """
     counts = jnp.where(mask.reshape(-1, 1), bag.reshape(-1, bag.shape[-1]) @ words, 0.0)
     idf = jnp.log((1.0 + mask.sum()) / (1.0 + (counts > 0).sum(0))) + 1.0
@@ -232,9 +284,19 @@ def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
 
 
 def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Array, reward_scale: float) -> jax.Array:
-    """Advantages [G, M, T]; bag: of the rollout's texts.
+    """Joint advantages of a rollout.
 
-    Equal texts are told by a 32-bit sum of random numbers, one for each piece and place.
+    Exact matching compares 32-bit hashes of texts: sums of random numbers, one for each piece and position.
+
+    Args:
+        rollout: [G, M, T].
+        bag: float32 [G, M, T, P], of its texts.
+        settings: of the estimator.
+        words: float32 [P, V], word counts of the pieces.
+        reward_scale: the reward of a win.
+
+    Returns:
+        float32 [G, M, T].
     """
     mask, text = rollout.mask, rollout.seen.text
     embedding = anchor = None
@@ -255,8 +317,12 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
 
 
 def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.GradientTransformation, kinds: Sequence):
-    """(params, optimiser's state, houses [G], rollout, knobs, kind) -> the first two: estimator, loss, optimiser's
-    steps. kind int32 []: whose of `kinds` the static choices of the estimator are."""
+    """Make the update of the policy: estimator, loss and optimizer steps.
+
+    Returns:
+        A function (params, optimizer state, houses [G], rollout, knobs, kind) -> (params, optimizer state). kind
+        int32 []: the index in `kinds` of the static settings of the estimator.
+    """
     words = jnp.asarray(merged(texts.words))
 
     def loss(params, at: Houses, rollout: Rollout, bag, advantage, entropy):
@@ -272,7 +338,7 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
     def advantage_by(choices: Settings, rollout: Rollout, bag: jax.Array, floats: Settings) -> jax.Array:
         settings = jax.tree.unflatten(jax.tree.structure(choices), jax.tree.leaves(floats))
         advantage = estimate(rollout, bag, settings, words, spec.reward_scale)
-        # Of about the same size for all, beside the entropy's weight.
+        # Advantages of similar size for all estimators, relative to the entropy bonus.
         return advantage if settings.episode_std else advantage / spec.reward_scale
 
     def update(params, opt_state, at: Houses, rollout: Rollout, knobs: Knobs, kind: jax.Array):
@@ -289,12 +355,12 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Adam whose learning rate is part of its state, so that it may differ between runs of one program."""
+    """Adam with the learning rate in its state, so that it may differ between runs of one program."""
     return optax.inject_hyperparams(optax.adam)(learning_rate=0.01, b2=0.99)
 
 
 def fresh(net: Scores, house: Houses, key: jax.Array):
-    """Parameters that have learned nothing."""
+    """Initial parameters."""
     commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
     none = jnp.zeros(commands)
     seen = show(house, vh.reset(house), house.start, none, none > 0)
@@ -302,29 +368,36 @@ def fresh(net: Scores, house: Houses, key: jax.Array):
 
 
 def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: Sequence[Settings]):
-    """(Knobs, key, kind) -> curves: a run from fresh parameters, to be put under `vmap` and `jit`.
+    """Make a run from initial parameters, to be mapped with `vmap` and compiled with `jit`.
 
-    kinds: settings of the estimator whose static choices runs may have; kind int32 [] says whose a run has, and is to
-    be the same for all runs under a `vmap`, so that no estimator is computed but theirs.
+    Training and evaluation alternate in one loop over rollouts of one shape: two loops would compile household and
+    policy twice.
 
-    Curves: `eval` float32 [iterations / eval_every + 1], success on every held-out house, sampled as in training;
-    `success`, `mixed` (share of groups with wins and losses), `turns`, `log_prob` (of the commands given) float32
-    [iterations / eval_every], means of the training rollouts since the last evaluation; `by_kind` [6], the last
-    evaluation by task type.
+    Args:
+        train: houses for training.
+        held_out: houses for evaluation.
+        texts: of both.
+        spec: static sizes.
+        kinds: settings of the estimator, one for each combination of static settings that runs may have.
 
-    Training and evaluation take turns in one loop of equal rollouts: two loops would be compiled apart, the household
-    and the policy in each.
+    Returns:
+        A function (Knobs, key, kind) -> curves. kind int32 [] is an index into `kinds`; it must be the same for all
+        runs under a `vmap`, so that no other estimator is computed. The curves are `eval` float32
+        [iterations / eval_every + 1], success in all held-out houses, with commands sampled as in training; `success`,
+        `mixed` (share of groups with wins and losses), `turns`, `log_prob` (of the commands drawn) float32
+        [iterations / eval_every], means of the training rollouts since the previous evaluation; and `by_kind` float32
+        [6], the last evaluation by task type.
     """
     net = Scores(len(texts.pieces), spec.hidden)
     paraphrases = jnp.asarray(texts.paraphrases)
     optimizer = make_optimizer()
     update = make_update(net, texts, spec, optimizer, kinds)
     houses = jax.tree.map(lambda *x: jnp.concatenate(x), train, held_out)
-    known, unknown, attempts = len(train.kind), len(held_out.kind), spec.groups * spec.members
-    passes, parts = -(-unknown // attempts), spec.iterations // spec.eval_every
-    # An evaluation, `eval_every` iterations, and so on, an evaluation; the last pass of one is filled up.
+    known, unseen, episodes = len(train.kind), len(held_out.kind), spec.groups * spec.members
+    passes, parts = -(-unseen // episodes), spec.iterations // spec.eval_every
+    # Alternate an evaluation and `eval_every` iterations, end with an evaluation; its last pass is padded.
     learns = np.array(([False] * passes + [True] * spec.eval_every) * parts + [False] * passes)
-    examined = known + np.arange(passes * attempts).reshape(passes, attempts) % unknown
+    examined = known + np.arange(passes * episodes).reshape(passes, episodes) % unseen
     number = np.where(learns, passes + np.cumsum(learns) - 1, np.arange(len(learns)) % (passes + spec.eval_every))
 
     def one(carry, step, knobs: Knobs, kind: jax.Array):
@@ -334,7 +407,7 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: S
         drawn = jax.random.choice(draw, known, (spec.groups,), replace=False)
         at = vh.pick(houses, jnp.where(learning, jnp.repeat(drawn, spec.members), examined))
         episode = partial(play, params, net, spec=spec, paraphrases=paraphrases, chance=knobs.paraphrase)
-        played = jax.vmap(lambda house, key: episode(house, key=key))(at, jax.random.split(playing, attempts))
+        played = jax.vmap(lambda house, key: episode(house, key=key))(at, jax.random.split(playing, episodes))
         rollout = jax.tree.map(lambda x: x.reshape(spec.groups, spec.members, *x.shape[1:]), played)
 
         def learn(params, opt_state):
@@ -360,7 +433,7 @@ def make_run(train: Houses, held_out: Houses, texts: Texts, spec: Spec, kinds: S
         steps = keys[number], jnp.asarray(learns), jnp.asarray(examined[np.where(learns, 0, number)])
         body = partial(one, knobs=knobs, kind=jnp.asarray(kind))
         _, (rows, won) = jax.lax.scan(body, (params, opt_state), steps)
-        won = won[~learns].reshape(parts + 1, -1)[:, :unknown].astype(jnp.float32)
+        won = won[~learns].reshape(parts + 1, -1)[:, :unseen].astype(jnp.float32)
         curves = {name: x[learns].reshape(parts, spec.eval_every).mean(1) for name, x in rows.items()}
         kinds_of_task = jnp.asarray(held_out.kind)
         by_kind = jax.vmap(

@@ -1,11 +1,11 @@
 """The household as arrays: the games of `envs_bridge.household` under `jit` and `vmap`.
 
-The rules and the texts are the engine's, for houses as our generator makes them (one receptacle at a place, an object
-in at most one, nothing in hand at the start, the newer wording); `test_vector_household` plays both side by side. A
-text is a row of pieces: strings that joined are the engine's text to the letter (`say`).
+Rules and texts are those of the engine, for houses of our generator (one receptacle per location, an object in at most
+one receptacle, nothing in hand at the start, the newer wording); `test_vector_household` compares both in lockstep. A
+text is a row of pieces: strings whose concatenation is exactly the engine's text (`say`).
 
-Commands are enumerated alike in every house of the same table size: those of `COMMANDS`, which need no name (they are
-about what is here or in hand), then `go` to each receptacle, and `take`, `use` and `slice` of each object.
+Commands have the same numbers in all houses of the same table size: first those of `COMMANDS`, which need no name (they
+concern this place or the object in hand), then `go` to each receptacle, then `take`, `use` and `slice` of each object.
 """
 
 import re
@@ -39,7 +39,7 @@ PHRASES = (
 )  # fmt: skip
 PIECE = {phrase: i for i, phrase in enumerate(PHRASES)}
 HELP_TEXT = len(PHRASES)  # the piece after them, in the wording of the games
-# The same said otherwise, to break exact matching; the joined text is then the engine's no more.
+# Paraphrases, which break exact matching; a paraphrased text is no longer the engine's.
 PARAPHRASES = {
     "You arrive at ": ("You reach ", "You come to ", "You now stand before "),
     "On the ": ("Upon the ", "Lying on the ", "Resting on the "),
@@ -60,48 +60,50 @@ PARAPHRASES = {
 @pytree
 @dataclass(frozen=True)
 class Houses:
-    """`H` games of at most `R` receptacles and `O` objects. Types and numbers are piece ids, 0 where nothing is.
+    """H games of at most R receptacles and O objects. Types and numbers are piece ids, 0 for padding.
+
+    `build` makes NumPy arrays, which JAX traces.
 
     receptacle, receptacle_number, object, object_number int32 [H, R or O]; openable, opened, sink, microwave, fridge
-    bool [H, R]; takes bool [H, R, O], what can be put where; inside int32 [H, O], the receptacle at the start;
+    bool [H, R]; takes bool [H, R, O], which object fits where; inside int32 [H, O], the receptacle at the start;
     cleanable, heatable, coolable, toggleable, sliceable, pickupable, container, knife bool [H, O]; target bool [H, O],
-    of the goal's type and able to be what it asks; lamp bool [H, O]; place bool [H, R], of the goal's type; state
-    int32 [H], what the target must be (0 anything, 1 clean, 2 hot, 3 cool); count, kind int32 [H]; goal int32 [H, 2],
-    types of the target and of the place or lamp; start int32 [H, L], the pieces of the first text.
+    of the goal's type and with the abilities it needs; lamp bool [H, O]; place bool [H, R], of the goal's type; state
+    int32 [H], the goal's state (0 any, 1 clean, 2 hot, 3 cool); count, kind int32 [H]; goal int32 [H, 2],
+    types of the target and of the place or lamp; start int32 [H, L], pieces of the first text.
     """
 
-    receptacle: Any
-    receptacle_number: Any
-    object: Any
-    object_number: Any
-    openable: Any
-    opened: Any
-    sink: Any
-    microwave: Any
-    fridge: Any
-    takes: Any
-    inside: Any
-    cleanable: Any
-    heatable: Any
-    coolable: Any
-    toggleable: Any
-    sliceable: Any
-    pickupable: Any
-    container: Any
-    knife: Any
-    target: Any
-    lamp: Any
-    place: Any
-    state: Any
-    count: Any
-    kind: Any
-    goal: Any
-    start: Any
+    receptacle: jax.Array
+    receptacle_number: jax.Array
+    object: jax.Array
+    object_number: jax.Array
+    openable: jax.Array
+    opened: jax.Array
+    sink: jax.Array
+    microwave: jax.Array
+    fridge: jax.Array
+    takes: jax.Array
+    inside: jax.Array
+    cleanable: jax.Array
+    heatable: jax.Array
+    coolable: jax.Array
+    toggleable: jax.Array
+    sliceable: jax.Array
+    pickupable: jax.Array
+    container: jax.Array
+    knife: jax.Array
+    target: jax.Array
+    lamp: jax.Array
+    place: jax.Array
+    state: jax.Array
+    count: jax.Array
+    kind: jax.Array
+    goal: jax.Array
+    start: jax.Array
 
 
 class State(NamedTuple):
-    """One game under way. here: receptacle or -1 (middle of the room); held: object or -1; inside int32 [O]: receptacle
-    or -1; opened bool [R]; clean, hot, cool, toggled, sliced bool [O]."""
+    """The state of one game. here int32 []: receptacle or -1 (middle of the room); held int32 []: object or -1; inside
+    int32 [O]: receptacle or -1; opened bool [R]; clean, hot, cool, toggled, sliced bool [O]."""
 
     here: jax.Array
     held: jax.Array
@@ -115,8 +117,8 @@ class State(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """pieces: the string of each piece id. words float32 [P, V]: how often each piece says each of `vocabulary`'s words
-    (scikit-learn's rule). paraphrases int32 [P, 4]: a piece and three others for it."""
+    """The texts of houses. pieces: the string of each piece id. words float32 [P, V]: counts of the vocabulary's words
+    in each piece (scikit-learn's tokens). paraphrases int32 [P, 4]: each piece and three paraphrases (or itself)."""
 
     pieces: tuple[str, ...]
     vocabulary: tuple[str, ...]
@@ -125,9 +127,17 @@ class Texts(NamedTuple):
 
 
 def build(games: Sequence[Game], *, paraphrases: bool = True) -> tuple[Houses, Texts]:
-    """The games as arrays, and what their texts are made of; without `paraphrases` no piece has another wording.
+    """Convert games to arrays.
 
-    Raises UserError naming a game that is not as our generator makes them.
+    Args:
+        games: as our generator makes them.
+        paraphrases: whether the pieces include the paraphrases.
+
+    Returns:
+        The houses, and the pieces of their texts.
+
+    Raises:
+        UserError: a game has something that the arrays cannot represent; the message names it.
     """
     for game in games:
         _check(game)
@@ -147,20 +157,22 @@ def build(games: Sequence[Game], *, paraphrases: bool = True) -> tuple[Houses, T
     for others in wordings.values():
         for other in others:
             piece(other)
-    houses = Houses(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    houses = Houses(**arrays)
     return houses, _texts(tuple(pieces), pieces, wordings)
 
 
 def _check(game: Game) -> None:
+    """Raise UserError for a game that the arrays cannot represent."""
     for wrong, what in (
         (game.dialect.wording != "move", "the older wording"),
         (len(set(game.receptacle_location)) < len(game.receptacles), "two receptacles at one place"),
         (game.start in game.receptacle_location, "a start at a receptacle"),
         (game.held >= 0, "something in hand at the start"),
         (any(len(places) != 1 for places in game.inside), "an object that is not in one receptacle"),
-        (any(game.contents), "things in things"),
+        (any(game.contents), "objects in objects"),
         (any(flags & {"clean", "hot", "cool", "toggled", "sliced"} for flags in game.flags), "a state at the start"),
-        (set(game.goal.states) - {"clean", "hot", "cool"}, "a goal of sliced things"),
+        (set(game.goal.states) - {"clean", "hot", "cool"}, "a goal of sliced objects"),
         (len(game.goal.states) > 1, "a goal of two states"),
     ):
         if wrong:
@@ -168,7 +180,7 @@ def _check(game: Game) -> None:
 
 
 def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, Any]:
-    """One game's part of `Houses`, padded."""
+    """The padded row of one game in `Houses`."""
     goal = game.goal
 
     def fill(values, size: int, dtype=np.int32) -> np.ndarray:
@@ -239,7 +251,7 @@ def _row(game: Game, receptacles: int, objects: int, piece) -> dict[str, Any]:
 
 
 def _kind(goal) -> int:
-    """Which of `game.TASK_TYPES` the goal is."""
+    """The index of the goal in `game.TASK_TYPES`."""
     if goal.lamp_type:
         return 1
     if goal.states:
@@ -248,12 +260,13 @@ def _kind(goal) -> int:
 
 
 def _texts(pieces: tuple[str, ...], index: dict[str, int], wordings: Mapping[str, Sequence[str]]) -> Texts:
+    """The vocabulary, word counts and paraphrases of the pieces."""
     found = [re.findall(r"\b\w\w+\b", text.lower()) for text in pieces]
     vocabulary = tuple(sorted({word for words in found for word in words}))
     column = {word: i for i, word in enumerate(vocabulary)}
     words = np.zeros((len(pieces), len(vocabulary)), np.float32)
-    for row, said in zip(words, found, strict=True):
-        for word in said:
+    for row, tokens in zip(words, found, strict=True):
+        for word in tokens:
             row[column[word]] += 1
     paraphrases = np.repeat(np.arange(len(pieces), dtype=np.int32)[:, None], 4, 1)
     for piece, others in wordings.items():
@@ -277,7 +290,7 @@ def _at(table: jax.Array, index: jax.Array, nothing=False) -> jax.Array:
 
 
 def admissible(house: Houses, state: State) -> jax.Array:
-    """Which commands would do something: bool [11 + R + 3 O]."""
+    """The admissible commands: bool [11 + R + 3 O]."""
     here, held = state.here, state.held
     at_place, holding = here >= 0, held >= 0
     opened, openable = _at(state.opened, here), _at(house.openable, here)
@@ -302,7 +315,7 @@ def admissible(house: Houses, state: State) -> jax.Array:
 
 
 def split(house: Houses, command: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(verb, receptacle or -1, object or -1) of a command's number."""
+    """(verb, receptacle or -1, object or -1) of a command number; int32 [] each."""
     receptacles, objects = house.receptacle.shape[0], house.object.shape[0]
     past = command - len(COMMANDS)
     go, rest = (past >= 0) & (past < receptacles), past - receptacles
@@ -311,7 +324,16 @@ def split(house: Houses, command: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def step(house: Houses, state: State, command: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-    """(state, text int32 [9 + 3 O], won) after a command; one that is not admissible does nothing."""
+    """Play a command; one that is not admissible has no effect.
+
+    Args:
+        house: a row of `Houses`.
+        state: before the command.
+        command: int32 [], its number.
+
+    Returns:
+        (state after it, text int32 [9 + 3 O], won bool []).
+    """
     possible = admissible(house, state)[command]
     verb, r, o = split(house, command)
     here, held = state.here, state.held
@@ -340,7 +362,7 @@ def step(house: Houses, state: State, command: jax.Array) -> tuple[State, jax.Ar
 
 
 def won(house: Houses, state: State) -> jax.Array:
-    """Whether the goal holds."""
+    """Whether the goal is reached: bool []."""
     done = jnp.select(
         [house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True
     )
@@ -352,9 +374,19 @@ def won(house: Houses, state: State) -> jax.Array:
 
 
 def text(house: Houses, before: State, after: State, verb: jax.Array, o: jax.Array) -> jax.Array:
-    """What is said after a command: pieces int32 [9 + 3 O]; verb -1 for one that did nothing, o the object it names.
+    """The text after a command.
 
-    Five parts: an opening, up to two names, what is between and after them, a list of things, an end.
+    It has five parts: an opening, up to two names, the words between and after them, a list of objects, and an end.
+
+    Args:
+        house: a row of `Houses`.
+        before: the state before the command.
+        after: the state after it.
+        verb: int32 [], -1 for a command without effect.
+        o: int32 [], the object that the command names, or -1.
+
+    Returns:
+        int32 [9 + 3 O], pieces.
     """
     here, held = after.here, before.held
     p = PIECE
@@ -422,7 +454,7 @@ def text(house: Houses, before: State, after: State, verb: jax.Array, o: jax.Arr
 
 
 def _quality(house: Houses, state: State) -> tuple[jax.Array, jax.Array]:
-    """What looking at the thing in hand says before and after its name."""
+    """The pieces before and after the name when the object in hand is examined."""
     held = state.held
     clean, hot, cool, sliced = (_at(x, held) for x in (state.clean, state.hot, state.cool, state.sliced))
     words = jnp.select(
@@ -439,7 +471,7 @@ def _quality(house: Houses, state: State) -> tuple[jax.Array, jax.Array]:
 
 
 def command_texts(game: Game, receptacles: int, objects: int, state: State) -> list[str]:
-    """The engine's words for each command's number in a state, on the host; '' for one that names nothing there is."""
+    """The engine's command for each command number in a state, on the host; '' for one without its objects."""
     here, held = int(state.here), int(state.held)
     place = game.receptacles[here] if here >= 0 else ""
     thing = game.objects[held] if held >= 0 else ""
@@ -463,10 +495,10 @@ def command_texts(game: Game, receptacles: int, objects: int, state: State) -> l
 
 
 def say(texts: Texts, row: np.ndarray) -> str:
-    """The text of a row of pieces."""
+    """The text of a row of pieces int32 [L]."""
     return "".join(texts.pieces[i] for i in np.asarray(row).tolist())
 
 
 def pick(houses: Houses, index: Any) -> Houses:
-    """The houses of these numbers [...], one or more."""
+    """The houses at one or more indices, int [...]."""
     return jax.tree.map(lambda x: jnp.asarray(x)[index], houses)

@@ -111,7 +111,7 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys):
         ("range=0.5,1.5", "--grid: range must be between 0 and 1, got 1.5"),
         ("discount=nan", "--grid: discount must be between 0 and 1, got nan"),
         ("aggregation=soft,mushy", "--grid: aggregation may be none, hard, soft; got 'mushy'"),
-        ("alpha=1 alpha=2", "--grid: alpha stands there twice"),
+        ("alpha=1 alpha=2", "--grid: alpha is given twice"),
     ],
 )
 def test_grids_that_cannot_be_are_refused_before_anything_runs(tmp_path, capsys, text, message):

@@ -187,7 +187,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     folder = out / "modulation_quick"
     for name in ("results.csv", "summary.csv", "curves.png", "report.md"):
         assert (folder / name).stat().st_size > 0
-    assert "A quick run: too short to find anything." in (folder / "report.md").read_text(encoding="utf-8")
+    assert "A quick run: too short for any conclusion." in (folder / "report.md").read_text(encoding="utf-8")
 
 
 def results(*ends: float) -> Results:
@@ -200,7 +200,7 @@ def results(*ends: float) -> Results:
 
 
 def test_pages_say_what_the_numbers_say(tmp_path):
-    study = Study("made", "What is told apart?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
+    study = Study("made", "What differs?", [Cell(f"cell {i}", dr_grpo()) for i in range(3)])
     write(tmp_path, study, results(0.5, 0.7, 0.5), houses=(240, 128), quick=False, seconds=1.0)
     table = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
     assert table[:3] == [
@@ -208,11 +208,11 @@ def test_pages_say_what_the_numbers_say(tmp_path):
     ]  # fmt: skip
     assert len(table) == 1 + 3 * 5 * 4
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "cell 1 against cell 0: better over the whole run (+20.0%" in text
-    assert "cell 2 against cell 0: not told apart over the whole run (+0.0%" in text
+    assert "cell 1 against cell 0: significantly better over the whole run (+20.0%" in text
+    assert "cell 2 against cell 0: not significantly different over the whole run (+0.0%" in text
     write(tmp_path, study, results(0.5, 0.2, 0.9), houses=(240, 128), quick=False, seconds=1.0)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "cell 1 against cell 0: worse over the whole run (-30.0%" in text
+    assert "cell 1 against cell 0: significantly worse over the whole run (-30.0%" in text
     found = measures(results(0.5, 0.9))
     assert (found["to_80"] == [[30] * 5, [0] * 5]).all()
 

@@ -110,8 +110,8 @@ def test_words_of_the_pieces_are_scikit_learns_words_of_the_text():
             np.testing.assert_array_equal(texts.words[np.asarray(row)].sum(0), expected)
 
 
-def test_houses_that_are_not_the_generators_are_refused(genuine_games):
-    game = load_game(str(genuine_games[0]))
+def test_houses_that_are_not_the_generators_are_refused(upstream_games):
+    game = load_game(str(upstream_games[0]))
     with pytest.raises(ValueError, match=r"has .*, which the array household does not know"):
         vh.build([game])
     _, data, _ = make_game("train", 0, 0, "easy", TASK_TYPES[0])

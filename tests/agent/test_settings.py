@@ -196,11 +196,13 @@ def test_a_mini_batch_is_cut_into_the_fewest_equal_parts_that_keep_to_the_budget
         (48, 100, 450, 2),
         (56, 100, 450, 7),  # seven rows have no other parts
     ):
-        config = config_with(
-            optimizer__rows_per_batch=rows, optimizer__row_length=row_length, optimizer__micro_batch_tokens=budget
-        )
-        assert micro_batches(config) == parts
-        assert micro_batches(config_with(**{**vars(config), "rows_per_batch": rows // 2, "tensor": 2})) == parts
+        sizes = {
+            "optimizer__row_length": row_length,
+            "optimizer__micro_batch_tokens": budget,
+            "rollout__max_prompt_length": 64,
+        }
+        assert micro_batches(config_with(optimizer__rows_per_batch=rows, **sizes)) == parts
+        assert micro_batches(config_with(optimizer__rows_per_batch=rows // 2, mesh__tensor=2, **sizes)) == parts
 
 
 def test_a_run_of_another_version_is_not_resumed(tmp_path):

@@ -103,21 +103,21 @@ def test_a_folders_name_does_not_change_a_games_kind(tmp_path):
     assert kind(Goal("runs/shop#2", 3, "garden # home")) == "garden # home"
 
 
-def test_wordings_are_told_apart(genuine_games):
-    current = survey(genuine_games[0].parents[4])
+def test_wordings_are_told_apart(upstream_games):
+    current = survey(upstream_games[0].parents[4])
     assert current.wordings == {"move": 8}
     assert {split: len(games) for split, games in current.games.items()} == {
         "train": 6,
         "valid_seen": 1,
         "valid_unseen": 1,
     }
-    earlier = survey(Path(str(genuine_games[0].parents[4]).replace("current", "earlier")))
+    earlier = survey(Path(str(upstream_games[0].parents[4]).replace("current", "earlier")))
     assert earlier.wordings == {"put": 8}
     assert "before December 2024" in str(earlier)
 
 
-def test_mixed_wordings_are_warned_of(genuine_games, tmp_path):
-    for source in (genuine_games[0], Path(str(genuine_games[1]).replace("current", "earlier"))):
+def test_mixed_wordings_are_warned_of(upstream_games, tmp_path):
+    for source in (upstream_games[0], Path(str(upstream_games[1]).replace("current", "earlier"))):
         shutil.copytree(source.parents[1], tmp_path / "train" / source.parts[-3])
     assert "mixes two wordings" in str(survey(tmp_path))
 

@@ -21,14 +21,14 @@ def play(world: Household, commands) -> None:
     assert seen.reward == 1.0
 
 
-def test_genuine_games_are_won_by_their_walkthroughs(genuine_games):
-    for path in genuine_games:
+def test_upstream_games_are_won_by_their_walkthroughs(upstream_games):
+    for path in upstream_games:
         world = Household.load(str(path))
         play(world, world.game.walkthrough)
 
 
-def test_genuine_games_in_the_earlier_wording(genuine_games):
-    for path in genuine_games:
+def test_upstream_games_in_the_earlier_wording(upstream_games):
+    for path in upstream_games:
         earlier = Path(str(path).replace("current", "earlier"))
         world = Household.load(str(earlier))
         assert world.dialect.wording == "put"
@@ -39,8 +39,8 @@ def test_genuine_games_in_the_earlier_wording(genuine_games):
         play(world, put)
 
 
-def test_first_words_of_a_genuine_game(genuine_games):
-    path = next(p for p in genuine_games if "Pen-None-DeskLamp" in str(p))
+def test_first_words_of_an_upstream_game(upstream_games):
+    path = next(p for p in upstream_games if "Pen-None-DeskLamp" in str(p))
     world = Household.load(str(path))
     assert world.text.startswith(
         "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly"
@@ -102,8 +102,8 @@ def test_the_expert_recovers_from_every_habit(games, index, seed, search, mistak
         assert all(command in seen.admissible for seen, command in turns)
 
 
-def test_the_expert_wins_genuine_games(genuine_games):
-    for path in genuine_games:
+def test_the_expert_wins_upstream_games(upstream_games):
+    for path in upstream_games:
         world = Household.load(str(path))
         for _ in range(20):
             if world.step(next_command(world)).done:

@@ -68,8 +68,8 @@ def test_equals_the_engine_live_on_generated_games(games):
 
 @alfworld
 @pytest.mark.slow
-def test_equals_the_engine_live_on_genuine_games(genuine_games):
-    both = [str(game) for game in genuine_games]
+def test_equals_the_engine_live_on_upstream_games(upstream_games):
+    both = [str(game) for game in upstream_games]
     both += [game.replace("/current/", "/earlier/") for game in both]
     assert live(both, len(both), 20).steps > 100
 
@@ -96,13 +96,13 @@ def test_the_engine_says_the_same_with_its_work_remembered(games):
 def test_another_release_of_textworld_is_left_as_it_is():
     """The guard: source that is not the known one is not touched."""
     code = (
-        "from envs_bridge.household import speed; speed.KNOWN_SOURCE = 'other';"
+        "from envs_bridge.household import textworld_patch; textworld_patch.KNOWN_SOURCE = 'other';"
         "from textworld.envs.pddl import textgen; before = textgen.deepcopy;"
-        "print(speed.install()); assert textgen.deepcopy is before"
+        "print(textworld_patch.install()); assert textgen.deepcopy is before"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "TextWorld as it is: its source" in done.stdout
+    assert "TextWorld, unmodified: its source" in done.stdout
 
 
 def foreign(game: str, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The shop: equal to the genuine engine on recorded episodes, unbreakable by what an agent may say, and clear about bad
+"""The shop: equal to the upstream engine on recorded episodes, robust against any action, and clear about bad
 data."""
 
 import copy
@@ -45,7 +45,7 @@ def invented(tmp_path_factory) -> Catalogue:
 
 
 @pytest.mark.parametrize(("name", "steps"), [("traces.json", 184), ("lucene_traces.json", 103)])
-def test_recorded_episodes_of_the_genuine_engine_are_replayed_without_a_difference(name, steps):
+def test_recorded_episodes_of_the_upstream_engine_are_replayed_without_a_difference(name, steps):
     found = verify(GOLDEN, GOLDEN / name)
     assert found.differences == []
     assert found.steps == steps
@@ -142,7 +142,7 @@ def test_what_is_no_action_changes_nothing(catalogue):
         "search\n[serum]",
     ):
         assert session.step(action) == (first, 0.0, False)
-    assert session.step("search[serum] and more")[0] != first  # as the genuine engine reads it
+    assert session.step("search[serum] and more")[0] != first  # as the upstream engine reads it
 
 
 def slow_search(texts: list[str], asins: list[str], query: str) -> list[int]:
@@ -336,7 +336,7 @@ def test_bad_data_is_named(tmp_path, products, message):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_data_as_the_genuine_engine_takes_it(tmp_path):
+def test_data_as_the_upstream_engine_takes_it(tmp_path):
     """No price is 100 dollars; no options, no instruction, a second product of an ASIN, a long ASIN: left out."""
     products = [
         {**PRODUCT, "pricing": ""},

@@ -131,7 +131,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp
         count_goals(str(tmp_path / "no-python"), webshop, "human")
 
 
-@pytest.mark.parametrize("name", ["envs_bridge/worker.py", "envs_bridge/turn.py", "envs_bridge/shop/genuine.py"])
+@pytest.mark.parametrize("name", ["envs_bridge/worker.py", "envs_bridge/turn.py", "envs_bridge/shop/upstream.py"])
 def test_what_runs_in_old_interpreters_is_written_in_their_language(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 8))

@@ -20,12 +20,12 @@ def test_bench_env_times_engine_and_pool(tmp_path):
     options += ["--shop-products", "300"]
     assert main(["bench", "env", *options]) == 0
     text = target.read_text(encoding="utf-8")
-    assert "| ours | " in text
-    assert re.search(r"16 environments on 2 workers, [\d.]+ ms a turn", text)
+    assert "| proxmo-jax | " in text
+    assert re.search(r"16 environments on 2 workers takes [\d.]+ ms", text)
     assert "NO" not in text
-    assert re.search(r"64 episodes of \d+ steps: [\d,]+ steps a second", text)
+    assert re.search(r"64 episodes of \d+ steps: [\d,]+ steps per second", text)
     assert re.search(r"Search in 300 products, 50 queries of 3 to 20 words: median [\d.]+ ms", text)
-    assert re.search(r"128 environments in one process share it: \d+ MiB", text)
+    assert re.search(r"128 environments in one process share the index: \d+ MiB", text)
 
 
 def test_benchmarks_refuse_nonsense(tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_packed_and_padded_rows_are_the_same_work():
     config = bench_policy.Config(turns=6, hidden_size=64, layers=1, vocab_size=64, repeat=1)
     shape = PolicyConfig(vocab_size=64, num_hidden_layers=1)
     request = bench_policy.make_request(config, shape)
-    prompt, response = (np.array([len(r) for r in request[name]]) for name in ("prompts", "answers"))
+    prompt, response = (np.array([len(r) for r in request[name]]) for name in ("prompts", "responses"))
     whole, params = int(prompt.max() + response.max()), fresh(shape)
     losses = []
     for row_length, room, alone in ((whole, int(response.max()), True), (2 * whole, whole, False)):

@@ -1,6 +1,6 @@
-"""The paper's ablation: which of ProxMO's two parts does what, beside GRPO and GiGPO.
+"""The paper's ablation: what each of ProxMO's two parts adds to GRPO and GiGPO.
 
-python -m proxmo_jax.ablation.studies.components --quick     # whether it runs; without --quick: 16 seeds
+python -m proxmo_jax.ablation.studies.components --quick     # a short test; without --quick: 16 seeds
 """
 
 from proxmo_jax.ablation.runner import Cell, Study, from_command_line

@@ -1,4 +1,4 @@
-"""When does each mechanism help: easy, larger and mixed houses, small and large groups.
+"""When does each mechanism help? Easy, medium and mixed houses, small and large groups.
 
 python -m proxmo_jax.ablation.studies.difficulty --quick
 """
@@ -8,7 +8,7 @@ from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 # (name, settings, what it is compared with in the same case)
 KINDS = (("GRPO", dr_grpo(), "GRPO"), ("GiGPO", gigpo(), "GRPO"), ("ProxMO", proxmo(), "GiGPO"))
-# (what, houses, groups, members): 64 attempts an iteration in every case.
+# (case, level, groups, trajectories per group): 64 episodes per iteration in every case.
 CASES = (
     ("easy, groups of 8", "easy", 8, 8),
     ("mixed, groups of 8", "easy+medium", 8, 8),
@@ -19,7 +19,7 @@ CASES = (
 
 STUDY = Study(
     "difficulty",
-    "In which houses, and with how many attempts at a task, do step advantages and modulation help?",
+    "In which houses, and with which group sizes, do step advantages and modulation help?",
     [
         Cell(
             f"{name}, {case}", settings, level=level, groups=groups, members=members,
@@ -28,9 +28,9 @@ STUDY = Study(
         for case, level, groups, members in CASES
         for name, settings, other in KINDS
     ],
-    remark="GRPO is mean-centred. Mixed: every second round of task types in a medium house (8 to 12 receptacles, 8 to"
-    " 14 objects), the others in an easy one (4 or 5, 3 to 5). 64 attempts an iteration throughout, 20 turns in easy"
-    " houses and 30 elsewhere.",
+    remark="GRPO is mean-centred. Mixed: every second round of the task types is in medium houses (8 to 12 receptacles,"
+    " 8 to 14 objects), the others in easy houses (4 or 5 receptacles, 3 to 5 objects). An iteration has 64 episodes in"
+    " every case, with at most 20 turns in easy houses and 30 in others.",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Strength and shape of the success-rate-aware modulation: range against exponent.
+"""Strength and shape of the success-rate-aware modulation: range and exponent.
 
 python -m proxmo_jax.ablation.studies.modulation --quick
 """
@@ -8,7 +8,7 @@ from proxmo_jax.estimator.presets import proxmo
 
 STUDY = Study(
     "modulation",
-    "How do the range of the modulation (published: 0.05) and its exponent alpha (published: 4) change the learning?",
+    "How do the range of the modulation (published: 0.05) and its exponent alpha (published: 4) affect learning?",
     [
         Cell("none", proxmo(modulation_range=0.0)),
         *(

@@ -1,4 +1,4 @@
-"""Observations said otherwise by chance, which breaks exact matching: what is left of the step advantages?
+"""Random paraphrases of the observations break exact matching: how much do the step advantages still help?
 
 python -m proxmo_jax.ablation.studies.noise --quick
 """
@@ -14,14 +14,14 @@ STUDY = Study(
     "What do exact matching and proximity lose when texts are paraphrased at random?",
     [
         Cell(
-            f"{name}, {chance:.0%} said otherwise", settings, paraphrase=chance,
-            baseline=f"{other}, {chance:.0%} said otherwise",
+            f"{name}, {chance:.0%} paraphrased", settings, paraphrase=chance,
+            baseline=f"{other}, {chance:.0%} paraphrased",
         )
         for chance in (0.1, 0.5, 0.9)
         for name, settings, other in KINDS
     ],
-    remark="The chance is for each phrase of a text that has three other wordings, anew each turn. The policy reads the"
-    " same texts. GRPO is mean-centred.",
+    remark="Each phrase that has paraphrases is replaced by one of three with this chance, drawn anew each turn. The"
+    " policy reads the paraphrased texts. GRPO is mean-centred.",
 )  # fmt: skip
 
 if __name__ == "__main__":

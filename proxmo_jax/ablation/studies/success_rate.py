@@ -1,4 +1,4 @@
-"""What the success rate is: the paper's share of trajectories, or the official code's clamped mean score.
+"""The definition of the success rate: the paper's share of trajectories, or the official code's clamped mean score.
 
 python -m proxmo_jax.ablation.studies.success_rate --quick
 """
@@ -8,7 +8,7 @@ from proxmo_jax.estimator.presets import official, proxmo
 
 STUDY = Study(
     "success_rate",
-    "Does it matter that the official code reads the success rate off penalised scores clamped to [0, 1], under a"
+    "Does it matter that the official code computes the success rate from penalised scores clamped to [0, 1], with a"
     " reward of 10?",
     [
         Cell("no modulation", proxmo(modulation_range=0.0)),
@@ -17,8 +17,8 @@ STUDY = Study(
         Cell("paper, range 0.9", proxmo(modulation_range=0.9)),
         Cell("official, range 0.9", official(modulation_range=0.9), baseline="paper, range 0.9"),
     ],
-    remark="With a reward of 10 the official p is 1 in every group with more than about one win in ten: a win weighs"
-    " exactly 1 there and a failure 1 - range.",
+    remark="With a reward of 10 the official p is 1 in every group with more than about one win in ten: there a win"
+    " has weight 1 and a failure 1 - range.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How soft should the soft baseline be? From exact matching to the group's mean.
+"""How soft should the step baseline be? From exact matching to the mean of the group.
 
 python -m proxmo_jax.ablation.studies.temperature --quick
 """
@@ -8,14 +8,14 @@ from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 STUDY = Study(
     "temperature",
-    "How does the temperature of the proximity softmax, published as 0.1, change what is learned?",
+    "How does the temperature of the proximity softmax (published: 0.1) affect learning?",
     [
         Cell("0.1", proxmo()),
         *(Cell(f"{value:g}", proxmo(temperature=value)) for value in (0.01, 0.02, 0.05, 0.2, 0.5, 2.0)),
         Cell("exact matching", gigpo(modulation_range=0.05)),
         Cell("no step advantage", dr_grpo(modulation_range=0.05)),
     ],
-    remark="All with modulation, so that the step baseline alone differs.",
+    remark="All settings use modulation; only the step baseline differs.",
 )
 
 if __name__ == "__main__":

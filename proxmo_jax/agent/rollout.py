@@ -20,7 +20,7 @@ from proxmo_jax.estimator.words import Vocabulary, bucket
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import sample
 from proxmo_jax.policy.sampling import Decoding
-from proxmo_jax.policy.sharding import batch_bucket, split
+from proxmo_jax.policy.sharding import split
 from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
 
 TRIES = 3
@@ -432,3 +432,17 @@ def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout
     prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
     response_lengths = np.array([[len(r)] for r in responses], np.int32)
     return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), np.ones(count, np.float32), [], [])
+
+
+def batch_bucket(size: int, mesh: Mesh) -> int:
+    """Round a batch size up such that few programs are compiled and `split` applies.
+
+    Args:
+        size: rows.
+        mesh: the mesh.
+
+    Returns:
+        A power of two for each device that batches are sharded over, at least 16 in all.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return devices * bucket(-(-size // devices), bucket(-(-16 // devices), 1))

@@ -14,7 +14,6 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy.decoder import LOGICAL_AXES, PolicyConfig, parameter_shapes
 
 AXES = ("data", "fsdp", "tensor")
@@ -77,20 +76,6 @@ def split(mesh: Mesh, tree: Any) -> Any:
         The tree on the mesh.
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
-
-
-def batch_bucket(size: int, mesh: Mesh) -> int:
-    """Round a batch size up such that few programs are compiled and `split` applies.
-
-    Args:
-        size: rows.
-        mesh: the mesh.
-
-    Returns:
-        A power of two for each device that batches are sharded over, at least 16 in all.
-    """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return devices * bucket(-(-size // devices), bucket(-(-16 // devices), 1))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

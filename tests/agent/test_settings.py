@@ -14,11 +14,12 @@ from nested import config_with
 from proxmo_jax import cli
 from proxmo_jax.agent import train
 from proxmo_jax.agent.loop import learning_rate_share
+from proxmo_jax.agent.rollout import batch_bucket
 from proxmo_jax.agent.run_files import RECIPES, default, flat, open_folder, resumed, stored_config
 from proxmo_jax.agent.settings import Config, check, check_devices, micro_batches, small_policy
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import init_params
-from proxmo_jax.policy.sharding import batch_bucket, make_mesh, parameter_shardings
+from proxmo_jax.policy.sharding import make_mesh, parameter_shardings
 
 HERE = Path(__file__).parents[1]
 FLOATS = [name for name, value in flat(Config()).items() if isinstance(value, float)]

@@ -352,29 +352,6 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
         Pool(1, python=str(script))
 
 
-def imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-
-
-def test_arrows_run_one_way():
-    estimator = ["words", "packing", "types", "embeddings", "proximity", "pallas_kernel", "advantages", "batch"]
-    for at, name in enumerate(estimator):
-        found = imports(ROOT / "proxmo_jax" / f"{name}.py")
-        roots = {n.split(".")[0] for n in found} - set(sys.stdlib_module_names)
-        assert roots <= {"jax", "numpy", "chex", "proxmo_jax"}, name
-        # The kernel is opened where it is asked for; errors know nothing and may be raised by all.
-        before = {f"proxmo_jax.{other}" for other in ("errors", *estimator[: max(at, 6)])}
-        assert {n for n in found if n.startswith("proxmo_jax")} <= before, name
-    for path in (ROOT / "envs_bridge").rglob("*.py"):
-        if path.name != "collect.py":
-            assert not {n for n in imports(path) if n.split(".")[0] in ("jax", "flax", "proxmo_jax")}, path
-    for path in (ROOT / "proxmo_jax").glob("*.py"):
-        if path.name != "cli.py":
-            assert not {n for n in imports(path) if n.split(".")[0] in ("envs_bridge", "experiments")}, path
-
-
 def unnamed_encodings(path: Path) -> list[str]:
     """Calls that read or write text in whatever encoding the locale has."""
     found = []

@@ -1,7 +1,7 @@
 """Run a study: train small agents under many settings and seeds in parallel, and write a report from the numbers.
 
     proxmo ablate train --study components --seeds 16
-    python -m proxmo_jax.ablation.studies.components --quick
+    proxmo ablate train --study components --quick
 
 Cells of the same sizes share a compiled program. Runs with the same static settings of the estimator are stacked and
 mapped, `chunk` runs at a time, sharded over the devices. Each finished chunk is stored, so that an interrupted study
@@ -309,15 +309,3 @@ def read(path: Path, part: list[tuple[int, int]]) -> dict[tuple[int, int], dict[
     with np.load(path) as data:
         arrays = {name: data[name] for name in data.files}
     return {pair: {name: x[i] for name, x in arrays.items()} for i, pair in enumerate(part)}
-
-
-def from_command_line(study: Study) -> None:
-    """The command of a study: `python -m proxmo_jax.ablation.studies.NAME [--quick] [--seeds N] ...`."""
-    import tyro
-
-    from proxmo_jax.policy.sharding import keep_freed_memory
-
-    keep_freed_memory()
-    use_every_core()
-    config = tyro.cli(Config, default=Config(study=study.name), description=study.question)
-    main(dataclasses.replace(config, study=study.name), study)

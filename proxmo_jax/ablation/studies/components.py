@@ -1,9 +1,9 @@
 """The paper's ablation: what each of ProxMO's two parts adds to GRPO and GiGPO.
 
-python -m proxmo_jax.ablation.studies.components --quick     # a short test; without --quick: 16 seeds
+proxmo ablate train --study components
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import (
     dr_grpo,
     gigpo,
@@ -25,6 +25,3 @@ STUDY = Study(
         Cell("ProxMO", proxmo(), baseline="GiGPO"),
     ],
 )
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

@@ -1,9 +1,9 @@
 """When does each mechanism help? Easy, medium and mixed houses, small and large groups.
 
-python -m proxmo_jax.ablation.studies.difficulty --quick
+proxmo ablate train --study difficulty
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 # (name, settings, what it is compared with in the same case)
@@ -32,6 +32,3 @@ STUDY = Study(
     " 8 to 14 objects), the others in easy houses (4 or 5 receptacles, 3 to 5 objects). An iteration has 64 episodes in"
     " every case, with at most 20 turns in easy houses and 30 in others.",
 )  # fmt: skip
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

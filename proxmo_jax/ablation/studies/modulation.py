@@ -1,9 +1,9 @@
 """Strength and shape of the success-rate-aware modulation: range and exponent.
 
-python -m proxmo_jax.ablation.studies.modulation --quick
+proxmo ablate train --study modulation
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import proxmo
 
 STUDY = Study(
@@ -18,6 +18,3 @@ STUDY = Study(
         ),
     ],
 )
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

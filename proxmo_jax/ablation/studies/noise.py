@@ -1,9 +1,9 @@
 """Random paraphrases of the observations break exact matching: how much do the step advantages still help?
 
-python -m proxmo_jax.ablation.studies.noise --quick
+proxmo ablate train --study noise
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 # (name, settings, what it is compared with at the same noise)
@@ -23,6 +23,3 @@ STUDY = Study(
     remark="Each phrase that has paraphrases is replaced by one of three with this chance, drawn anew each turn. The"
     " policy reads the paraphrased texts. GRPO is mean-centred.",
 )  # fmt: skip
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

@@ -1,9 +1,9 @@
 """The definition of the success rate: the paper's share of trajectories, or the official code's clamped mean score.
 
-python -m proxmo_jax.ablation.studies.success_rate --quick
+proxmo ablate train --study success_rate
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import official, proxmo
 
 STUDY = Study(
@@ -20,6 +20,3 @@ STUDY = Study(
     remark="With a reward of 10 the official p is 1 in every group with more than about one win in ten: there a win"
     " has weight 1 and a failure 1 - range.",
 )
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

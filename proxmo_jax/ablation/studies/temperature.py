@@ -1,9 +1,9 @@
 """How soft should the step baseline be? From exact matching to the mean of the group.
 
-python -m proxmo_jax.ablation.studies.temperature --quick
+proxmo ablate train --study temperature
 """
 
-from proxmo_jax.ablation.runner import Cell, Study, from_command_line
+from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import dr_grpo, gigpo, proxmo
 
 STUDY = Study(
@@ -17,6 +17,3 @@ STUDY = Study(
     ],
     remark="All settings use modulation; only the step baseline differs.",
 )
-
-if __name__ == "__main__":
-    from_command_line(STUDY)

@@ -345,7 +345,7 @@ def _write(folder: Path, path: Path, kind: str, on_product: Callable[[int], None
     """Write the index, products, goals and arrays of a catalogue."""
     rng, human = random.Random(SEED), path.with_name("items_human_ins.json")
     if kind == "human" and not human.is_file():
-        raise CatalogueError(f"{human}: is missing; need it for human goals (--goals synthetic does without)")
+        raise CatalogueError(f"{human}: is missing; need it for human goals (--env.goals synthetic does without)")
     instructions = read_object(human) if kind == "human" else {}
     asins: list[str] = []
     prices: list[float] = []

@@ -35,7 +35,7 @@ def server(folder: str, goals: str) -> tuple[Any, Any]:
         UserError: something is missing; the message says how to install it.
     """
     if not (Path(folder) / "web_agent_site").is_dir():
-        raise UserError(f"--webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
+        raise UserError(f"--env.webshop: {folder} is no checkout of WebShop (it has no web_agent_site)")
     sys.path.insert(0, folder)
     random.seed(SEED)
     try:
@@ -117,7 +117,7 @@ def count_goals(python: str, folder: Any, goals: str) -> int:
             command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
         )
     except OSError as error:
-        raise UserError(f"--python: {python} cannot be started ({error.strerror})") from error
+        raise UserError(f"--env.python: {python} cannot be started ({error.strerror})") from error
     if done.returncode:
         raise UserError((done.stderr.strip().splitlines() or [f"WebShop in {folder} could not be started"])[-1])
     return int(json.loads(done.stdout.strip().splitlines()[-1])["goals"])

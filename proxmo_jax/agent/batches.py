@@ -9,8 +9,20 @@ from proxmo_jax.training.rows import gather_rows, pack_turns
 
 
 def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
-    """Shuffled mini-batches of packed rows from a rollout, as few as can be and equally full; one shape, which empty
-    rows fill up: they change nothing."""
+    """Shuffled mini-batches of packed rows from a rollout.
+
+    There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up.
+
+    Args:
+        config: the run's settings.
+        mesh: devices over which the rows are split.
+        rollout: what was played; its buffer is read.
+        advantage: float32 [E, T].
+        rng: for the order of the turns.
+
+    Yields:
+        `Rows` of `rows_per_batch` rows.
+    """
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
     answers = rollout.response_lengths.reshape(-1)
     room = response_room(config)
@@ -26,5 +38,5 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
 
 
 def response_room(config: Config) -> int:
-    """Response tokens a row can hold: a share of its tokens, and a whole turn's in any case."""
+    """Response tokens that a row can hold: a share of its tokens, and at least a whole turn's."""
     return max(round(config.optimizer.row_length * config.optimizer.response_share), config.rollout.max_response_length)

@@ -27,9 +27,9 @@ def template_arguments(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.isidentifier():
-            raise UserError(f"--chat-template-args: need name=value, got {setting!r}")
+            raise UserError(f"--model.chat-template-args: need name=value, got {setting!r}")
         if name in TAKEN:
-            raise UserError(f"--chat-template-args: {name} is set for every template and cannot be set again")
+            raise UserError(f"--model.chat-template-args: {name} is set for every template and cannot be set again")
         arguments[name] = _value(text)
     return arguments
 
@@ -73,7 +73,7 @@ def answer_start(tokenizer, **arguments: Any) -> str:
     if not tokenizer.chat_template:
         if arguments:
             raise UserError(
-                f"--chat-template-args: the model has no chat template, which {min(arguments)} could be for"
+                f"--model.chat-template-args: the model has no chat template, which {min(arguments)} could be for"
             )
         return ""
     user = "What now?"
@@ -85,7 +85,7 @@ def answer_start(tokenizer, **arguments: Any) -> str:
         raise UserError(f"--model: its chat template cannot be rendered ({error})") from error
     for name in arguments:
         if not re.search(rf"\b{name}\b", template):
-            raise UserError(f"--chat-template-args: the model's chat template does not read {name}")
+            raise UserError(f"--model.chat-template-args: the model's chat template does not read {name}")
     added = asked.removeprefix(unasked)
     if added in ("", asked):  # not what is asked for alone
         added = asked.rpartition(user)[2]

@@ -140,9 +140,9 @@ class Loop:
         jax.block_until_ready(state)
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         losses = {f"loss/{name}": value for name, value in mean._asdict().items()}
-        mismatch = float(parts[0].gap)
+        mismatch = float(parts[0].sampler_mismatch)
         if config.loss.old_log_probs == "trainer":
-            mismatch = float(jnp.stack([gap for _, gap in with_log_probs]).mean())
+            mismatch = float(jnp.stack([found for _, found in with_log_probs]).mean())
         return state, {**losses, "loss/steps": len(parts), "loss/sampler_mismatch": mismatch}
 
     def note_success(self, chosen: np.ndarray, rollout: Rollout) -> None:
@@ -164,21 +164,33 @@ class Loop:
             "time/iteration": times[-1] - times[0],
         }
 
-    def with_log_probs(self, rows: Rows, params) -> tuple[Rows, jax.Array]:
-        """The rows with log-probs of the reference and, where asked for, of the trainer, in one pass; and how far
-        sampler and trainer are apart, if that is known. With no weight on the KL it is to the rollout's policy."""
-        config, old, reference = self.config, rows.old, rows.old
+    def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, jax.Array]:
+        """Compute the log-probs that the loss needs beside the sampler's, in one pass over the rows.
+
+        Args:
+            rows: packed rows; their `old_log_probs` are the sampler's.
+            params: the rollout's parameters.
+
+        Returns:
+            The rows with log-probs of the reference (of the sampler if the KL has no weight) and, with
+            `old_log_probs="trainer"`, of the trainer; and the sampler mismatch: the token mean of |trainer - sampler|.
+        """
+        config, sampled = self.config, rows.old_log_probs
         wanted = {"reference": self.reference} if config.loss.kl_coef else {}
         wanted |= {"old": params} if config.loss.old_log_probs == "trainer" else {}
+        found: dict[str, jax.Array] = {}
         if wanted:
-            found = row_log_probs(
-                tuple(wanted.values()), rows, jnp.float32(config.rollout.temperature), config=self.player.config,
+            log_probs = row_log_probs(
+                tuple(wanted.values()),
+                rows,
+                jnp.float32(config.rollout.temperature),
+                config=self.player.config,
                 micro_batches=self.micro_batches,
-            )  # fmt: skip
-            named = dict(zip(wanted, found, strict=True))
-            reference, old = named.get("reference", old), named.get("old", old)
-        gap = token_mean(jnp.abs(old - rows.old), rows.mask)
-        return dataclasses.replace(rows, old=old, reference=reference), gap
+            )
+            found = dict(zip(wanted, log_probs, strict=True))
+        old, reference = found.get("old", sampled), found.get("reference", sampled)
+        mismatch = token_mean(jnp.abs(old - sampled), rows.mask)
+        return dataclasses.replace(rows, old_log_probs=old, reference=reference), mismatch
 
     def number_similar_texts(self, rollout: Rollout) -> None:
         """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""

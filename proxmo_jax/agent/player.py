@@ -98,8 +98,8 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if longest > policy.max_position_embeddings:
         raise UserError(
-            f"--max-prompt-tokens and --max-response-tokens add up to {longest}, need at most the model's"
-            f" {policy.max_position_embeddings}"
+            f"--rollout.max-prompt-length and --rollout.max-response-length add up to {longest}, need at most the"
+            f" model's {policy.max_position_embeddings}"
         )
     begun = answer_start(tokenizer, **arguments)
     stops = stop_ids(folder, tokenizer, **arguments)

@@ -1,4 +1,4 @@
-"""The multi-turn loop, the one file that knows both sides: worlds and their texts, the policy and its buffer."""
+"""The multi-turn loop: environments and their texts on one side, the policy and its rollout buffer on the other."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,9 +29,13 @@ MOST_WORDS = 2048  # different words of an observation that are compared, at mos
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes that make shapes static: turns per episode, tokens per prompt and response.
+    """Sizes that make shapes static.
 
-    words: different words per observation that a buffer has room for at first; it grows with what is observed.
+    Attributes:
+        turns: turns of an episode.
+        prompt: tokens of a prompt.
+        response: tokens of a response.
+        words: distinct words per observation that a buffer has room for at first; it grows when more are observed.
     """
 
     turns: int = 16
@@ -42,12 +46,19 @@ class Limits:
 
 @dataclass
 class Rollout:
-    """What was played: device buffer (None for evaluation) and, on the host, what people and packing need.
+    """`E` episodes of at most `T` turns: the buffer on the device, and on the host what packing and reports need.
 
-    prompt_lengths, response_lengths int32 [E, T] (0 where nothing happened); won bool [E]; score float32 [E], the
-    worlds' own rewards added up; transcripts: per episode (observation, answer) pairs; rates
-    over all turns; texts: the most distinct observations that a group saw; finished bool [E], False for an episode that
-    could not be played; lost: how often one was lost with its worker.
+    Attributes:
+        buffer: the rollout buffer; None for an evaluation.
+        prompt_lengths, response_lengths: int32 [E, T], tokens; 0 where no turn happened.
+        won: bool [E].
+        score: float32 [E], sum of the environment's own rewards.
+        transcripts: (observation, command) pairs of each episode.
+        tasks: instructions.
+        valid, admissible: shares of all turns.
+        texts: the largest number of distinct observations of a group.
+        finished: bool [E]; False for an episode that could not be played.
+        lost: how often an episode was lost with its worker.
     """
 
     buffer: Buffer | None
@@ -66,14 +77,21 @@ class Rollout:
 
 @dataclass
 class Player:
-    """The policy as the loop sees it: prompts in, sampled tokens out.
+    """The policy as the loop uses it: prompts in, sampled tokens out.
 
-    decoding, table, slots: how answers are drawn and end, how many side by side (`policy.sampling`). start: begins
-    the memory of an episode from its task and first observation, which is how prompts are written. render: a prompt as
-    the policy's tokenizer is to see it (a chat template). answer_start: what every answer begins with, said for the
-    policy at the end of its prompt. skip_special_tokens: whether what it says leaves special tokens out. spell: a
-    command as the world spells it, from the admissible ones. tail: how much of an answer without tags is taken for one.
-    say: told in a sentence what had to be cut; often the same one.
+    Attributes:
+        tokenizer, config: of the policy.
+        limits: sizes of prompts, responses and episodes.
+        mesh: the devices.
+        decoding, stop_table, slots: how responses are sampled and end, and how many at a time (`decoding.sample`).
+        vocabulary: words of all observations so far.
+        start: begins the memory of an episode from its task and first observation; the memory writes the prompts.
+        render: puts a prompt into the chat template.
+        answer_start: text that the rendered prompt ends with and that counts as part of the response.
+        skip_special_tokens: decode responses without special tokens.
+        spell: corrects the spelling of a command by the admissible ones.
+        tail: characters of a response without action tags that are taken for its command.
+        say: receives a sentence about what had to be cut; the same one may come often.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -81,7 +99,7 @@ class Player:
     limits: Limits
     mesh: Mesh
     decoding: Decoding
-    table: jax.Array | None = None
+    stop_table: jax.Array | None = None
     slots: int = 0
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     start: Callable[[str, Observation], Memory] = Notes.start
@@ -101,12 +119,12 @@ class Player:
         return rows
 
     def check_room(self) -> None:
-        """Raises UserError if a prompt is too long that has no task and in which nothing is seen."""
+        """Raise UserError if a prompt without task and observation is too long."""
         length = len(self._read([self.start("", Observation("", ())).prompt()])[0])
         if length > self.limits.prompt:
             raise UserError(
                 f"prompt: without task and observation it has {length} tokens, need at most {self.limits.prompt}"
-                " (--max-prompt-tokens)"
+                " (--rollout.max-prompt-length)"
             )
 
     def _read(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -120,7 +138,7 @@ class Player:
                 if cut.what == "task":
                     self.say(f"A task is too long for prompts of {self.limits.prompt} tokens: its end is left out.")
                 return ids
-        raise UserError(f"prompt: an empty one has more than {self.limits.prompt} tokens (--max-prompt-tokens)")
+        raise UserError(f"prompt: an empty one has more than {self.limits.prompt} tokens (--rollout.max-prompt-length)")
 
     def _longest(self, cut: Cut) -> list[int]:
         """The longest prompt of a cut that fits, by bisection; [] if none does."""
@@ -198,13 +216,29 @@ def collect(
     penalise_inadmissible: bool = False,
     on_turn: Callable[[int, int], None] | None = None,
 ) -> Rollout:
-    """Play one episode of every game to its end or the turn limit, all side by side.
+    """Play one episode of every task to its end or the turn limit, all in parallel.
 
-    games: one per episode (a group's members name the same one, group after group). With a buffer, every
-    turn is written into it; it comes back in the rollout, the one given is consumed. reward_score: the worlds' own
-    rewards are written, not success; both times `reward_scale`. `on_turn(turn, active)` is told of the
-    progress. Episodes lost with a worker are forgotten and played anew, up to `TRIES` times; what is still lost then is
-    in nobody's statistics. Raises WorkerError if that is all of them.
+    Episodes lost with a worker are discarded and played again, up to `TRIES` times; those still lost then count in no
+    statistic.
+
+    Args:
+        player: the policy.
+        params: its parameters.
+        pool: the workers.
+        games: one task per episode; the members of a group have the same one, group after group.
+        key: random key of the responses.
+        temperature: of sampling; 0 is greedy.
+        buffer: where every turn is written, donated; None: nowhere.
+        reward_scale: factor of the rewards.
+        reward_score: write the environment's own rewards; False: success.
+        penalise_inadmissible: commands that the environment does not admit count as invalid.
+        on_turn: called with the turn and the number of active episodes.
+
+    Returns:
+        The episodes, with the buffer.
+
+    Raises:
+        WorkerError: if no episode could be played.
     """
     limits, count = player.limits, len(games)
     shape = (count, limits.turns)
@@ -286,7 +320,7 @@ class _Play:
             *split(player.mesh, (prompts, lengths)),
             key,
             jnp.float32(self.temperature),
-            player.table,
+            player.stop_table,
             config=player.config,
             decoding=player.decoding,
             slots=player.slots,
@@ -408,7 +442,7 @@ def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout
     responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
     longest = max(map(len, responses))
     if longest > limits.response:
-        room = f"{limits.response} (--max-response-tokens)"
+        room = f"{limits.response} (--rollout.max-response-length)"
         kept = [i for i, ids in enumerate(responses) if len(ids) <= limits.response]
         if not kept:
             raise UserError(

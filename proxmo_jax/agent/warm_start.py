@@ -8,10 +8,7 @@ from rich.console import Console
 from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.player import fresh_params, new_state, pretrained_params
-from proxmo_jax.agent.report import (
-    progress_bar,
-    watched,
-)
+from proxmo_jax.agent.report import progress_bar, watched
 from proxmo_jax.agent.rollout import Example, Player, demonstration_buffer, demonstrations
 from proxmo_jax.agent.settings import Config, micro_batches
 from proxmo_jax.agent.stop import StopOnSignal
@@ -32,7 +29,10 @@ def demonstrate(config: Config, games: list[Game], mistake_rate: float, console:
 
 
 def starting_point(config: Config, player: Player, demos: list[list[Example]], key: jax.Array, console, stop):
-    """The policy that reinforcement starts from and is held to: a language model, or a warm start, made once."""
+    """The parameters that reinforcement learning starts from, which are also the reference of the KL.
+
+    They are a pretrained language model, or a warm start, which is made once and kept in the run's folder.
+    """
     if config.model.path:
         return pretrained_params(config, player)
     fresh, warm = fresh_params(player, key), config.output.dir / "warm_start"
@@ -48,7 +48,11 @@ def starting_point(config: Config, player: Player, demos: list[list[Example]], k
 
 
 def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
-    """Behaviour cloning: skill from careful demonstrations first, then, at the end, a habit from careless ones."""
+    """Behaviour cloning: first of careful demonstrations, at the end of careless ones.
+
+    Returns:
+        The cloned parameters.
+    """
     rollouts = [demonstration_buffer(player, examples) for examples in demos]
     for rollout in rollouts:
         rollout.buffer = replicate(player.mesh, rollout.buffer)

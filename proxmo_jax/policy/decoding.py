@@ -107,7 +107,7 @@ def sample(
     prompt_lengths: jax.Array,
     key: jax.Array,
     temperature: jax.Array,
-    table: jax.Array | None = None,
+    stop_table: jax.Array | None = None,
     *,
     config: PolicyConfig,
     decoding: Decoding,
@@ -126,7 +126,7 @@ def sample(
         prompt_lengths: int32 [N]; 0 for batch padding, which gets no response.
         key: random key.
         temperature: float32 []; 0 takes the likeliest token.
-        table: int16 [states, V], `stop_table` of the stop strings, or None.
+        stop_table: int16 [states, V], `sampling.stop_table` of the stop strings, or None.
         config: the policy's shape.
         decoding: limits of the response and how tokens are drawn.
         slots: rows decoded at the same time, which bounds the cache; 0: one per prompt.
@@ -139,7 +139,7 @@ def sample(
     count = prompts.shape[0]
     rows = count if not 0 < slots < count else slots
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-    job = _Job(params, prompts, prompt_lengths, keys, temperature, table, config, decoding, rows, mesh)
+    job = _Job(params, prompts, prompt_lengths, keys, temperature, stop_table, config, decoding, rows, mesh)
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)
     if job.row_for_each:

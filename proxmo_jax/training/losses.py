@@ -146,7 +146,8 @@ class PolicyLoss(NamedTuple):
         entropy: weighted sum of the entropy.
         clip_fraction: token mean of `was_clipped`.
         approx_kl: token mean of -log ratio.
-        gap: token mean of |log ratio|; in the first step after a rollout, the mismatch between sampler and trainer.
+        sampler_mismatch: token mean of |log ratio|; in the first step after a rollout, how far sampler and trainer
+            are apart.
     """
 
     loss: jax.Array
@@ -155,7 +156,7 @@ class PolicyLoss(NamedTuple):
     entropy: jax.Array
     clip_fraction: jax.Array
     approx_kl: jax.Array
-    gap: jax.Array
+    sampler_mismatch: jax.Array
 
 
 @dataclass(frozen=True)
@@ -229,5 +230,5 @@ def policy_loss(
         entropy=entropy,
         clip_fraction=token_mean(was_clipped(surrogate, log_ratio, advantage), mask, total),
         approx_kl=token_mean(-log_ratio, mask, total),
-        gap=token_mean(jnp.abs(log_ratio), mask, total),
+        sampler_mismatch=token_mean(jnp.abs(log_ratio), mask, total),
     )

@@ -30,7 +30,7 @@ class Rows:
         targets: int32 [B, A], response tokens.
         mask: bool [B, A].
         advantage: float32 [B, A].
-        old: float32 [B, A], log-probs at rollout.
+        old_log_probs: float32 [B, A], log-probs at rollout.
         reference: float32 [B, A], log-probs of the reference policy.
         turn_tokens: int32 [B, A], response tokens of the token's turn.
     """
@@ -42,7 +42,7 @@ class Rows:
     targets: jax.Array
     mask: jax.Array
     advantage: jax.Array
-    old: jax.Array
+    old_log_probs: jax.Array
     reference: jax.Array
     turn_tokens: jax.Array
 
@@ -148,7 +148,7 @@ def gather_rows(
         targets=jnp.where(mask, flat.responses[target], 0),
         mask=mask,
         advantage=jnp.where(mask, advantage.reshape(-1)[target[0]], 0.0),
-        old=jnp.where(mask, flat.log_probs[target], 0.0),
+        old_log_probs=jnp.where(mask, flat.log_probs[target], 0.0),
         reference=jnp.zeros(places.shape, jnp.float32),
         turn_tokens=jnp.where(mask, response_lengths.reshape(-1)[target[0]], 0),
     )

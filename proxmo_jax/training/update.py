@@ -163,7 +163,7 @@ def policy_step(
         logits = row_logits(adapters.join(frozen or {}, params), micro_batch, config) / temperature
         r = micro_batch
         terms = policy_loss(
-            logits, r.targets, r.mask, r.advantage, r.old, r.reference, settings, weight=weight, total=total
+            logits, r.targets, r.mask, r.advantage, r.old_log_probs, r.reference, settings, weight=weight, total=total
         )
         return terms.loss, terms
 

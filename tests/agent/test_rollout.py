@@ -314,7 +314,8 @@ def test_demonstrated_commands_that_are_too_long_are_left_out(tmp_path):
     rollout = demonstration_buffer(player, examples)
     assert rollout.response_lengths.tolist() == [[2], [3]]
     assert said == [
-        "1 of 3 demonstrated commands are left out: they have up to 81 tokens, need at most 3 (--max-response-tokens)"
+        "1 of 3 demonstrated commands are left out: they have up to 81 tokens, need at most 3"
+        " (--rollout.max-response-length)"
     ]
     with pytest.raises(UserError, match="every command has 81 tokens or more, need at most 3"):
         demonstration_buffer(player, examples[1:2])

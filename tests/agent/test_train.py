@@ -436,7 +436,7 @@ def test_eval_says_what_can_be_done_where_a_setting_is_missing(tmp_path, capsys)
     assert "--env webshop needs --env.webshop DIR" in said
     assert "--webshop, --engine, --python and --workers can be given here" in said
     assert cli.main(["eval", str(tmp_path), "--env", "webshop", "--webshop", str(tmp_path)]) == 2
-    assert f"--webshop: {tmp_path} is no checkout of WebShop" in capsys.readouterr().err
+    assert f"--env.webshop: {tmp_path} is no checkout of WebShop" in capsys.readouterr().err
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -32,7 +32,7 @@ def packed(count=4, length=256) -> Rows:
     return Rows(
         tokens=rng.integers(0, 64, (count, length)).astype(np.int32), positions=positions.astype(np.int32),
         segments=segments, places=places, targets=rng.integers(0, 64, places.shape).astype(np.int32),
-        mask=like == 0, advantage=like, old=like, reference=like, turn_tokens=places * 0 + 8,
+        mask=like == 0, advantage=like, old_log_probs=like, reference=like, turn_tokens=places * 0 + 8,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def rows(count=8, length=24, answers=6) -> Rows:
         tokens=rng.integers(0, 64, (count, length)), positions=positions, segments=segments, places=places,
         targets=rng.integers(0, 64, (count, answers)), mask=rng.random((count, answers)) < 0.9,
         advantage=rng.normal(size=(count, answers)).astype(np.float32),
-        old=-rng.random((count, answers)).astype(np.float32) - 3,
+        old_log_probs=-rng.random((count, answers)).astype(np.float32) - 3,
         reference=-rng.random((count, answers)).astype(np.float32) - 3, turn_tokens=np.full((count, answers), 3),
     )  # fmt: skip
 

@@ -81,7 +81,9 @@ def test_what_was_sampled_is_what_is_trained_on():
     mask = np.asarray(rows.mask)
     assert mask.sum() == answered.sum()
     found = row_log_probs((fresh(CONFIG),), rows, jnp.float32(1.0), config=CONFIG)[0]
-    np.testing.assert_allclose(np.asarray(found)[mask], np.asarray(rows.old)[mask], rtol=0, atol=2 * TERMS * EPS)
+    np.testing.assert_allclose(
+        np.asarray(found)[mask], np.asarray(rows.old_log_probs)[mask], rtol=0, atol=2 * TERMS * EPS
+    )
     own = np.take_along_axis(turns, np.asarray(rows.places), 1)[mask]
     np.testing.assert_array_equal(np.asarray(rows.advantage)[mask], own)  # each turn its own
     np.testing.assert_array_equal(np.asarray(rows.turn_tokens)[mask], answered.reshape(-1)[own])
@@ -225,7 +227,7 @@ def test_the_loop_learns_a_corridor(settings):
         at, offsets = np.pad(at, ((0, short), (0, 0)), constant_values=-1), np.pad(offsets, ((0, short), (0, 0)))
         advantage, answered = answer.joint.reshape(episodes, turns), (prompt_lengths > 0).astype(np.int32)
         rows = gather_rows(buffer, prompt_lengths, answered, advantage, at, offsets, row_answers=2)
-        rows = rows.__class__(**{**rows.__dict__, "reference": rows.old})
+        rows = rows.__class__(**{**rows.__dict__, "reference": rows.old_log_probs})
         state, _ = policy_step(
             state, rows, jnp.float32(1.0), config=CONFIG, optimizer=optimizer, settings=LossSettings(kl_coef=0.0)
         )

@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from envs_bridge.errors import UserError as EnvironmentUserError
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
@@ -126,7 +127,7 @@ def run_settings(config: Config) -> TrainConfig:
         env = dataclasses.replace(stored.env, **{name: value for name, value in asked.items() if value is not None})
         stored = dataclasses.replace(stored, env=env)
         check(stored)
-    except UserError as error:
+    except (UserError, EnvironmentUserError) as error:
         takes = "--env, --data, --webshop, --engine, --python and --workers"
         raise UserError(f"{config.run}: {error} ({takes} can be given here; the rest is in its config.json)") from error
     known = environment(stored).splits

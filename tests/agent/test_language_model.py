@@ -99,9 +99,13 @@ def spoil(name, change):
         (lambda f: (f / "tokenizer.json").unlink(), {}, "holds no tokenizer"),
         (lambda f: (f / "model.safetensors").unlink(), {}, "holds no weights"),
         (spoil("config.json", {"vocab_size": 100}), {}, "has 259 tokens, need at most the 100 of its vocab_size"),
-        (None, {"max_prompt_tokens": 40_000}, "add up to 40008, need at most the model's 32768"),
-        (None, {"tensor": 8}, "does not divide heads 4 by tensor 8, kv_heads 2 by tensor 8"),
-        (None, {"model": "/nowhere/at/all"}, "--model: /nowhere/at/all is not a folder"),
+        (
+            None,
+            {"rollout__max_prompt_length": 40_000, "optimizer__row_length": 50_000},
+            "add up to 40008, need at most the model's 32768",
+        ),
+        (None, {"mesh__tensor": 8}, "does not divide heads 4 by tensor 8, kv_heads 2 by tensor 8"),
+        (None, {"model__path": "/nowhere/at/all"}, "--model: /nowhere/at/all is not a folder"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(model, tmp_path, harm, options, message):

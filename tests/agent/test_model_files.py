@@ -286,7 +286,7 @@ ANSWERS = [  # template, arguments, what begins an answer, what the policy says,
 @pytest.mark.parametrize(("text", "arguments", "start", "answer", "valid"), ANSWERS)
 def test_what_the_template_opened_counts_as_said(model, text, arguments, start, answer, valid):
     (model / "chat_template.jinja").write_text(text)
-    player = player_of(model, chat_template_args=arguments)
+    player = player_of(model, model__chat_template_args=arguments)
     assert player.answer_start == start
     assert player.render("task").endswith(start)
     assert project(player.answer_start + answer) == ("go", valid)
@@ -325,16 +325,16 @@ def test_template_arguments_are_typed():
 def test_template_arguments_that_say_nothing_are_refused(model, arguments, message):
     (model / "chat_template.jinja").write_text(template(SWITCH))
     with pytest.raises(ValueError, match="chat-template-args") as error:
-        player_of(model, chat_template_args=arguments)
+        player_of(model, model__chat_template_args=arguments)
     assert message in str(error.value)
 
 
 def test_template_arguments_come_from_recipes_and_go_with_models_alone(tmp_path):
     recipe = tmp_path / "think.toml"
-    recipe.write_text('model = "m"\n[chat_template_args]\nenable_thinking = false\neffort = "low"\n')
+    recipe.write_text('[model]\npath = "m"\n[model.chat_template_args]\nenable_thinking = false\neffort = "low"\n')
     config = default(["--config", str(recipe)])
     assert template_arguments(config.model.chat_template_args) == {"enable_thinking": False, "effort": "low"}
-    recipe.write_text("[chat_template_args]\nsteps = [1]\n")
+    recipe.write_text("[model.chat_template_args]\nsteps = [1]\n")
     with pytest.raises(ValueError, match=r"chat_template_args\.steps must be true"):
         default(["--config", str(recipe)])
     with pytest.raises(ValueError, match="needs a --model"):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from nested import config_with
+from rich.console import Console
 from scripted import ScriptedPool, say, small_player
 from tiny_model import write_tiny_model
 
@@ -16,9 +17,11 @@ from envs_bridge.household.expert import Habits, episodes
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import ANSWER_START, History, Notes
 from envs_bridge.shop.notes import ShopNotes
+from envs_bridge.turn import Goal
 from envs_bridge.worker import WORD
 from proxmo_jax.agent.loop import rollout_row
 from proxmo_jax.agent.player import make_player
+from proxmo_jax.agent.report import progress_bar
 from proxmo_jax.agent.rollout import TRIES, Example, Limits, Player, collect, demonstration_buffer, demonstrations
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
@@ -206,13 +209,10 @@ def test_lost_episodes_are_in_no_statistic(tmp_path):
     np.testing.assert_allclose(np.asarray(answer.success_rate), [0.5, 1.0, 0.0])
     assert not np.asarray(answer.joint)[1:, 1].any()
 
-    class Silent:
-        def print(self, *_):
-            pass
-
-    games = [f"x#{i}#{kind}" for i, kind in enumerate("aabbcc")]
+    games = [Goal("x", i, kind) for i, kind in enumerate("aabbcc")]
     evaluation = Evaluation(config_with(env__name="shop"), player, ScriptedPool(script), games)
-    row = evaluation.run(init_params(player.config, jax.random.key(0)), Silent(), "before")
+    with progress_bar(Console(quiet=True)) as bar:
+        row = evaluation.run(init_params(player.config, jax.random.key(0)), bar, "before")
     assert row["eval/games"] == 3
     assert row["eval/turns"] == pytest.approx(7 / 3)
     assert row["eval/success_rate"] == pytest.approx(2 / 3)
@@ -302,7 +302,7 @@ def test_the_most_that_fits_is_kept(tmp_path):
 
 def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_played(tmp_path):
     small_player(tmp_path, prompt=20).check_room()
-    with pytest.raises(UserError, match=r"without task and observation it has \d+ tokens, need at most 8 \(--max-p"):
+    with pytest.raises(UserError, match=r"without task and observation it has \d+ tokens, need at most 8 \(--rollout"):
         small_player(tmp_path, prompt=8).check_room()
 
 

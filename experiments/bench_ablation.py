@@ -35,6 +35,7 @@ from experiments.timing import timed
 from proxmo_jax.ablation import grid as ablate_estimator
 from proxmo_jax.ablation import runner as ablation
 from proxmo_jax.ablation import vector_household as vh
+from proxmo_jax.ablation.runner import before_jax_starts as before_jax_starts  # the command line's
 from proxmo_jax.ablation.vector_agent import (
     Knobs,
     Rollout,

@@ -195,7 +195,7 @@ def make_rows(request: dict, prompt, response, row_length: int, room: int, *, al
             mask[row, span], advantage[row, span] = True, request["advantages"][turn]
             used = span.stop
     old = np.where(mask, -5.0, 0.0).astype(np.float32)
-    parts = {**rows, **per_response, "positions": offsets, "mask": mask, "advantage": advantage, "old": old}
+    parts = {**rows, **per_response, "positions": offsets, "mask": mask, "advantage": advantage, "old_log_probs": old}
     return Rows(**{name: jnp.asarray(value) for name, value in parts.items()}, reference=jnp.asarray(old))
 
 

@@ -1,7 +1,7 @@
 """`proxmo`: the table of commands. tyro parses their options, prints help and writes shell completion.
 
 A command's module has a dataclass `Config` and `main(config)`, which returns False for exit status 1. It may have
-`default(arguments)`, the Config that the options start from, and `prepare()`, which is called before JAX starts. Only
+`default(arguments)`, the Config that the options start from, and `before_jax_starts()`. Only
 the module of the command that runs is imported, so that `proxmo --help` does not wait for JAX.
 """
 
@@ -99,8 +99,8 @@ def run(module: Any, config: Any) -> Any:
     from proxmo_jax.policy.sharding import keep_freed_memory
 
     keep_freed_memory()
-    if hasattr(module, "prepare"):
-        module.prepare()
+    if hasattr(module, "before_jax_starts"):
+        module.before_jax_starts()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform without its plugin is an AssertionError in JAX

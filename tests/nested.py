@@ -1,6 +1,7 @@
-"""Settings of a run with a few changed, for tests."""
+"""Settings of a run with a few changed, and messages without their box, for tests."""
 
 import dataclasses
+import re
 from typing import Any
 
 from proxmo_jax.agent.settings import Config
@@ -19,3 +20,8 @@ def config_with(**changes: Any) -> Config:
     default = Config()
     changed = {part: dataclasses.replace(getattr(default, part), **values) for part, values in parts.items()}
     return dataclasses.replace(default, **changed, **top)
+
+
+def plain(text: str) -> str:
+    """A message without the box that tyro draws around it, on one line."""
+    return " ".join(re.sub("[╭╮╰╯─│]", " ", text).split())

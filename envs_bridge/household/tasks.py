@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,4 @@ HOUSEHOLD = Spec(
     words=words(),
     tail=ALFWORLD_TAIL,
 )
-ALFWORLD = Spec(
-    title="ALFWorld",
-    splits=SPLITS,
-    held_out=SPLITS[1:],
-    tasks=alfworld_games,
-    kind=task_type,
-    worker=engine,
-    demonstrations=demonstrations,
-    words=words(),
-    tail=ALFWORLD_TAIL,
-    check=check_data,
-)
+ALFWORLD = replace(HOUSEHOLD, title="ALFWorld", tasks=alfworld_games, check=check_data)

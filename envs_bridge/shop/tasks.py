@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,11 @@ SHOP = Spec(
     tail=WEBSHOP_TAIL,
     scored=True,
 )
-WEBSHOP = Spec(
+WEBSHOP = replace(
+    SHOP,
     title="WebShop",
-    splits=SPLITS,
-    held_out=("valid",),
     tasks=webshop_goals,
-    kind=kind,
     worker=lambda options: ("webshop", 900.0),
-    notes=ShopNotes.start,
-    words=SHOP.words,
-    tail=WEBSHOP_TAIL,
-    scored=True,
+    demonstrations=None,
     check=check_webshop,
 )

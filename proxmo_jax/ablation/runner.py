@@ -118,7 +118,7 @@ def use_every_core() -> None:
         )
 
 
-prepare = use_every_core  # what the command line calls before JAX starts
+before_jax_starts = use_every_core  # called by the command line
 
 
 def remember_programs(folder: Path) -> None:

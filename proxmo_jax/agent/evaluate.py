@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ class Config:
     """ALFWorld's data folder; default: the run's, or $ALFWORLD_DATA."""
     webshop: Path | None = None
     """Checkout of WebShop, for --env webshop; default: the run's."""
-    engine: str | None = None
+    engine: Literal["fast", "textworld", "textworld-stock"] | None = None
     """fast, textworld or textworld-stock; default: the run's."""
     python: str | None = None
     """Interpreter for the workers; default: the run's."""

@@ -17,6 +17,9 @@ from proxmo_jax.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 ON_THE_COMMAND_LINE = ("config", "resume")
+# Bytes of file names that are not UTF-8 are lone surrogates in Python, which JSON must not hold: private characters
+# stand in for them while settings are validated.
+STAND_INS = {0xDC80 + i: 0xF780 + i for i in range(128)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def with_values(config: Config, values: Mapping[str, Any], source: str) -> Confi
     need(not unknown, f"{source}: sets {', '.join(unknown)}, which is no setting of train")
     merged = _merge(dataclasses.asdict(config), values)
     try:
-        return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged, default=str), strict=True)
+        text = json.dumps(merged, default=str, ensure_ascii=False).translate(STAND_INS)
+        return _with_bytes(pydantic.TypeAdapter(Config).validate_json(text, strict=True))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -103,6 +107,18 @@ def with_values(config: Config, values: Mapping[str, Any], source: str) -> Confi
             raise UserError(f"{source}: {first['ctx']['error']!s}") from error
         found = first["input"]
         raise UserError(f"{source}: {name}: {first['msg'].lower()}, got {found!r:.80}") from error
+
+
+def _with_bytes(config: Any) -> Any:
+    """The settings with bytes of file names in the place of their stand-ins."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = _with_bytes(value)
+        elif isinstance(value, Path):
+            changes[f.name] = Path(str(value).translate({stand_in: byte for byte, stand_in in STAND_INS.items()}))
+    return dataclasses.replace(config, **changes)
 
 
 def _unknown(config: Any, values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -420,7 +420,10 @@ def test_a_task_that_does_not_move_has_its_line_too():
 def test_what_a_terminal_cannot_show_ends_nothing(tmp_path):
     done = proxmo("bench", os.fsdecode("日本".encode()), environment={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
-    code = "import sys; from proxmo_jax import cli; cli.run = lambda *a: print('\\u65e5\\u672c'); sys.exit(cli.main(['train']))"
+    code = (
+        "import sys; from proxmo_jax import cli; cli.run = lambda *a: print('\\u65e5\\u672c');"
+        " sys.exit(cli.main(['train']))"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, encoding="ascii", check=True

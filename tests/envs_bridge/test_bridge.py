@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from interpreters import other_pythons
 
 from envs_bridge.actions import WEBSHOP_TAIL, project, spelled
 from envs_bridge.household.engine import Household
@@ -377,16 +377,9 @@ def test_no_text_is_read_or_written_in_the_locales_encoding():
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 
-def python38() -> str:
-    path = Path.home() / ".pyenv" / "versions" / "3.8.18" / "bin" / "python"
-    return str(path) if path.is_file() else shutil.which("python3.8") or ""
-
-
-@pytest.mark.parametrize("python", [sys.executable, python38()], ids=["this", "3.8"])
+@pytest.mark.parametrize("python", other_pythons())
 def test_workers_speak_utf8_in_every_locale(python, tmp_path, monkeypatch):
     """A task in other letters goes both ways unharmed; half a character, which no pipe can carry, is replaced."""
-    if not python:
-        pytest.skip("no Python 3.8 here")
     for name, value in ASCII.items():
         monkeypatch.setenv(name, value)
     package = tmp_path / "web_agent_site" / "envs"

@@ -1,12 +1,11 @@
 """WebShop itself behind the pool, in another interpreter: here an invented package of the same interface."""
 
 import ast
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreters import other_pythons
 from nested import config_with
 from rich.console import Console
 
@@ -48,22 +47,6 @@ class WebAgentTextEnv:
         said = self.server.user_sessions[self.session]
         return {"has_search_bar": not said, "clickables": ["search"] if not said else ["back to search", "buy now"]}
 """
-
-
-def other_pythons() -> list[str]:
-    """Interpreters of this machine between 3.8 and 3.12, the oldest and the newest, and this one."""
-    found = {sys.version_info[:2]: sys.executable}
-    folders = Path.home() / ".pyenv" / "versions"
-    candidates = [*folders.glob("3.*/bin/python3"), *(shutil.which(f"python3.{minor}") for minor in range(8, 13))]
-    for path in filter(None, candidates):
-        done = subprocess.run(
-            [path, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=False
-        )
-        if done.returncode == 0:
-            version = tuple(map(int, done.stdout.split()))
-            if (3, 8) <= version <= (3, 12):
-                found.setdefault(version, str(path))
-    return [found[version] for version in sorted({min(found), max(found), sys.version_info[:2]})]
 
 
 @pytest.fixture

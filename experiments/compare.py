@@ -32,11 +32,11 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], figure: Path | None = Non
         seconds = np.median([r["time/iteration"] for r in trained])
         share = np.median([r["time/estimator"] / r["time/iteration"] for r in trained])
         print(
-            f"| {config['method']} | {config['seed']} | {tested[0]['eval/success_rate']:.0%} |"
+            f"| {config['preset']} | {config['seed']} | {tested[0]['eval/success_rate']:.0%} |"
             f" {tested[-1]['eval/success_rate']:.0%} | {low:.0%} to {high:.0%} | {rows[-1]['iteration']} |"
             f" {seconds:.2f} | {share:.2%} |"
         )
-        by_method.setdefault(config["method"], []).append(rows)
+        by_method.setdefault(config["preset"], []).append(rows)
     if figure:
         curves = [
             (f"{m} ({len(all_rows)} {'run' if len(all_rows) == 1 else 'runs'})", _average(all_rows))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from envs_bridge.prompts import Memory, Notes
-from envs_bridge.turn import Game, Observation
+from envs_bridge.turn import Demonstrated, Game, Observation
 
 ENVIRONMENTS = {
     "household": "envs_bridge.household.tasks:HOUSEHOLD",
@@ -22,8 +22,8 @@ ENVIRONMENTS = {
     "webshop": "envs_bridge.shop.tasks:WEBSHOP",
 }
 
-# A demonstrated episode: the task, and what was seen and done in each turn.
-Episode = tuple[str, list[tuple[Observation, str]]]
+# A demonstrated episode: the task and its turns.
+Episode = tuple[str, list[Demonstrated]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Spec:
         worker: from the `env` settings, what a worker process loads the environment of a task by (a name in
             `envs_bridge.worker.ENGINES` or `module:function`), and after how many seconds without an answer it is
             replaced.
-        demonstrations: demonstrated episodes of tasks, for the warm start of a small policy; None: there are none.
+        demonstrations: demonstrated episodes of tasks, for a warm start; None: there are none.
         notes: begins the memory of an episode from which a small policy's prompts are written.
         words: words that a small policy's tokenizer needs beside those of the demonstrations.
         tail: characters of a response without action tags that are taken for its command.

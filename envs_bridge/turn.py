@@ -72,6 +72,14 @@ class Observation:
         return name == "search" and words != ""
 
 
+class Demonstrated(NamedTuple):
+    """One turn of a demonstrated episode: what was seen, what was done, and why, in a sentence (may be empty)."""
+
+    seen: Observation
+    command: str
+    thought: str = ""
+
+
 class Environment(Protocol):
     """One text world. `task` is the instruction in words, known after `reset`."""
 

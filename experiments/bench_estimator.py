@@ -103,7 +103,7 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
             for m in range(members):
                 habits = Habits(search_rate=0.95, mistake_rate=rng.choice((0.8, 1.0)))
                 done = demonstrate(world, random.Random(f"{seed}/{g}/{m}"), habits, max_turns=turns)
-                for t, (seen, command) in enumerate(done):
+                for t, (seen, command, _) in enumerate(done):
                     last = t == len(done) - 1
                     steps["texts"].append(seen.text)
                     steps["group"].append(f"task-{g:06d}")

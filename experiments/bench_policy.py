@@ -26,8 +26,8 @@ from envs_bridge.household.generate import LEVELS, generate_games
 from envs_bridge.prompts import History
 from experiments import bench
 from experiments.timing import timed
+from proxmo_jax.agent.demonstrations import demonstrations
 from proxmo_jax.agent.report import terminal
-from proxmo_jax.agent.rollout import demonstrations
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import PolicyConfig, init_params
 from proxmo_jax.policy.decoding import sample

@@ -113,7 +113,13 @@ def demonstrated(prepared: Path) -> list[tuple[int, list[str]]]:
     """(Goal number, actions) per episode of a demonstrator with some careless turns."""
     catalogue = Catalogue(prepared)
     return [
-        (i, [c for _, c in demonstrate(Shopping(catalogue, catalogue.goal(i)), random.Random(i), 0.3, max_turns=15)])
+        (
+            i,
+            [
+                turn.command
+                for turn in demonstrate(Shopping(catalogue, catalogue.goal(i)), random.Random(i), 0.3, max_turns=15)
+            ],
+        )
         for i in range(min(64, catalogue.goal_count))
     ]
 

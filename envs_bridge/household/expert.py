@@ -5,12 +5,12 @@ deliberate mistakes.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from envs_bridge.household.dialect import ForeignGame
 from envs_bridge.household.engine import Household
-from envs_bridge.turn import Observation
+from envs_bridge.turn import Demonstrated
 
 NOTHING = "Nothing happens."
 APPLIANCES = {"clean": "sinkbasintype", "hot": "microwavetype", "cool": "fridgetype"}
@@ -118,42 +118,80 @@ class Habits:
 
 def demonstrate(
     world: Household, rng: random.Random, habits: Habits | None = None, *, max_turns: int = 50
-) -> list[tuple[Observation, str]]:
-    """Play one episode and return (observation, command) per turn.
+) -> list[Demonstrated]:
+    """Play one episode and return its turns.
 
     The expert continues from any state, so demonstrations also show how to recover from mistakes.
     """
     habits = habits or Habits()
     game, seen = world.game, world.reset()
-    turns: list[tuple[Observation, str]] = []
+    turns: list[Demonstrated] = []
     looked_in: set[int] = set()
     for _ in range(max_turns):
         here = [r for r, where in enumerate(game.receptacle_location) if where == world.location]
         looked_in.update(r for r in here if world.opened[r] or not game.openable[r])
         if rng.random() < habits.mistake_rate and seen.text != NOTHING:
             command = rng.choice(_useless(world) or list(seen.admissible))
+            thought = f"Let me {command}."
         else:
             command = _search(world, looked_in, rng, habits.search_rate) or next_command(world)
-        turns.append((seen, command))
+            thought = why(world, command, looked_in)
+        turns.append(Demonstrated(seen, command, thought))
         seen = world.step(command)
         if seen.done:
             break
     return turns
 
 
-def replay(world: Household, commands: Sequence[str]) -> list[tuple[Observation, str]]:
-    """Play given commands from the start and return (observation, command) per turn."""
+def replay(world: Household, commands: Sequence[str]) -> list[Demonstrated]:
+    """Play given commands from the start and return the turns, without thoughts."""
     seen = world.reset()
     turns = []
     for command in commands:
-        turns.append((seen, command))
+        turns.append(Demonstrated(seen, command))
         seen = world.step(command)
     return turns
 
 
+def why(world: Household, command: str, looked_in: Set[int]) -> str:
+    """The reason for the demonstrator's next command, as far as a player who has seen what it has seen can know it.
+
+    Args:
+        world: before the command.
+        command: from `next_command` or `_search`.
+        looked_in: receptacles whose contents have been seen.
+
+    Returns:
+        A sentence.
+    """
+    game, goal, held = world.game, world.game.goal, world.holding
+    thing, place, lamp = (
+        (kind or "").removesuffix("type") for kind in (goal.object_type, goal.receptacle_type, goal.lamp_type)
+    )
+    verb, _, rest = command.partition(" ")
+    there = rest.removeprefix("to ") if verb == "go" else rest
+    if verb == "take":
+        return f"Here is {rest.partition(' from ')[0]}, which I need."
+    if held >= 0 and game.object_type[held] != goal.object_type:
+        return f"I do not need {game.objects[held]}."
+    if held >= 0 and not lamp:
+        missing = [state for state in goal.states if state not in world.flags[held]]
+        if missing:
+            appliance = APPLIANCES[missing[0]].removesuffix("type")
+            return f"{game.objects[held]} must be {missing[0]}, and a {appliance} does that."
+        return f"{there} is closed." if verb == "open" else f"{game.objects[held]} belongs in a {place}."
+    if verb == "use":
+        return f"Here is {rest}, and I hold {game.objects[held]}."
+    wanted = lamp if held >= 0 else thing
+    if verb == "open":
+        return f"{there} is closed; a {wanted} may be inside."
+    known = any(game.receptacles[r] == there for r in looked_in)
+    return f"I saw a {wanted} at {there}." if known else f"I need a {wanted}, and {there} is new to me."
+
+
 def episodes(
     games: Sequence[str], *, seed: int, habits: Habits, max_turns: int
-) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
+) -> Iterator[tuple[str, list[Demonstrated]]]:
     """Yield (task, turns) of a demonstrated episode per game file.
 
     If the expert cannot solve a house, the stored walkthrough is replayed. Games that our engine cannot play are

@@ -103,7 +103,7 @@ def make_game(split: str, index: int, seed: int, level: str, task_type: str) -> 
         "solvable": True,
     }
     world = Household(build_game(game))
-    game["walkthrough"] = [command for _, command in demonstrate(world, rng)]
+    game["walkthrough"] = [turn.command for turn in demonstrate(world, rng)]
     if not world.done:
         raise AssertionError(f"generated game {split}/{index} of seed {seed} is not won by its walkthrough")
     lamp = task_type == "look_at_obj_in_light"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.notes import ShopNotes
-from envs_bridge.turn import SEARCH_COMMAND, Observation
+from envs_bridge.turn import SEARCH_COMMAND, Demonstrated, bracketed
 
 _PRICE = re.compile(r" (\d+)$")
 
@@ -28,6 +28,21 @@ def next_command(world: Shopping, notes: ShopNotes) -> str:
     if not rows:
         return "click[back to search]" if "click[< prev]" not in page.admissible else "click[< prev]"
     return f"click[{best_row(world, rows).partition(' ')[0].lower()}]"
+
+
+def why(command: str, notes: ShopNotes) -> str:
+    """The reason for a command of `next_command`, in a sentence."""
+    name, label = bracketed(command)
+    if name == "search":
+        return "I search for what the instruction names."
+    if label == "buy now":
+        return "Nothing is left to choose, so I buy it."
+    if label in ("back to search", "< prev"):
+        return "No product is listed here, so I go back."
+    for option, values in notes.options().items():
+        if label in values:
+            return f"The instruction asks for {option} {label}."
+    return f"{label} has the best title within the price."
 
 
 def wanted_words(world: Shopping) -> str:
@@ -52,17 +67,17 @@ def best_row(world: Shopping, rows: Sequence[str]) -> str:
     return max(rows, key=rank)
 
 
-def demonstrate(
-    world: Shopping, rng: random.Random, mistake_rate: float, *, max_turns: int
-) -> list[tuple[Observation, str]]:
-    """Play one episode and return (observation, command) per turn; `mistake_rate` of the turns are careless."""
+def demonstrate(world: Shopping, rng: random.Random, mistake_rate: float, *, max_turns: int) -> list[Demonstrated]:
+    """Play one episode and return its turns; `mistake_rate` of them are careless."""
     seen = world.reset()
     notes, turns = ShopNotes.start(world.task, seen), []
     for _ in range(max_turns):
         command = next_command(world, notes)
+        thought = why(command, notes)
         if rng.random() < mistake_rate:
             command = careless(command, world, notes, rng)
-        turns.append((seen, command))
+            thought = f"Let me {command}."
+        turns.append(Demonstrated(seen, command, thought))
         seen = world.step(command)
         notes.remember(command, seen)
         if seen.done:
@@ -84,7 +99,7 @@ def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random
 
 def episodes(
     worlds: Iterable[Shopping], *, seed: int, mistake_rate: float, max_turns: int
-) -> Iterator[tuple[str, list[tuple[Observation, str]]]]:
+) -> Iterator[tuple[str, list[Demonstrated]]]:
     """Yield (task, turns) of a demonstrated episode in each environment."""
     for i, world in enumerate(worlds):
         yield world.task, demonstrate(world, random.Random(f"{seed}/{i}"), mistake_rate, max_turns=max_turns)

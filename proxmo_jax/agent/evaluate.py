@@ -28,17 +28,25 @@ from envs_bridge.errors import UserError as EnvironmentUserError
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
-from proxmo_jax.agent.player import fresh_params, make_player, new_state, pretrained_params, run_optimizer
+from proxmo_jax.agent.player import (
+    fresh_params,
+    make_player,
+    new_state,
+    pretrained_params,
+    run_optimizer,
+    untrained_params,
+    warm_params,
+)
 from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
 from proxmo_jax.agent.rollout import Player, collect
 from proxmo_jax.agent.run_files import stored_config
 from proxmo_jax.agent.settings import Config as TrainConfig
-from proxmo_jax.agent.settings import check
+from proxmo_jax.agent.settings import check, has_warm_start
 from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import make_mesh
-from proxmo_jax.training.checkpoint import Checkpoints, load_params
+from proxmo_jax.training.checkpoint import Checkpoints
 
 PLACES = ("data", "webshop", "engine", "python", "workers")
 COLUMNS = dict(zip(TASK_TYPES, ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"), strict=True))  # the paper's names
@@ -154,9 +162,8 @@ def trained_params(config: Config, stored: TrainConfig, player: Player):
         steps = checkpoints.steps()
         wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
         if wanted == 0:
-            if stored.model.path:
-                return pretrained_params(stored, player), 0
-            return load_params(config.run / "warm_start", fresh_params(player, jax.random.key(0))), 0
+            untrained = untrained_params(stored, player, jax.random.key(0))
+            return warm_params(config.run, untrained) if has_warm_start(stored) else untrained, 0
         if wanted not in steps:
             there = ", ".join(map(str, [0, *steps]))
             raise UserError(f"--checkpoint: {config.run} has none of iteration {wanted}; it has {there}")

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from envs_bridge.actions import TAGS, spelled
 from envs_bridge.prompts import ANSWER_START, readable
 from proxmo_jax.agent.chat import answer_start, chat, template_arguments, turn_end
-from proxmo_jax.agent.rollout import Example, Limits, Player
+from proxmo_jax.agent.demonstrations import Example
+from proxmo_jax.agent.rollout import Limits, Player
 from proxmo_jax.agent.settings import Config, small_policy
 from proxmo_jax.agent.tasks import environment, memory_of
 from proxmo_jax.errors import UserError
@@ -32,7 +33,10 @@ from proxmo_jax.policy.tokenizer import (
     token_count,
 )
 from proxmo_jax.policy.weights import find_model, load_weights, read_config, read_json, weight_files
+from proxmo_jax.training.checkpoint import load_params
 from proxmo_jax.training.update import TrainState, make_optimizer
+
+WARM_START = "warm_start"  # what it has trained, in the run's folder
 
 
 def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
@@ -102,7 +106,7 @@ def language_player(config: Config, mesh: Mesh) -> Player:
             f" model's {policy.max_position_embeddings}"
         )
     begun = answer_start(tokenizer, **arguments)
-    stops = stop_ids(folder, tokenizer, **arguments)
+    stops, end = stop_ids(folder, tokenizer, **arguments), turn_end(tokenizer, **arguments)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     table = None
     if config.rollout.stop:
@@ -121,6 +125,7 @@ def language_player(config: Config, mesh: Mesh) -> Player:
         start=memory_of(config),
         render=partial(chat, tokenizer, **arguments),
         answer_start=begun,
+        answer_end=(next(i for i in (end, tokenizer.eos_token_id, stops[0]) if i is not None),),
         skip_special_tokens=not any(added.special and added.content in TAGS for added in known.values()),
         tail=environment(config).tail,
     )
@@ -171,6 +176,22 @@ def pretrained_params(config: Config, player: Player) -> Any:
     _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
     fresh = jax.jit(lambda key: adapters.split(init_params(player.config, key))[1], out_shardings=shardings)
     return adapters.join(params, fresh(jax.random.key(config.seed)))
+
+
+def untrained_params(config: Config, player: Player, key: jax.Array) -> Any:
+    """The parameters before any training: those of --model, or fresh ones."""
+    return pretrained_params(config, player) if config.model.path else fresh_params(player, key)
+
+
+def warm_params(folder: Path, untrained: Any) -> Any:
+    """The parameters after the warm start of a run's folder. Raises UserError if they cannot be read."""
+    frozen, learned = adapters.split(untrained)
+    return adapters.join(frozen, load_params(folder / WARM_START, learned))
+
+
+def holds_warm_start(folder: Path) -> bool:
+    """Whether a run's folder holds a finished warm start."""
+    return (folder / WARM_START / "config.json").is_file()
 
 
 def run_optimizer(config: Config) -> optax.GradientTransformation:

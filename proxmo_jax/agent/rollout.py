@@ -1,7 +1,6 @@
 """The multi-turn loop: environments and their texts on one side, the policy and its rollout buffer on the other."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +87,7 @@ class Player:
         start: begins the memory of an episode from its task and first observation; the memory writes the prompts.
         render: puts a prompt into the chat template.
         answer_start: text that the rendered prompt ends with and that counts as part of the response.
+        answer_end: tokens after the text of a demonstrated response, which end it.
         skip_special_tokens: decode responses without special tokens.
         spell: corrects the spelling of a command by the admissible ones.
         tail: characters of a response without action tags that are taken for its command.
@@ -105,6 +105,7 @@ class Player:
     start: Callable[[str, Observation], Memory] = Notes.start
     render: Callable[[str], str] = str
     answer_start: str = ""
+    answer_end: tuple[int, ...] = ()
     skip_special_tokens: bool = False
     spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
     tail: int = ALFWORLD_TAIL
@@ -404,68 +405,6 @@ class _Play:
             padded = np.full(bucket(len(self.games)), len(self.games), np.int32)
             padded[: len(episodes)] = episodes
             self.buffer = forget(self.buffer, padded)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One turn to clone: what the policy would read, and what to answer."""
-
-    memory: Memory
-    command: str
-
-
-def demonstrations(
-    episodes: Iterable[tuple[str, list[tuple[Observation, str]]]],
-    start: Callable[[str, Observation], Memory] = Notes.start,
-) -> list[Example]:
-    """The turns of demonstrated episodes (task; what was seen and done), as a policy with such a memory reads them."""
-    examples = []
-    for task, turns in episodes:
-        if not turns:
-            continue
-        memory = start(task, turns[0][0])
-        for t, (_, command) in enumerate(turns):
-            examples.append(Example(memory.copy(), command))
-            if t + 1 < len(turns):
-                memory.remember(command, turns[t + 1][0])
-    return examples
-
-
-def demonstration_buffer(player: Player, examples: Sequence[Example]) -> Rollout:
-    """Demonstrations in the rollout's own layout, so that the warm start packs and learns as the loop does.
-
-    A command longer than the response limit is left out. Raises UserError if none is left.
-    """
-    limits = player.limits
-    answers = [f"{readable(example.command)}{player.tokenizer.eos_token}" for example in examples]
-    backend = player.tokenizer.backend_tokenizer
-    responses = [e.ids for e in backend.encode_batch(answers, add_special_tokens=False)]
-    longest = max(map(len, responses))
-    if longest > limits.response:
-        room = f"{limits.response} (--rollout.max-response-length)"
-        kept = [i for i, ids in enumerate(responses) if len(ids) <= limits.response]
-        if not kept:
-            raise UserError(
-                f"response: every command has {min(map(len, responses))} tokens or more, need at most {room}"
-            )
-        left_out = len(responses) - len(kept)
-        player.say(
-            f"{left_out} of {len(responses)} demonstrated commands are left out: they have up to {longest} tokens,"
-            f" need at most {room}"
-        )
-        examples, responses = [examples[i] for i in kept], [responses[i] for i in kept]
-    count = len(examples)
-    prompts = player.encode([example.memory for example in examples])
-    prompt_array = np.zeros((count, 1, limits.prompt), np.int32)
-    response_array = np.zeros((count, 1, limits.response), np.int32)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        prompt_array[i, 0, limits.prompt - len(prompt) :] = prompt
-        response_array[i, 0, : len(response)] = response
-    empty = Buffer.empty(count, 1, 1, prompt=1, response=limits.response, words=1)
-    buffer = dataclasses.replace(empty, prompts=jnp.asarray(prompt_array), responses=jnp.asarray(response_array))
-    prompt_lengths = np.array([[len(p)] for p in prompts], np.int32)
-    response_lengths = np.array([[len(r)] for r in responses], np.int32)
-    return Rollout(buffer, prompt_lengths, response_lengths, np.ones(count, bool), np.ones(count, np.float32), [], [])
 
 
 def batch_bucket(size: int, mesh: Mesh) -> int:

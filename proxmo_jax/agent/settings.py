@@ -219,8 +219,7 @@ class ModelSettings:
     """The policy: a small one made for the run, or a pretrained language model."""
 
     path: Annotated[str, arg(aliases=["--model"])] = ""
-    """Hugging Face folder or hub id of a Qwen2, Qwen2.5 or Qwen3; without one a small policy is made and warm-started
-    on demonstrations."""
+    """Hugging Face folder or hub id of a Qwen2, Qwen2.5 or Qwen3; without one a small policy is made."""
     dtype: Dtype = "float32"
     """Compute dtype of a language model."""
     param_dtype: Dtype = "float32"
@@ -257,10 +256,12 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class WarmStartSettings:
-    """Behaviour cloning of a small policy on demonstrations, before reinforcement learning."""
+    """Behaviour cloning of demonstrations (supervised fine-tuning), before reinforcement learning."""
 
-    steps: int = 2000
-    """Optimiser steps."""
+    steps: int | None = None
+    """Optimiser steps; a language model may have 0. Default: 2000 for a small policy, 0 for a language model."""
+    thoughts: bool = True
+    """Whether a language model's demonstrations give a reason inside the think tags."""
     learning_rate: float = 4e-3
     """Peak learning rate."""
     search_rate: float = 1.0
@@ -273,7 +274,8 @@ class WarmStartSettings:
     """Take the warm start and tokenizer of another run's folder instead."""
 
     def __post_init__(self) -> None:
-        at_least(1, "warm_start", self, "steps")
+        if self.steps is not None:
+            at_least(0, "warm_start", self, "steps")
         above_zero("warm_start", self, "learning_rate")
         shares("warm_start", self, "search_rate", "mistake_rate", "careless_share")
 
@@ -346,8 +348,8 @@ class Config:
             f"--optimizer.row-length must be a multiple of {BLOCK} for --model.attention splash, got {row}",
         )
         if self.model.path:
-            need(self.warm_start.from_run is None, "--warm-start.from-run is for small policies, not for a --model")
             return
+        need(self.warm_start.steps != 0, "--warm-start.steps 0 needs a --model; a small policy knows nothing at first")
         default = ModelSettings()
         for name in ("lora_rank", "dtype", "param_dtype", "attention", "remat", "chat_template_args"):
             unused = getattr(self.model, name) == getattr(default, name)
@@ -365,6 +367,7 @@ def check(config: Config) -> None:
     """Refuse what this machine's devices and files cannot do, before anything is written or compiled (UserError)."""
     find(config.env.name).check(config.env)
     check_devices(config, jax.device_count())
+    check_from_run(config)
     if not config.model.path:
         check_small_policy(config)
 
@@ -380,6 +383,18 @@ def check_devices(config: Config, count: int) -> None:
         together % devices == 0,
         f"--rollout.max-num-seqs must be a multiple of the {devices} devices, or 0 for all at once; got {together}",
     )
+
+
+def warm_steps(config: Config) -> int:
+    """Optimiser steps of the warm start."""
+    if config.warm_start.steps is not None:
+        return config.warm_start.steps
+    return 0 if config.model.path else 2000
+
+
+def has_warm_start(config: Config) -> bool:
+    """Whether the run begins with a warm start, its own or another run's."""
+    return config.warm_start.from_run is not None or warm_steps(config) > 0
 
 
 def small_policy(config: Config, vocab_size: int) -> PolicyConfig:
@@ -405,13 +420,18 @@ def check_small_policy(config: Config) -> None:
         shape.num_key_value_heads % mesh.tensor == 0 and shape.intermediate_size % mesh.tensor == 0,
         f"--model.hidden-size must be a multiple of 32 x --mesh.tensor {mesh.tensor}, got {size}",
     )
+
+
+def check_from_run(config: Config) -> None:
+    """Refuse another run whose warm start is not there, or is that of another shape."""
     taken = (config.output.dir / "warm_start" / "config.json").is_file()  # then the other run is not needed any more
     if config.warm_start.from_run is None or taken:
         return
     path = config.warm_start.from_run / "warm_start" / "config.json"
     need(path.is_file(), f"--warm-start.from-run: {config.warm_start.from_run} holds no warm start")
     found = json.loads(path.read_text(encoding="utf-8"))
-    for name, key in (("hidden_size", "hidden_size"), ("layers", "num_hidden_layers")):
+    small = {"hidden_size": "hidden_size", "layers": "num_hidden_layers"}
+    for name, key in ({"lora_rank": "lora_rank"} if config.model.path else small).items():
         value = getattr(config.model, name)
         need(
             found.get(key) == value,

@@ -78,10 +78,9 @@ def make_pool(config: Config) -> Pool:
 
 
 def demonstrated(config: Config, tasks: Sequence[Game], mistake_rate: float) -> Iterable[Episode]:
-    """Demonstrated episodes of the tasks. Raises UserError for an environment without a demonstrator."""
+    """Demonstrated episodes of the tasks, in an environment that has a demonstrator."""
     make = environment(config).demonstrations
-    if make is None:
-        raise UserError(f"--env {config.env.name} needs a --model: there are no demonstrations in {config.env.name}")
+    assert make is not None
     turns = 2 * config.rollout.max_turns
     return make(list(tasks), Demonstrator(config.seed, mistake_rate, config.warm_start.search_rate, turns))
 

@@ -36,10 +36,10 @@ from proxmo_jax.agent.report import (
 from proxmo_jax.agent.rollout import Player, collect
 from proxmo_jax.agent.run_files import default as default  # the command line's
 from proxmo_jax.agent.run_files import open_folder, resumed
-from proxmo_jax.agent.settings import Config, check
+from proxmo_jax.agent.settings import Config, check, has_warm_start
 from proxmo_jax.agent.stop import StopOnSignal
 from proxmo_jax.agent.tasks import environment, make_pool, make_tasks
-from proxmo_jax.agent.warm_start import demonstrate, starting_point
+from proxmo_jax.agent.warm_start import careful_and_careless, needs_demonstrations, starting_point
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.steps_file import write_steps
 from proxmo_jax.policy import adapters
@@ -69,8 +69,10 @@ def main(config: Config, console: Console | None = None) -> Path:
                 f"--resume goes on with the run's own settings; ignored: {', '.join(ignored)}", soft_wrap=True
             )
     check(config)
-    if not config.model.path and environment(config).demonstrations is None:
-        raise UserError(f"--env {config.env.name} needs a --model: it has no demonstrations for a warm start")
+    if needs_demonstrations(config) and environment(config).demonstrations is None:
+        raise UserError(
+            f"--env {config.env.name} has no demonstrations for a warm start; need a --model and --warm-start.steps 0"
+        )
     mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
     # A model or data set that cannot be read is refused before a folder is made.
     language_model = make_player(config, mesh) if config.model.path else None
@@ -105,9 +107,7 @@ def run(
     folder = config.output.dir
     title = f"{config.env.level} household" if config.env.name == "household" else environment(config).title
     announce(config, title, len(train_games), len(eval_games), console)
-    demos = []
-    if not config.model.path:
-        demos = [demonstrate(config, train_games, rate, console) for rate in (0.0, config.warm_start.mistake_rate)]
+    demos = careful_and_careless(config, train_games, console) if needs_demonstrations(config) else []
     player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     key = jax.random.key(config.seed)
@@ -125,7 +125,7 @@ def run(
         metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None)
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
-            label = "before training" if config.model.path else "warm start"
+            label = "warm start" if has_warm_start(config) else "before training"
             with progress_bar(console) as bar:
                 metrics.write({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
         last_row = [{}, *read_metrics(folder / "metrics.jsonl")][-1]

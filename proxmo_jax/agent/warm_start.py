@@ -1,4 +1,6 @@
-"""Where reinforcement learning starts: a pretrained language model, or a small policy cloned from demonstrations."""
+"""Where reinforcement learning starts: a pretrained language model, or a policy cloned from demonstrations."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +9,32 @@ from rich.console import Console
 
 from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
-from proxmo_jax.agent.player import fresh_params, new_state, pretrained_params
+from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
+from proxmo_jax.agent.player import WARM_START, holds_warm_start, new_state, untrained_params, warm_params
 from proxmo_jax.agent.report import progress_bar, watched
-from proxmo_jax.agent.rollout import Example, Player, demonstration_buffer, demonstrations
-from proxmo_jax.agent.settings import Config, micro_batches
+from proxmo_jax.agent.rollout import Player
+from proxmo_jax.agent.settings import Config, has_warm_start, micro_batches, warm_steps
 from proxmo_jax.agent.stop import StopOnSignal
 from proxmo_jax.agent.tasks import demonstrated, memory_of
 from proxmo_jax.errors import UserError
+from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
-from proxmo_jax.training.checkpoint import load_params, save_params
+from proxmo_jax.training.checkpoint import save_params
 from proxmo_jax.training.update import cloning_step, make_optimizer
 
 
-def demonstrate(config: Config, games: list[Game], mistake_rate: float, console: Console) -> list[Example]:
-    """Demonstrations of the games that our engine plays. Raises UserError if it plays none."""
+def needs_demonstrations(config: Config) -> bool:
+    """Whether a run reads demonstrations: for a warm start that it has to make, or for a small policy's tokenizer."""
+    made = holds_warm_start(config.output.dir) or config.warm_start.from_run is not None
+    return not config.model.path or (warm_steps(config) > 0 and not made)
+
+
+def careful_and_careless(config: Config, games: list[Game], console: Console) -> list[list[Example]]:
+    """Demonstrations of both habits, of the games that our engine plays. Raises UserError if it plays none."""
+    return [_demonstrate(config, games, rate, console) for rate in (0.0, config.warm_start.mistake_rate)]
+
+
+def _demonstrate(config: Config, games: list[Game], mistake_rate: float, console: Console) -> list[Example]:
     episodes = watched(demonstrated(config, games, mistake_rate), "demonstrations", console, len(games))
     examples = demonstrations(episodes, memory_of(config))
     if not examples:
@@ -28,59 +42,71 @@ def demonstrate(config: Config, games: list[Game], mistake_rate: float, console:
     return examples
 
 
-def starting_point(config: Config, player: Player, demos: list[list[Example]], key: jax.Array, console, stop):
+def starting_point(config: Config, player: Player, demos: list[list[Example]], key: jax.Array, console, stop) -> Any:
     """The parameters that reinforcement learning starts from, which are also the reference of the KL.
 
-    They are a pretrained language model, or a warm start, which is made once and kept in the run's folder.
+    A warm start is made once; what it trains is kept in the run's folder.
     """
-    if config.model.path:
-        return pretrained_params(config, player)
-    fresh, warm = fresh_params(player, key), config.output.dir / "warm_start"
-    if not (warm / "config.json").exists():
+    untrained = untrained_params(config, player, key)
+    if not has_warm_start(config):
+        return untrained
+    if not holds_warm_start(config.output.dir):
         if config.warm_start.from_run:
-            params = load_params(config.warm_start.from_run / "warm_start", fresh)
+            params = warm_params(config.warm_start.from_run, untrained)
         else:
-            params = warm_start(config, player, demos, fresh, console, stop)
+            params = warm_start(config, player, demos, untrained, console, stop)
         if stop:
             return params
-        save_params(warm, params, player.config.to_dict())
-    return load_params(warm, fresh)
+        save_params(config.output.dir / WARM_START, adapters.split(params)[1], player.config.to_dict())
+    return warm_params(config.output.dir, untrained)
 
 
-def warm_start(config: Config, player: Player, demos, params, console: Console, stop: StopOnSignal):
+def warm_start(
+    config: Config, player: Player, demos: list[list[Example]], params: Any, console: Console, stop: StopOnSignal
+) -> Any:
     """Behaviour cloning: first of careful demonstrations, at the end of careless ones.
+
+    Args:
+        config: the run's settings.
+        player: the policy.
+        demos: careful and careless demonstrations.
+        params: the policy's parameters; adapters alone are trained if there are any.
+        console: where progress is shown.
+        stop: ends it early.
 
     Returns:
         The cloned parameters.
     """
-    rollouts = [demonstration_buffer(player, examples) for examples in demos]
+    thoughts = bool(config.model.path) and config.warm_start.thoughts
+    rollouts = [demonstration_buffer(player, examples, thoughts=thoughts) for examples in demos]
     for rollout in rollouts:
         rollout.buffer = replicate(player.mesh, rollout.buffer)
-    turning_point = config.warm_start.steps - round(config.warm_start.careless_share * config.warm_start.steps)
+    steps = warm_steps(config)
+    turning_point = steps - round(config.warm_start.careless_share * steps)
     optimizer = make_optimizer(
         config.warm_start.learning_rate,
         config.optimizer.weight_decay,
         config.optimizer.max_grad_norm,
         warmup=20,
-        decay_steps=config.warm_start.steps,
+        decay_steps=steps,
     )
+    frozen, _ = adapters.split(params)
     state = new_state(player, params, optimizer)
     rng = np.random.default_rng(config.seed)
     step = 0
+    shown_every = max(steps // 40, 1)
     with progress_bar(console) as bar:
-        task = bar.add_task("warm start", total=config.warm_start.steps, note="")
-        while step < config.warm_start.steps and not stop:
-            rollout, until = rollouts[0], turning_point
-            if step >= turning_point:
-                rollout, until = rollouts[1], config.warm_start.steps
+        task = bar.add_task("warm start", total=steps, note="")
+        while step < steps and not stop:
+            rollout, until = (rollouts[0], turning_point) if step < turning_point else (rollouts[1], steps)
             zero = jnp.zeros(rollout.prompt_lengths.shape)
             for rows in batches(config, player.mesh, rollout, zero, rng):
                 state, loss = cloning_step(
-                    state, rows, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
+                    state, rows, frozen, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
                 )
                 step += 1
-                if step % 50 == 0 or step == config.warm_start.steps:
+                if step % shown_every == 0 or step == steps:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
                 if step == until or stop:
                     break
-    return state.params
+    return adapters.join(frozen, state.params)

@@ -176,6 +176,7 @@ def policy_step(
 def cloning_step(
     state: TrainState,
     rows: Rows,
+    frozen: Any = None,
     *,
     config: PolicyConfig,
     optimizer: optax.GradientTransformation,
@@ -186,6 +187,7 @@ def cloning_step(
     Args:
         state: donated.
         rows: token rows [B, L].
+        frozen: parameters beside the adapters; None if all are trained.
         config: shape of the policy.
         optimizer: from `make_optimizer`.
         micro_batches: number of micro-batches; divides B.
@@ -195,7 +197,8 @@ def cloning_step(
     """
 
     def loss(params, micro_batch: Rows, weight, _):
-        log_probs, _ = token_log_probs(row_logits(params, micro_batch, config), micro_batch.targets)
+        logits = row_logits(adapters.join(frozen or {}, params), micro_batch, config)
+        log_probs, _ = token_log_probs(logits, micro_batch.targets)
         value = -(weight * log_probs).sum()
         return value, value
 

@@ -31,7 +31,7 @@ def test_step_for_step_as_the_text_engine(level, count):
     steps, wins, verbs = 0, 0, set()
     for h, game in enumerate(played):
         world, house = Household(game), vh.pick(houses, h)
-        expert = [command for _, command in demonstrate(world, rng, Habits(0.5, 0.3), max_turns=30)]
+        expert = [turn.command for turn in demonstrate(world, rng, Habits(0.5, 0.3), max_turns=30)]
         for episode in range(2):
             seen, state = world.reset(), vh.reset(house)
             assert vh.say(texts, house.start) == seen.text

@@ -29,7 +29,8 @@ RUN = (
 FULL = "--model.dtype bfloat16 --model.remat full --optimizer.moments-dtype bfloat16".split()
 ADAPTERS = (
     "--model.lora-rank 4 --optimizer.learning-rate 0.01 --loss.old-log-probs trainer --loss.kl-coef 0"
-    " --model.attention splash"
+    " --model.attention splash --warm-start.steps 2 --rollout.max-response-length 48 --optimizer.row-length 1664"
+    " --optimizer.micro-batch-tokens 3328"
 ).split()
 
 
@@ -46,7 +47,9 @@ def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_p
     out = tmp_path / "run"
     done = proxmo("train", "--model", str(model), "--out", str(out), "--iterations", "1", *RUN, *options)
     assert done.returncode == 0, done.stderr
-    assert "before training: 0 of 2" in done.stdout
+    label = "warm start" if options is ADAPTERS else "before training"
+    assert f"{label}: 0 of 2" in done.stdout
+    assert (out / "warm_start").exists() == (options is ADAPTERS)
     done = proxmo("train", "--resume", "--out", str(out), "--iterations", "2")
     assert done.returncode == 0, done.stderr
     assert [row["iteration"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]

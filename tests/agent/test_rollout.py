@@ -19,10 +19,11 @@ from envs_bridge.prompts import ANSWER_START, History, Notes
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Goal
 from envs_bridge.worker import WORD
+from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
 from proxmo_jax.agent.loop import rollout_row
 from proxmo_jax.agent.player import make_player
 from proxmo_jax.agent.report import progress_bar
-from proxmo_jax.agent.rollout import TRIES, Example, Limits, Player, collect, demonstration_buffer, demonstrations
+from proxmo_jax.agent.rollout import TRIES, Limits, Player, collect
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import proxmo
@@ -314,7 +315,7 @@ def test_demonstrated_commands_that_are_too_long_are_left_out(tmp_path):
     rollout = demonstration_buffer(player, examples)
     assert rollout.response_lengths.tolist() == [[2], [3]]
     assert said == [
-        "1 of 3 demonstrated commands are left out: they have up to 81 tokens, need at most 3"
+        "1 of 3 demonstrated commands are left out: their responses have up to 81 tokens, need at most 3"
         " (--rollout.max-response-length)"
     ]
     with pytest.raises(UserError, match="every command has 81 tokens or more, need at most 3"):

@@ -99,7 +99,7 @@ def test_the_expert_recovers_from_every_habit(games, index, seed, search, mistak
     turns = demonstrate(world, random.Random(seed), Habits(search, mistake), max_turns=400)
     assert world.done
     if mistake == 0:
-        assert all(command in seen.admissible for seen, command in turns)
+        assert all(turn.command in turn.seen.admissible for turn in turns)
 
 
 def test_the_expert_wins_upstream_games(upstream_games):

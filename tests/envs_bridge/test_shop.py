@@ -269,12 +269,12 @@ def test_every_command_that_is_listed_does_something(tmp_path):
             assert pool.step([(0, "click[buy now]")])[0].done
         assert pool.faults == 0
     turns = demonstrate(Shopping.load(Goal(str(folder), 0, "fashion")), random.Random(0), 0.0, max_turns=10)
-    assert turns[-1][1] == "click[buy now]"
+    assert turns[-1].command == "click[buy now]"
 
 
 def test_a_demonstrator_searches_without_brackets(invented):
     world = Shopping(invented, {**invented.goal(0), "instruction_text": "i need a [soft] shirt [eu 42] in red"})
-    assert demonstrate(world, random.Random(0), 0.0, max_turns=1)[0][1] == "search[soft shirt eu 42]"
+    assert demonstrate(world, random.Random(0), 0.0, max_turns=1)[0].command == "search[soft shirt eu 42]"
     first = world.reset()
     assert first.admits("search[soft shirt]")
     assert not first.admits("search[a [b] c]")  # WebShop would look for an action `search[a `
@@ -397,8 +397,8 @@ def test_the_demonstrator_wins_and_careless_ones_do_not(invented):
             turns = demonstrate(world, random.Random(i), rate, max_turns=12)
             last = Shopping(invented, invented.goal(i))
             last.reset()
-            for _, command in turns:
-                seen = last.step(command)
+            for turn in turns:
+                seen = last.step(turn.command)
             won += seen.won
         return won / 100
 

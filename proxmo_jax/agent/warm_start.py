@@ -87,7 +87,7 @@ def warm_start(
         config.warm_start.learning_rate,
         config.optimizer.weight_decay,
         config.optimizer.max_grad_norm,
-        warmup=20,
+        warmup=min(20, steps // 20),
         decay_steps=steps,
     )
     frozen, _ = adapters.split(params)

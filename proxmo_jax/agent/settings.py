@@ -219,8 +219,8 @@ class ModelSettings:
     """The policy: a small one made for the run, or a pretrained language model."""
 
     path: Annotated[str, arg(aliases=["--model"])] = ""
-    """Hugging Face folder or hub id of a Qwen2, Qwen2.5 or Qwen3; without one a small policy is made and warm-started
-    on demonstrations."""
+    """Hugging Face folder or hub id of a Llama, Qwen2, Qwen2.5 or Qwen3; without one a small policy is made and
+    warm-started on demonstrations."""
     dtype: Dtype = "float32"
     """Compute dtype of a language model."""
     param_dtype: Dtype = "float32"

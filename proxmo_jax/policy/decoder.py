@@ -1,7 +1,7 @@
 """The policy: a decoder of the Llama, Qwen2, Qwen2.5 and Qwen3 architectures.
 
-RMSNorm, rotary positions, grouped-query attention (with biases: Qwen2, with normalised heads: Qwen3), SwiGLU. The module
-contains only the mathematics. Layers run under one `scan`, so compile time does not grow with depth.
+RMSNorm, rotary positions, grouped-query attention with biases (Qwen2), normalised heads (Qwen3) or neither (Llama),
+SwiGLU. The module contains only the mathematics. Layers run under one `scan`, so compile time does not grow with depth.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Rope:
     """Rotary positions (arXiv 2104.09864) and their extension to longer contexts.
 
     YaRN (arXiv 2309.00071) keeps high frequencies and divides low ones by `factor`, with a ramp between the dimensions
-    that turn `beta_fast` and `beta_slow` times in `original_length`. Llama 3.1 does the same with a ramp over frequencies,
-    between `low_freq_factor` and `high_freq_factor` turns in `original_length`.
+    that turn `beta_fast` and `beta_slow` times in `original_length`. Llama 3.1 (its code, apply_scaling) does so
+    with a ramp over frequencies, from `low_freq_factor` to `high_freq_factor` turns in `original_length`.
 
     Attributes:
         theta: base of the frequencies.

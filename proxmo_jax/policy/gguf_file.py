@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp) of the families that the policy computes: their shape and weights, as in a Hugging Face folder.
+"""GGUF files (llama.cpp) of Llama, Qwen2 and Qwen3: their shape and weights, as a Hugging Face folder has them.
 
 The `gguf` package reads the file and dequantises. Written after the specification (github.com/ggml-org/ggml,
 docs/gguf.md) and llama.cpp's convert_hf_to_gguf.py, whose changes to the weights are undone here.
@@ -60,6 +60,15 @@ class GgufFile(NamedTuple):
         return self.metadata["general.architecture"]
 
 
+def gguf_package() -> Any:
+    """The gguf package. Raises UserError if it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files are read with the gguf package: pip install 'proxmo-jax[gguf]'") from error
+    return gguf
+
+
 def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF file.
 
@@ -73,11 +82,7 @@ def open_gguf(path: Path) -> GgufFile:
         UserError: if the gguf package is missing, the file is none, is truncated, is one part of several, or is of
             another architecture.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("GGUF files are read with the gguf package: pip install 'proxmo-jax[gguf]'") from error
-
+    gguf = gguf_package()
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
@@ -89,7 +94,9 @@ def open_gguf(path: Path) -> GgufFile:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         # The package does not check what it reads, so that a file that ends too soon shows in one of these.
-        raise UserError(f"{path}: is truncated or damaged ({error})") from error
+        unknown = "GGMLQuantizationType" in str(error)
+        what = "has a quantisation that the gguf package does not know" if unknown else "is truncated or damaged"
+        raise UserError(f"{path}: {what} ({error})") from error
     if reader.endianess != gguf.GGUFEndian.LITTLE:
         raise UserError(f"{path}: has its numbers in big-endian order, need little-endian")
     architecture = metadata.get("general.architecture")

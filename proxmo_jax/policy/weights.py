@@ -128,7 +128,8 @@ def find_model(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or model.startswith((".", "/", "~")):
-        raise UserError(f"--model: {model} is not a folder")
+        cure = "; `proxmo convert-gguf` makes one of it" if folder.suffix == ".gguf" and folder.exists() else ""
+        raise UserError(f"--model: {model} is not a folder{cure}")
     from huggingface_hub import snapshot_download
 
     try:

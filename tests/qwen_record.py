@@ -92,7 +92,8 @@ POSITIONS = {
     "llama3, no length": {"rope_scaling": LLAMA_3},
     "llama3, no lengths at all": {"max_position_embeddings": ..., "rope_scaling": LLAMA_3},
     "llama3, another ramp": {
-        "rope_scaling": {**LLAMA_3, "low_freq_factor": 0.5, "high_freq_factor": 2, "original_max_position_embeddings": 99},
+        "rope_scaling": {**LLAMA_3, "low_freq_factor": 0.5, "high_freq_factor": 2},
+        "original_max_position_embeddings": 99,
     },
     "llama3, no factor": {"rope_scaling": {**LLAMA_3, "factor": None}},
     "llama3, no ramp": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},

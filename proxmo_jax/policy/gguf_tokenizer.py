@@ -50,19 +50,14 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     if len(types) != len(tokens):
         raise UserError(f"{file.path}: has {len(types)} token types for {len(tokens)} tokens, need one for each")
     backend = _byte_level(file, split, {t: i for i, t in enumerate(tokens) if types[i] != UNUSED}, merges)
-    backend.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind == CONTROL)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
-    )
-    named = {name: _named(file, key, tokens) for name, key in SPECIAL.items()}
-    named = {name: token for name, token in named.items() if token is not None}
+    whole = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
+    backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in whole])
+    found = {name: _named(file, key, tokens) for name, key in SPECIAL.items()}
+    named = {name: token for name, token in found.items() if token is not None}
     if "bos_token" in named and file.metadata.get("tokenizer.ggml.add_bos_token", split in OF_LLAMA3):
-        first = (named["bos_token"], backend.token_to_id(named["bos_token"]))
-        begin = processors.TemplateProcessing(f"{first[0]} $A", f"{first[0]} $A {first[0]}:1 $B:1", [first])
-        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+        first = named["bos_token"]
+        template = f"{first} $A", f"{first} $A {first}:1 $B:1", [(first, tokens.index(first))]
+        backend.post_processor = processors.TemplateProcessing(*template)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
@@ -96,7 +91,7 @@ def _named(file: GgufFile, key: str, tokens: list[str]) -> str | None:
 
 def _byte_level(file: GgufFile, split: str, vocabulary: dict[str, int], merges: list[str]) -> Tokenizer:
     """Byte-level BPE. Raises UserError for merges that do not fit the vocabulary."""
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         model = models.BPE(vocabulary, pairs, ignore_merges=split in OF_LLAMA3)
     except Exception as error:  # the library raises nothing narrower

@@ -1,4 +1,4 @@
-"""Checkpoints of the Qwen and Llama families: what `transformers` answers for them, round trips, shards, and files that are wrong."""
+"""Checkpoints of the Qwen and Llama families: what `transformers` answers, round trips, shards, wrong files."""
 
 import importlib.util
 import json
@@ -155,10 +155,18 @@ def test_older_names_for_positions_are_read(tmp_path):
     [
         ("llama", {"attention_bias": True}, "has attention_bias in a llama, need none"),
         ("llama", {"mlp_bias": True}, "has mlp_bias"),
-        ("llama", {"sliding_window": 64}, "has sliding_window 64, need null or at least its 128 max_position_embeddings"),
+        (
+            "llama",
+            {"sliding_window": 64},
+            "has sliding_window 64, need null or at least its 128 max_position_embeddings",
+        ),
         ("mistral", {"max_position_embeddings": 8192}, "has sliding_window 4096, need null or at least its 8192"),
         ("mistral", {"sliding_window": "4096"}, "has sliding_window '4096'"),
-        ("llama", {"rope_scaling": {**qwen_record.LLAMA_3, "high_freq_factor": 1}}, "has high_freq_factor 1, need more"),
+        (
+            "llama",
+            {"rope_scaling": {**qwen_record.LLAMA_3, "high_freq_factor": 1}},
+            "has high_freq_factor 1, need more",
+        ),
     ],
 )
 def test_what_would_compute_something_else_is_refused(tmp_path, kind, changes, message):

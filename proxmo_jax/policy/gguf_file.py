@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.decoder import PolicyConfig, Rope
 from proxmo_jax.policy.weights import checkpoint_shapes, config_of, report_wrong
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -102,7 +102,7 @@ def open_gguf(path: Path) -> GgufFile:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture!r} is not supported, need {', '.join(ARCHITECTURES)}")
-    if (parts := metadata.get("split.count", 1)) > 1:
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise UserError(f"{path}: is one of {parts} parts; join them with llama.cpp's gguf-split --merge first")
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -164,7 +164,7 @@ def _rope_parameters(file: GgufFile, scaling: dict[str, Any]) -> dict[str, Any]:
     if DIVISORS in file.tensors:
         if kind != "none":
             raise UserError(f"{file.path}: has both {DIVISORS} and rope.scaling.type {kind!r}, need one of them")
-        return {"rope_type": "llama3", "factor": float(_dequantised(file, DIVISORS).max()), **LLAMA3}
+        return {"rope_type": "llama3", "factor": float(_dequantised(file, DIVISORS).max(initial=1.0)), **LLAMA3}
     if kind == "none":
         return {"rope_type": "default"}
     return {SCALING.get(key, key): value for key, value in scaling.items()}
@@ -173,7 +173,7 @@ def _rope_parameters(file: GgufFile, scaling: dict[str, Any]) -> dict[str, Any]:
 def _check_divisors(file: GgufFile, config: PolicyConfig) -> None:
     """Raise UserError if the file's frequencies are not those of the config."""
     divisors = _dequantised(file, DIVISORS).reshape(-1)
-    plain, _ = type(config.rope)(config.rope.theta).frequencies(config.head_dim)
+    plain, _ = Rope(config.rope.theta).frequencies(config.head_dim)
     ours, _ = config.rope.frequencies(config.head_dim)
     if divisors.shape != plain.shape or not np.allclose(plain / divisors, ours, rtol=1e-4, atol=0):
         raise UserError(f"{file.path}: its {DIVISORS} are not those of Llama 3.1, need its scaling or none")
@@ -214,9 +214,9 @@ def _stored_names(file: GgufFile, config: PolicyConfig) -> dict[str, str]:
         elif (found := [int(size) for size in reversed(tensor.shape)]) != shape:
             wrong.append(f"{stored} has shape {found}, need {shape}")
         elif not _readable(tensor):
-            wrong.append(f"{stored} is quantised as {tensor.tensor_type.name}, which the gguf package cannot read")
+            wrong.append(f"{stored} {_unreadable(tensor)}")
     left = sorted(set(file.tensors) - set(names.values()) - {DIVISORS})
-    report_wrong(file.path, [*wrong, *(f"{name} is left over" for name in left)])
+    report_wrong(file.path, [*wrong, *(f"{name} is left over" for name in left)], "cannot be converted")
     return names
 
 
@@ -231,11 +231,17 @@ def _readable(tensor: Any) -> bool:
     return True
 
 
+def _unreadable(tensor: Any) -> str:
+    return f"is quantised as {tensor.tensor_type.name}, which the gguf package cannot read"
+
+
 def _dequantised(file: GgufFile, name: str) -> np.ndarray:
-    """A tensor of the file, float32."""
+    """A tensor of the file, float32. Raises UserError for a quantisation that cannot be read."""
     from gguf.quants import dequantize
 
     tensor = file.tensors[name]
+    if not _readable(tensor):
+        raise UserError(f"{file.path}: {name} {_unreadable(tensor)}")
     return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 
 

@@ -37,12 +37,13 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     Raises:
         UserError: for a file without one, one of another kind, or one whose parts do not fit together.
     """
-    kind, split = _entry(file, "ggml.model", str), file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    kind = _entry(file, "ggml.model", str)
     if kind != "gpt2":
         raise UserError(
             f"{file.path}: its tokenizer is of the kind {kind!r}, need gpt2 (byte-level BPE); take the model's Hugging"
             " Face folder instead"
         )
+    split = _entry(file, "ggml.pre", str)  # without it llama.cpp guesses, and warns
     if split not in SPLITS:
         raise UserError(f"{file.path}: its tokenizer splits text as {split!r}, need one of {', '.join(SPLITS)}")
     tokens, merges = _entry(file, "ggml.tokens", list), _entry(file, "ggml.merges", list)
@@ -71,9 +72,10 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 
 
 def _entry(file: GgufFile, name: str, kind: type) -> Any:
-    """An entry of the tokenizer. Raises UserError if it is missing or of another type."""
+    """A text or a list of texts of the tokenizer. Raises UserError if it is missing or anything else."""
     value = file.metadata.get(f"tokenizer.{name}")
-    if not isinstance(value, kind):
+    texts = value if isinstance(value, list) else [value]
+    if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
         found = "is missing" if value is None else f"is {value!r:.60}"
         raise UserError(f"{file.path}: tokenizer.{name} {found}, need a tokenizer in the file")
     return value

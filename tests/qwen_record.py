@@ -1,5 +1,5 @@
-"""What `transformers` and torch answer for tiny random Qwen checkpoints, and how they read odd configs: recorded, so
-that the tests need neither.
+"""What `transformers` and torch answer for tiny random checkpoints of the Qwen and Llama families, and how they read
+odd configs: recorded, so that the tests need neither.
 
 python tests/qwen_record.py           # needs torch; writes tests/golden/qwen/
 """
@@ -16,6 +16,7 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 5,
     "pad_token_id": 0,
 }  # fmt: skip
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -29,6 +30,16 @@ CASES = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
         },
     ),
+    # One of the four frequencies is kept, one lies on the ramp, two are divided.
+    "llama3": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LLAMA_3, "rope_theta": 10_000.0, "original_max_position_embeddings": 100},
+        },
+    ),
+    "llama_untied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}),
+    "mistral": ("mistral", {"tie_word_embeddings": False, "head_dim": 16, "sliding_window": None}),
 }
 
 YARN_4 = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -76,6 +87,16 @@ POSITIONS = {
     "yarn, not truncated": {"rope_scaling": {**YARN_4, "beta_fast": 2, "truncate": False}},
     "yarn, truncate null": {"rope_scaling": {**YARN_4, "beta_fast": 2, "truncate": None}},
     "yarn, shorter": {"rope_scaling": {**YARN_4, "factor": 0.5}},
+    "llama3": {"rope_scaling": {**LLAMA_3, "original_max_position_embeddings": 32}, "rope_theta": 5e3},
+    "llama3, length beside": {"rope_scaling": LLAMA_3, "original_max_position_embeddings": 48},
+    "llama3, no length": {"rope_scaling": LLAMA_3},
+    "llama3, no lengths at all": {"max_position_embeddings": ..., "rope_scaling": LLAMA_3},
+    "llama3, another ramp": {
+        "rope_scaling": {**LLAMA_3, "low_freq_factor": 0.5, "high_freq_factor": 2},
+        "original_max_position_embeddings": 99,
+    },
+    "llama3, no factor": {"rope_scaling": {**LLAMA_3, "factor": None}},
+    "llama3, no ramp": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "linear, no factor": {"rope_scaling": {"type": "linear"}},
     "linear, factor null": {"rope_scaling": {"type": "linear", "factor": None}},
@@ -103,7 +124,7 @@ def record_positions() -> None:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    found: dict[str, dict[str, dict | None]] = {"qwen2": {}, "qwen3": {}}
+    found: dict[str, dict[str, dict | None]] = {"qwen2": {}, "qwen3": {}, "llama": {}}
     for kind, answers in found.items():
         for name, changes in POSITIONS.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -139,17 +160,15 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
     shutil.rmtree(FOLDER, ignore_errors=True)
     tokens, lengths = prompts()
     ids = torch.tensor(tokens)
     mask = torch.arange(17)[None] >= torch.tensor(17 - lengths)[:, None]
     for name, (kind, options) in CASES.items():
-        config_class, model_class = classes[kind]
         torch.manual_seed(1)
-        model = model_class(config_class(**SHAPE, **options)).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE, **options)).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases, too, so that none can be forgotten unnoticed
                 parameter.add_(0.1 * torch.randn_like(parameter))

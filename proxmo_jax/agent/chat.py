@@ -11,6 +11,7 @@ import jinja2
 from envs_bridge.actions import TAGS
 from proxmo_jax.errors import UserError
 
+ANSWER = "Nothing-more-to-say"
 # What is given to a template in any case, and what decides how it is rendered.
 TAKEN = (
     "conversation messages tools documents chat_template add_generation_prompt continue_final_message tokenize padding"
@@ -68,7 +69,8 @@ def _render(tokenizer, turns: Sequence[tuple[str, str]], arguments: Mapping[str,
 def answer_start(tokenizer, **arguments: Any) -> str:
     """What the template begins every answer with, from the first tag on: an opened or an empty thought, mostly nothing.
 
-    Raises UserError for a template that cannot be rendered, or does not read one of the arguments.
+    Raises UserError for a template that cannot be rendered, does not read one of the arguments, or does not begin an
+    answer.
     """
     if not tokenizer.chat_template:
         if arguments:
@@ -86,6 +88,8 @@ def answer_start(tokenizer, **arguments: Any) -> str:
     for name in arguments:
         if not re.search(rf"\b{name}\b", template):
             raise UserError(f"--model.chat-template-args: the model's chat template does not read {name}")
+    if asked == unasked:
+        _check_begun(tokenizer, user, asked, arguments)
     added = asked.removeprefix(unasked)
     if added in ("", asked):  # not what is asked for alone
         added = asked.rpartition(user)[2]
@@ -93,16 +97,38 @@ def answer_start(tokenizer, **arguments: Any) -> str:
     return added[min(starts) :] if starts else ""
 
 
+def _check_begun(tokenizer, user: str, asked: str, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError if a template that has no generation prompt needs one: if it writes something before an answer.
+
+    The user's turn alone may end with what an answer follows, as in the templates of Llama 2 and Mistral.
+    """
+    text = _with_answer(tokenizer, user, arguments)
+    if text is None or not text.startswith(asked):
+        return
+    before = text[len(asked) :].partition(ANSWER)[0].strip()
+    if before:
+        raise UserError(
+            f"--model: its chat template has no generation prompt, but begins an answer with {before!r}; need one that"
+            " reads add_generation_prompt"
+        )
+
+
+def _with_answer(tokenizer, user: str, arguments: Mapping[str, Any]) -> str | None:
+    """A user's turn and an assistant's, which says `ANSWER`; None for a template without turns of an assistant."""
+    try:
+        return _render(tokenizer, [("user", user), ("assistant", ANSWER)], arguments, ask=False)
+    except jinja2.TemplateError:
+        return None
+
+
 def turn_end(tokenizer, **arguments: Any) -> int | None:
     """The token that the template puts after an assistant's turn; None without one, or if that is ordinary text."""
     if not tokenizer.chat_template:
         return None
-    answer = "Nothing-more-to-say"
-    try:
-        text = _render(tokenizer, [("user", "What now?"), ("assistant", answer)], arguments, ask=False)
-    except jinja2.TemplateError:  # it takes no turns of an assistant
+    text = _with_answer(tokenizer, "What now?", arguments)
+    if text is None:
         return None
-    _, found, rest = text.rpartition(answer)
+    _, found, rest = text.rpartition(ANSWER)
     backend = tokenizer.backend_tokenizer
     ids = backend.encode(rest.lstrip(), add_special_tokens=False).ids if found else []
     added = backend.get_added_tokens_decoder()

@@ -88,7 +88,7 @@ def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrai
 
 
 def language_player(config: Config, mesh: Mesh) -> Player:
-    """A Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
+    """A Llama, Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
     folder = find_model(config.model.path)
     names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
     attention = config.model.attention

@@ -219,7 +219,7 @@ class ModelSettings:
     """The policy: a small one made for the run, or a pretrained language model."""
 
     path: Annotated[str, arg(aliases=["--model"])] = ""
-    """Hugging Face folder or hub id of a Qwen2, Qwen2.5 or Qwen3; without one a small policy is made."""
+    """Hugging Face folder or hub id of a Llama, Qwen2, Qwen2.5 or Qwen3; without one a small policy is made."""
     dtype: Dtype = "float32"
     """Compute dtype of a language model."""
     param_dtype: Dtype = "float32"

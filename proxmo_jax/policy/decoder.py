@@ -1,7 +1,7 @@
-"""The policy: a decoder of the Qwen2, Qwen2.5 and Qwen3 architectures.
+"""The policy: a decoder of the Llama, Qwen2, Qwen2.5 and Qwen3 architectures.
 
-RMSNorm, rotary positions, grouped-query attention with biases (Qwen2) or normalised heads (Qwen3), SwiGLU. The module
-contains only the mathematics. Layers run under one `scan`, so compile time does not grow with depth.
+RMSNorm, rotary positions, grouped-query attention with biases (Qwen2), normalised heads (Qwen3) or neither (Llama),
+SwiGLU. The module contains only the mathematics. Layers run under one `scan`, so compile time does not grow with depth.
 """
 
 import dataclasses
@@ -29,17 +29,20 @@ class Rope:
     """Rotary positions (arXiv 2104.09864) and their extension to longer contexts.
 
     YaRN (arXiv 2309.00071) keeps high frequencies and divides low ones by `factor`, with a ramp between the dimensions
-    that turn `beta_fast` and `beta_slow` times in `original_length`.
+    that turn `beta_fast` and `beta_slow` times in `original_length`. Llama 3.1 (its code, apply_scaling) does so
+    with a ramp over frequencies, from `low_freq_factor` to `high_freq_factor` turns in `original_length`.
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default", "linear" (positions divided by `factor`) or "yarn".
+        kind: "default", "linear" (positions divided by `factor`), "yarn" or "llama3".
         factor: of the context length.
         original_length: tokens of the context that the model was trained on.
         beta_fast: start of YaRN's ramp, in turns.
         beta_slow: end of YaRN's ramp, in turns.
         attention_factor: factor on sines and cosines; None: as in the paper.
         truncate: round the ends of the ramp outwards.
+        low_freq_factor: turns below which Llama 3.1 divides a frequency.
+        high_freq_factor: turns above which Llama 3.1 keeps it.
     """
 
     theta: float = 10_000.0
@@ -50,6 +53,8 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Rotary frequencies.
@@ -64,6 +69,10 @@ class Rope:
         frequency = self.theta**-exponent
         if self.kind == "linear":
             return frequency / self.factor, 1.0
+        if self.kind == "llama3":
+            turns = self.original_length * frequency / (2 * math.pi)
+            keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+            return frequency * keep + frequency / self.factor * (1 - keep), 1.0
         if self.kind == "yarn":
             low, high = (
                 head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))

@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face checkpoints of Qwen2, Qwen2.5 and Qwen3 and our parameters: names and layouts.
+"""Conversion between Hugging Face checkpoints of Llama, Qwen2, Qwen2.5 and Qwen3 and our parameters: names and layouts.
 
 Parameters are read one tensor at a time, directly into sharded arrays; there is never a second copy of the model.
 """
@@ -6,7 +6,7 @@ Parameters are read one tensor at a time, directly into sharded arrays; there is
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,34 @@ def _head_bias(name: str) -> Entry:
     return Entry(name, lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 
 
+class Family(NamedTuple):
+    """An architecture of `transformers` that the policy computes.
+
+    Attributes:
+        name: its class.
+        qkv_bias: biases of query, key and value.
+        qk_norm: normalised query and key heads.
+        longest: default of max_position_embeddings.
+        kv_heads: default of num_key_value_heads; None: num_attention_heads.
+        window: default of sliding_window.
+    """
+
+    name: str
+    qkv_bias: bool
+    qk_norm: bool
+    longest: int = 32_768
+    kv_heads: int | None = 32
+    window: int | None = None
+
+
+# By model_type. A shape is saved as the first that has it: a Mistral without a window computes what a Llama does.
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", False, False, 2_048, None),
+    "mistral": Family("LlamaForCausalLM", False, False, 131_072, 8, 4_096),
+    "qwen2": Family("Qwen2ForCausalLM", True, False),
+    "qwen3": Family("Qwen3ForCausalLM", False, True),
+}
+
 LAYER = "model.layers.{}."
 ENTRIES = {
     "embedding": _same("model.embed_tokens.weight"),
@@ -100,7 +128,8 @@ def find_model(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or model.startswith((".", "/", "~")):
-        raise UserError(f"--model: {model} is not a folder")
+        cure = "; `proxmo convert-gguf` makes one of it" if folder.suffix == ".gguf" and folder.exists() else ""
+        raise UserError(f"--model: {model} is not a folder{cure}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -153,11 +182,17 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: holds no config.json")
-    data = read_json(path)
+    return config_of(read_json(path), path, **choices)
+
+
+def config_of(data: dict, path: Path, **choices: Any) -> PolicyConfig:
+    """The shape of a policy from what a `config.json` contains; as `read_config`, with `path` for its messages."""
     kind = data.get("model_type")
-    if kind not in ("qwen2", "qwen3"):
-        raise UserError(f"{path}: architecture {kind!r} is not supported, need qwen2 or qwen3")
+    if kind not in FAMILIES:
+        raise UserError(f"{path}: architecture {kind!r} is not supported, need {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     hidden, heads, kv_heads, head_dim = _read_heads(data, kind, path)
+    longest = _whole(data, "max_position_embeddings", path, family.longest)
     tied = data.get("tie_word_embeddings", False)
     _refuse(
         path,
@@ -165,10 +200,9 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
             f"tie_word_embeddings {tied!r}, need true or false": not isinstance(tied, bool),
             f"{heads} num_attention_heads, need a multiple of its {kv_heads} num_key_value_heads": heads % kv_heads,
             f"head_dim {head_dim}, need an even number": head_dim % 2,
-            **_other_computations(data, kind),
+            **_other_computations(data, kind, longest),
         },
     )
-    longest = _whole(data, "max_position_embeddings", path, 32_768)
     return PolicyConfig(
         vocab_size=_whole(data, "vocab_size", path),
         hidden_size=hidden,
@@ -180,8 +214,8 @@ def read_config(folder: Path, **choices: Any) -> PolicyConfig:
         rope=_read_rope(data, longest, path),
         rms_norm_eps=_number(data, "rms_norm_eps", path, 1e-6),
         initializer_range=_number(data, "initializer_range", path, 0.02),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=tied,
         max_position_embeddings=longest,
         **choices,
@@ -192,8 +226,9 @@ def _read_heads(data: dict, kind: str, path: Path) -> tuple[int, int, int, int]:
     """(hidden size, attention heads, key-value heads, dimensions of a head). Raises UserError."""
     hidden, heads = (_whole(data, key, path) for key in ("hidden_size", "num_attention_heads"))
     kv_heads = heads
-    if data.get("num_key_value_heads", 32) is not None:
-        kv_heads = _whole(data, "num_key_value_heads", path, 32)
+    default = FAMILIES[kind].kv_heads or heads
+    if data.get("num_key_value_heads", default) is not None:
+        kv_heads = _whole(data, "num_key_value_heads", path, default)
     head_dim = hidden // heads
     if kind == "qwen3" or data.get("head_dim") is not None:
         head_dim = _whole(data, "head_dim", path, 128)
@@ -217,17 +252,22 @@ READ = (
 ).split()
 
 
-def _other_computations(data: dict, kind: str) -> dict[str, Any]:
+def _other_computations(data: dict, kind: str, longest: int) -> dict[str, Any]:
     """Descriptions of what would make the model differ from the policy, each with whether it holds."""
     types = data.get("layer_types")
     full = types is None or (isinstance(types, list) and all(t in ("full_attention", "attention") for t in types))
+    window = data.get("sliding_window", FAMILIES[kind].window)
+    if FAMILIES[kind].name != "LlamaForCausalLM" or (isinstance(window, int) and window >= longest):
+        window = None  # a Qwen's is not used without use_sliding_window
+    biased = kind != "qwen2" and data.get("attention_bias")  # what a qwen2 says of it is not read
     unknown = [key for key, value in data.items() if value not in (None, False, [], {})]
     unknown = [key for key in unknown if COMPUTES.search(key) and not HARMLESS.search(key) and key not in READ]
     return {
         f"hidden_act {data.get('hidden_act')!r}, need silu": data.get("hidden_act", "silu") not in ("silu", "swish"),
         "use_sliding_window, need full attention": data.get("use_sliding_window", False),
         "layer_types other than full_attention": not full,
-        "attention_bias in a qwen3": kind == "qwen3" and data.get("attention_bias"),
+        f"attention_bias in a {kind}, need none": biased,
+        f"sliding_window {window!r}, need null or at least its {longest} max_position_embeddings": window is not None,
         "quantised weights, need float32, float16 or bfloat16": data.get("quantization_config"),
         "transformers_weights, need model.safetensors or its index": data.get("transformers_weights"),
         f"{', '.join(unknown)}, which may change what is computed and is not known here": unknown,
@@ -260,7 +300,7 @@ def _number(data: dict, key: str, path: Path, default: float | None = None, *, a
 
 ROPE_KEYS = set(
     "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast"
-    " beta_slow mscale mscale_all_dim truncate".split()
+    " beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor".split()
 )
 
 
@@ -279,8 +319,8 @@ def _read_rope(data: dict, longest: int, path: Path) -> Rope:
     if not isinstance(found, dict):
         raise UserError(f"{path}: has rotary parameters {_short(found)}, need an object with names")
     kind = found["rope_type"] if "rope_type" in found else found.get("type", "default")
-    if kind not in ("default", "linear", "yarn"):
-        raise UserError(f"{path}: rope_type {kind!r} is not supported, need default, linear or yarn")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise UserError(f"{path}: rope_type {kind!r} is not supported, need default, linear, yarn or llama3")
     if unknown := sorted(set(found) - ROPE_KEYS):
         raise UserError(f"{path}: has the rotary parameters {', '.join(unknown)}, which are not known here")
     partial = found.get("partial_rotary_factor", data.get("partial_rotary_factor"))
@@ -294,7 +334,16 @@ def _read_rope(data: dict, longest: int, path: Path) -> Rope:
     if "original_max_position_embeddings" in data and not nested:
         # A length beside the rotary parameters takes precedence, unless they are nested by layer type.
         found["original_max_position_embeddings"] = data["original_max_position_embeddings"]
-    return _read_yarn(found, theta, longest, path)
+    return (_read_llama3 if kind == "llama3" else _read_yarn)(found, theta, longest, path)
+
+
+def _read_llama3(found: dict, theta: float, longest: int, path: Path) -> Rope:
+    """Llama 3.1's parameters. Raises UserError."""
+    original = _whole({"original_max_position_embeddings": longest, **found}, "original_max_position_embeddings", path)
+    low, high = (_number(found, key, path) for key in ("low_freq_factor", "high_freq_factor"))
+    _refuse(path, {f"high_freq_factor {high:g}, need more than its low_freq_factor {low:g}": high <= low})
+    factor = _number(found, "factor", path, above=0)
+    return Rope(theta, "llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
 
 
 def _read_yarn(found: dict, theta: float, longest: int, path: Path) -> Rope:
@@ -336,25 +385,29 @@ def hugging_face_config(config: PolicyConfig) -> dict:
         A JSON object.
 
     Raises:
-        UserError: for a policy that is neither a Qwen2 nor a Qwen3.
+        UserError: for a policy that is of no family.
     """
-    if config.qkv_bias == config.qk_norm:
-        raise UserError("a policy with both biases and normalised heads, or with neither, is no Qwen2 and no Qwen3")
+    shape = (config.qkv_bias, config.qk_norm)
+    kind = next((kind for kind, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == shape), None)
+    if kind is None:
+        raise UserError("a policy with both biases and normalised heads is no Llama, no Qwen2 and no Qwen3")
     rope: dict[str, Any] = {"rope_type": config.rope.kind}
     if config.rope.kind != "default":
         rope["factor"] = config.rope.factor
-    if config.rope.kind == "yarn":
+    if config.rope.kind in ("yarn", "llama3"):
         rope |= {"original_max_position_embeddings": config.rope.original_length}
+    if config.rope.kind == "llama3":
+        rope |= {"low_freq_factor": config.rope.low_freq_factor, "high_freq_factor": config.rope.high_freq_factor}
+    if config.rope.kind == "yarn":
         rope |= {"beta_fast": config.rope.beta_fast, "beta_slow": config.rope.beta_slow}
         if config.rope.attention_factor is not None:
             rope["attention_factor"] = config.rope.attention_factor
         if not config.rope.truncate:
             rope["truncate"] = False
-    kind, name = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("qwen2", "Qwen2ForCausalLM")
     same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     same += " rms_norm_eps initializer_range tie_word_embeddings max_position_embeddings"
     return {
-        "architectures": [name],
+        "architectures": [FAMILIES[kind].name],
         "model_type": kind,
         "hidden_act": "silu",
         "dtype": config.param_dtype,
@@ -394,7 +447,7 @@ def load_weights(folder: Path, config: PolicyConfig, shardings: Any = None) -> A
             where |= dict.fromkeys(held if names is None else names, opened)
         shapes = parameter_shapes(config)
         paths, tree = jax.tree_util.tree_flatten_with_path(shapes)
-        _check_names(folder, config, {_key(path): leaf.shape for path, leaf in paths}, where)
+        _check_names(folder, config, where)
         if shardings is None:
             one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             placed = [one] * len(paths)
@@ -445,30 +498,41 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _check_names(folder: Path, config: PolicyConfig, shapes: dict[str, tuple[int, ...]], where: dict[str, Any]) -> None:
+def checkpoint_shapes(config: PolicyConfig) -> dict[str, list[int]]:
+    """The tensors of a checkpoint of this shape: their names and shapes."""
+    shapes: dict[str, list[int]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parameter_shapes(config))[0]:
+        entry = ENTRIES[_key(path)]
+        stacked = _key(path).startswith("layers/")
+        shape = list(entry.theirs(np.empty(leaf.shape[1:] if stacked else leaf.shape, np.bool_)).shape)
+        layers = range(config.num_hidden_layers if stacked else 1)
+        shapes |= dict.fromkeys((entry.name.format(layer) for layer in layers), shape)
+    return shapes
+
+
+def _check_names(folder: Path, config: PolicyConfig, where: dict[str, Any]) -> None:
     """Raise UserError naming every tensor that is missing, unexpected, of another shape or not of a float type."""
-    wrong, used = [], set()
-    for key, shape in shapes.items():
-        entry = ENTRIES[key]
-        stacked = key.startswith("layers/")
-        names = [entry.name.format(i) for i in range(config.num_hidden_layers)] if stacked else [entry.name]
-        expected = list(entry.theirs(np.empty(shape[1:] if stacked else shape, np.bool_)).shape)
-        for name in names:
-            used.add(name)
-            if name not in where:
-                wrong.append(f"{name} is missing")
-                continue
-            tensor = where[name].get_slice(name)
-            if (found := tensor.get_shape()) != expected:
-                wrong.append(f"{name} has shape {found}, need {expected}")
-            elif (dtype := tensor.get_dtype()) not in FLOATS:
-                wrong.append(f"{name} has type {dtype}, need one of {', '.join(FLOATS)}")
+    wrong = []
+    shapes = checkpoint_shapes(config)
+    for name, expected in shapes.items():
+        if name not in where:
+            wrong.append(f"{name} is missing")
+            continue
+        tensor = where[name].get_slice(name)
+        if (found := tensor.get_shape()) != expected:
+            wrong.append(f"{name} has shape {found}, need {expected}")
+        elif (dtype := tensor.get_dtype()) not in FLOATS:
+            wrong.append(f"{name} has type {dtype}, need one of {', '.join(FLOATS)}")
     harmless = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    left = sorted(name for name in set(where) - used - harmless if not name.endswith("rotary_emb.inv_freq"))
-    wrong += [f"{name} is left over" for name in left]
+    left = sorted(name for name in set(where) - set(shapes) - harmless if not name.endswith("rotary_emb.inv_freq"))
+    report_wrong(folder, [*wrong, *(f"{name} is left over" for name in left)])
+
+
+def report_wrong(folder: Path, wrong: list[str], verdict: str = "are not those of its config.json") -> None:
+    """Raise UserError if something about the weights is wrong, naming at most five things."""
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{folder}: the weights are not those of its config.json: {'; '.join(wrong[:5])}{more}")
+        raise UserError(f"{folder}: the weights {verdict}: {'; '.join(wrong[:5])}{more}")
 
 
 def _load(key: str, like: jax.ShapeDtypeStruct, sharding, where: dict[str, Any]) -> jax.Array:
@@ -508,6 +572,21 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
     Raises:
         UserError: as `hugging_face_config`.
     """
+    return save_tensors(folder, _their_tensors(params), config)
+
+
+def _their_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a checkpoint, by their names; one at a time is copied to the host."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        key = _key(path)
+        entry = ENTRIES[key]
+        stacked = key.startswith("layers/")
+        for layer in range(leaf.shape[0] if stacked else 1):
+            yield entry.name.format(layer), entry.theirs(np.asarray(leaf[layer] if stacked else leaf))
+
+
+def save_tensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], config: PolicyConfig) -> list[Path]:
+    """As `save_weights`, for tensors with the names and layouts of the checkpoint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hugging_face_config(config), indent=2) + "\n", encoding="utf-8")
@@ -521,16 +600,11 @@ def save_weights(folder: Path, params: Any, config: PolicyConfig) -> list[Path]:
         written.append((path, list(pending)))
         pending.clear()
 
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        key = _key(path)
-        entry = ENTRIES[key]
-        stacked = key.startswith("layers/")
-        for layer in range(leaf.shape[0] if stacked else 1):
-            tensor = np.ascontiguousarray(entry.theirs(np.asarray(leaf[layer] if stacked else leaf)))
-            if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > SHARD:
-                flush()
-            pending[entry.name.format(layer)] = tensor
-            total += tensor.nbytes
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > SHARD:
+            flush()
+        pending[name] = np.ascontiguousarray(tensor)
+        total += tensor.nbytes
     flush()
     return _named(folder, written, total)
 

@@ -19,8 +19,9 @@ from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import Policy, PolicyConfig
 from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.model_config import read_config, read_json
 from proxmo_jax.policy.sampling import Decoding
-from proxmo_jax.policy.weights import find_model, load_weights, parameter_count, read_config, read_json
+from proxmo_jax.policy.weights import find_model, load_weights, parameter_count
 
 CURE = "install torch (its CPU build is enough) in this environment"
 

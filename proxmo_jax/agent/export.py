@@ -17,8 +17,9 @@ from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import plain_path
 from proxmo_jax.policy import adapters
+from proxmo_jax.policy.model_config import read_config
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings
-from proxmo_jax.policy.weights import load_weights, read_config, save_weights
+from proxmo_jax.policy.weights import load_weights, save_weights
 
 
 @dataclass(frozen=True)

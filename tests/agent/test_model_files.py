@@ -20,9 +20,10 @@ from proxmo_jax.agent.run_files import default
 from proxmo_jax.agent.settings import check
 from proxmo_jax.policy import weights
 from proxmo_jax.policy.decoder import PolicyConfig, Rope, init_params
+from proxmo_jax.policy.model_config import hugging_face_config, read_config
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.policy.tokenizer import build_word_tokenizer, load_tokenizer
-from proxmo_jax.policy.weights import hugging_face_config, load_weights, read_config, save_weights
+from proxmo_jax.policy.weights import load_weights, save_weights
 
 POSITIONS = json.loads((qwen_record.FOLDER / "positions.json").read_text(encoding="utf-8"))
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

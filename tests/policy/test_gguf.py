@@ -20,8 +20,9 @@ from proxmo_jax.cli import main
 from proxmo_jax.policy import gguf_tokenizer
 from proxmo_jax.policy.decoder import Rope
 from proxmo_jax.policy.gguf_file import gguf_config, open_gguf
+from proxmo_jax.policy.model_config import read_config
 from proxmo_jax.policy.tokenizer import load_model_tokenizer
-from proxmo_jax.policy.weights import load_weights, read_config
+from proxmo_jax.policy.weights import load_weights
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 CASES = {"llama_untied": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # recorded checkpoints, and their architectures

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from proxmo_jax.policy import weights
 from proxmo_jax.policy.decoder import Policy, PolicyConfig
 from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.model_config import read_config
 from proxmo_jax.policy.sampling import Decoding
-from proxmo_jax.policy.weights import load_weights, read_config, save_weights
+from proxmo_jax.policy.weights import load_weights, save_weights
 
 TOKENS, LENGTHS = (np.asarray(x, np.int32) for x in qwen_record.prompts())
 

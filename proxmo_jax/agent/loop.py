@@ -20,6 +20,7 @@ from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
 from proxmo_jax.training.buffers import Buffer
+from proxmo_jax.training.importance import weighted
 from proxmo_jax.training.losses import token_mean
 from proxmo_jax.training.rows import Rows
 from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
@@ -138,12 +139,15 @@ class Loop:
                 )
                 parts.append(part)
         jax.block_until_ready(state)
+        if not parts:
+            return state, {"loss/steps": 0}
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         losses = {f"loss/{name}": value for name, value in mean._asdict().items()}
-        mismatch = float(parts[0].sampler_mismatch)
+        losses |= {"loss/steps": len(parts), "loss/sampler_mismatch": float(parts[0].sampler_mismatch)}
         if config.loss.old_log_probs == "trainer":
-            mismatch = float(jnp.stack([found for _, found in with_log_probs]).mean())
-        return state, {**losses, "loss/steps": len(parts), "loss/sampler_mismatch": mismatch}
+            found = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get([found for _, found in with_log_probs]))
+            losses |= {f"loss/{name}": value for name, value in found.items()}
+        return state, losses
 
     def note_success(self, chosen: np.ndarray, rollout: Rollout) -> None:
         """Follow the success rate of each kind of task, by which tasks are drawn."""
@@ -164,7 +168,7 @@ class Loop:
             "time/iteration": times[-1] - times[0],
         }
 
-    def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, jax.Array]:
+    def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, dict[str, jax.Array]]:
         """Compute the log-probs that the loss needs beside the sampler's, in one pass over the rows.
 
         Args:
@@ -173,7 +177,8 @@ class Loop:
 
         Returns:
             The rows with log-probs of the reference (of the sampler if the KL has no weight) and, with
-            `old_log_probs="trainer"`, of the trainer; and the sampler mismatch: the token mean of |trainer - sampler|.
+            `old_log_probs="trainer"`, of the trainer, and with `importance_cap` weighted by them; and token means: the
+            sampler mismatch |trainer - sampler|, and what `importance.weighted` reports.
         """
         config, sampled = self.config, rows.old_log_probs
         wanted = {"reference": self.reference} if config.loss.kl_coef else {}
@@ -189,8 +194,12 @@ class Loop:
             )
             found = dict(zip(wanted, log_probs, strict=True))
         old, reference = found.get("old", sampled), found.get("reference", sampled)
-        mismatch = token_mean(jnp.abs(old - sampled), rows.mask)
-        return dataclasses.replace(rows, old_log_probs=old, reference=reference), mismatch
+        rows = dataclasses.replace(rows, old_log_probs=old, reference=reference)
+        means = {"sampler_mismatch": token_mean(jnp.abs(old - sampled), rows.mask)}
+        if config.loss.importance_cap:
+            rows, more = weighted(rows, sampled, config.loss.importance_cap)
+            means |= more
+        return rows, means
 
     def number_similar_texts(self, rollout: Rollout) -> None:
         """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""

@@ -168,11 +168,20 @@ class PolicyLossSettings:
     """How token losses make a loss."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Whose log-probs are the ratio's denominator: the sampler's, or the trainer's (one more forward pass)."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling between sampler and trainer (Yao et al., 2025; verl's tis_imp_ratio_cap): the
+    surrogate of a token is multiplied by min(pi_trainer / pi_sampler, cap). Usual: 2, with --loss.old-log-probs
+    trainer; 0: off."""
 
     def __post_init__(self) -> None:
         above_zero("loss", self, "clip")
         shares("loss", self, "clip")
-        at_least(0, "loss", self, "clip_high", "kl_coef", "entropy_coef")
+        at_least(0, "loss", self, "clip_high", "kl_coef", "entropy_coef", "importance_cap")
+        need(
+            self.importance_cap == 0 or self.old_log_probs == "trainer",
+            f"--loss.importance-cap {self.importance_cap:g} needs --loss.old-log-probs trainer, whose log-probs it"
+            " compares with the sampler's",
+        )
         need(
             math.isfinite(self.dual_clip) and self.dual_clip > 1,
             f"--loss.dual-clip must be above 1, got {self.dual_clip:g}",

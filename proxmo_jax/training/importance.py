@@ -41,8 +41,9 @@ def weighted(rows: Rows, sampler: jax.Array, cap: float) -> tuple[Rows, dict[str
         The rows; token means of the weight and of whether it is truncated, float32 [].
     """
     weight = importance_weights(rows.old_log_probs, sampler, cap)
+    truncated = rows.old_log_probs - sampler > jnp.log(cap)
     means = {
         "importance_weight": token_mean(weight, rows.mask),
-        "importance_truncated": token_mean((rows.old_log_probs - sampler > jnp.log(cap)).astype(jnp.float32), rows.mask),
+        "importance_truncated": token_mean(truncated.astype(jnp.float32), rows.mask),
     }
     return dataclasses.replace(rows, advantage=jnp.where(rows.mask, weight * rows.advantage, 0.0)), means

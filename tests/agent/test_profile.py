@@ -16,7 +16,7 @@ from proxmo_jax.errors import UserError
 
 
 def test_a_trace_is_written_where_it_is_said_to_be(tmp_path):
-    console = Console(file=io.StringIO(), width=40)
+    console = Console(file=io.StringIO(), width=40, markup=False)
     with profiled(tmp_path / "a[b]", False, console):
         pass
     assert not (tmp_path / "a[b]").exists()

@@ -11,7 +11,9 @@ from proxmo_jax.training.rows import gather_rows, pack_turns
 def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
     """Shuffled mini-batches of packed rows from a rollout.
 
-    There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up.
+    There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. With
+    `rollout.overlong="mask"` turns whose response was cut off are left out of all counts; if no turn is left there is
+    no mini-batch.
 
     Args:
         config: the run's settings.
@@ -26,7 +28,9 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
     answers = rollout.response_lengths.reshape(-1)
     room = response_room(config)
-    order = rng.permutation(np.flatnonzero(lengths))
+    order = rng.permutation(np.flatnonzero(trained_turns(config, rollout)))
+    if len(order) == 0:
+        return
     turns, offsets = pack_turns(lengths, answers, order, row_length=config.optimizer.row_length, row_answers=room)
     size = config.optimizer.rows_per_batch
     for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
@@ -35,6 +39,12 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         yield gather_rows(
             rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage, *part, row_answers=room
         )
+
+
+def trained_turns(config: Config, rollout: Rollout) -> np.ndarray:
+    """Turns in the update: bool [E, T]."""
+    happened = rollout.prompt_lengths + rollout.response_lengths > 0
+    return happened & ~rollout.overlong if config.rollout.overlong == "mask" else happened
 
 
 def response_room(config: Config) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,14 +13,18 @@ import numpy as np
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
+from proxmo_jax.agent.dynamic_sampling import Draws
+from proxmo_jax.agent.overlong import length_penalty
 from proxmo_jax.agent.rollout import Player, Rollout, collect
 from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
 from proxmo_jax.agent.tasks import environment
+from proxmo_jax.agent.throughput import Work, throughput_row
 from proxmo_jax.estimator.packing import similar_anchors
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
 from proxmo_jax.training.buffers import Buffer
+from proxmo_jax.training.importance import weighted
 from proxmo_jax.training.losses import token_mean
 from proxmo_jax.training.rows import Rows
 from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
@@ -47,12 +52,15 @@ class Loop:
         )  # fmt: skip
         self.buffer = replicate(mesh, empty)
         self.played: Rollout | None = None  # the last one
+        self.work = Work.of(player.config)
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """This iteration's games: task types of middling success more often, as their groups have more to say."""
+    def draw(self, rng: np.random.Generator, count: int, played: np.ndarray) -> np.ndarray:
+        """Games, other than those played if there are so many: task types of middling success more often, as their
+        groups have more to say."""
         weight = np.sqrt(self.solved * (1 - self.solved)) + 0.1
         weight = weight[self.kinds] / np.bincount(self.kinds, minlength=len(weight))[self.kinds]
-        count = self.config.rollout.num_groups
+        if len(self.games) - len(np.unique(played)) >= count:
+            weight[played] = 0.0
         return rng.choice(len(self.games), count, replace=len(self.games) < count, p=weight / weight.sum())
 
     def iteration(self, state: TrainState, iteration: int, key: jax.Array) -> tuple[TrainState, dict]:
@@ -67,21 +75,29 @@ class Loop:
             The new state, and the iteration's row of metrics.
         """
         rng = np.random.default_rng([self.config.seed, iteration])
-        chosen, times = self.draw(rng), [time.time()]
+        chosen, times = self.draw(rng, self.config.rollout.num_groups, np.zeros(0, int)), [time.time()]
         params = adapters.join(self.frozen, state.params)
-        rollout = self.collect(params, chosen, key)
+        draw_others = partial(self.draw, np.random.default_rng([self.config.seed, iteration, 1]))
+        draws = Draws(self.config, self.games, chosen, draw_others, self.note_success)
+        with jax.profiler.TraceAnnotation("rollout"):
+            rollout = self.collect(params, chosen, draws, key)
         times.append(time.time())
-        advantage = self.estimate(rollout)
+        with jax.profiler.TraceAnnotation("estimator"):
+            advantage = self.estimate(rollout)
         times.append(time.time())
-        state, losses = self.update(state, params, rollout, advantage, iteration, rng)
+        with jax.profiler.TraceAnnotation("update"):
+            state, losses = self.update(state, params, rollout, advantage, iteration, rng)
         times.append(time.time())
         self.buffer, self.played = rollout.buffer, rollout
-        self.note_success(chosen, rollout)
-        return state, self.report(rollout, advantage, losses, times)
+        return state, self.report(rollout, draws, advantage, losses, times)
 
-    def collect(self, params: Any, chosen: np.ndarray, key: jax.Array) -> Rollout:
-        """Play the chosen tasks, `group_size` times each, into the buffer."""
+    def collect(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array) -> Rollout:
+        """Play the chosen tasks, and those drawn in their place, `group_size` times each, into the buffer."""
         config = self.config
+        penalty = partial(
+            length_penalty, limit=config.rollout.max_response_length, buffer=config.rollout.overlong_buffer,
+            factor=config.rollout.overlong_penalty,
+        )  # fmt: skip
         rollout = collect(
             self.player,
             params,
@@ -93,6 +109,8 @@ class Loop:
             reward_scale=config.env.reward_scale,
             reward_score=config.env.reward == "score",
             penalise_inadmissible=config.rollout.penalise_inadmissible,
+            length_penalty=penalty if config.rollout.overlong == "penalise" else None,
+            redraw=draws,
         )
         jax.block_until_ready(rollout.buffer)
         return rollout
@@ -138,33 +156,40 @@ class Loop:
                 )
                 parts.append(part)
         jax.block_until_ready(state)
+        if not parts:
+            return state, {"loss/steps": 0}
         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
         losses = {f"loss/{name}": value for name, value in mean._asdict().items()}
-        mismatch = float(parts[0].sampler_mismatch)
+        losses |= {"loss/steps": len(parts), "loss/sampler_mismatch": float(parts[0].sampler_mismatch)}
         if config.loss.old_log_probs == "trainer":
-            mismatch = float(jnp.stack([found for _, found in with_log_probs]).mean())
-        return state, {**losses, "loss/steps": len(parts), "loss/sampler_mismatch": mismatch}
+            found = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get([found for _, found in with_log_probs]))
+            losses |= {f"loss/{name}": value for name, value in found.items()}
+        return state, losses
 
-    def note_success(self, chosen: np.ndarray, rollout: Rollout) -> None:
-        """Follow the success rate of each kind of task, by which tasks are drawn."""
-        solved, tried = (x.reshape(self.config.rollout.num_groups, -1).sum(1) for x in (rollout.won, rollout.finished))
-        for game, wins, attempts in zip(chosen, solved, tried, strict=True):
+    def note_success(self, games: np.ndarray, won: np.ndarray, finished: np.ndarray) -> None:
+        """Follow the success rate of each kind of task, by which tasks are drawn, from the episodes of groups."""
+        for game, wins, attempts in zip(games, won, finished, strict=True):
             if attempts:
                 self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
 
-    def report(self, rollout: Rollout, advantage: jax.Array, losses: dict, times: list[float]) -> dict[str, float]:
+    def report(
+        self, rollout: Rollout, draws: Draws, advantage: jax.Array, losses: dict, times: list[float]
+    ) -> dict[str, float]:  # fmt: skip
         """The iteration's row of metrics; `times` are the seconds at which its parts began and ended."""
         seconds = dict(zip(("rollout", "estimator", "update"), np.diff(times).tolist(), strict=True))
+        batch = rollout_row(self.config, rollout)
         return {
-            **rollout_row(self.config, rollout),
+            **batch,
+            **draws.row(batch),
             "train/advantage_size": float(jnp.abs(advantage).sum() / (rollout.prompt_lengths > 0).sum()),
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
             **losses,
             **{f"time/{name}": value for name, value in seconds.items()},
             "time/iteration": times[-1] - times[0],
+            **throughput_row(self.config, self.work, rollout, seconds),
         }
 
-    def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, jax.Array]:
+    def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, dict[str, jax.Array]]:
         """Compute the log-probs that the loss needs beside the sampler's, in one pass over the rows.
 
         Args:
@@ -173,7 +198,8 @@ class Loop:
 
         Returns:
             The rows with log-probs of the reference (of the sampler if the KL has no weight) and, with
-            `old_log_probs="trainer"`, of the trainer; and the sampler mismatch: the token mean of |trainer - sampler|.
+            `old_log_probs="trainer"`, of the trainer, and with `importance_cap` weighted by them; and token means: the
+            sampler mismatch |trainer - sampler|, and what `importance.weighted` reports.
         """
         config, sampled = self.config, rows.old_log_probs
         wanted = {"reference": self.reference} if config.loss.kl_coef else {}
@@ -189,8 +215,12 @@ class Loop:
             )
             found = dict(zip(wanted, log_probs, strict=True))
         old, reference = found.get("old", sampled), found.get("reference", sampled)
-        mismatch = token_mean(jnp.abs(old - sampled), rows.mask)
-        return dataclasses.replace(rows, old_log_probs=old, reference=reference), mismatch
+        rows = dataclasses.replace(rows, old_log_probs=old, reference=reference)
+        means = {"sampler_mismatch": token_mean(jnp.abs(old - sampled), rows.mask)}
+        if config.loss.importance_cap:
+            rows, more = weighted(rows, sampled, config.loss.importance_cap)
+            means |= more
+        return rows, means
 
     def number_similar_texts(self, rollout: Rollout) -> None:
         """Number the buffer's anchors by similarity of their texts (GiGPO's variant; slow, on the host)."""
@@ -209,6 +239,7 @@ def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
     turns = (rollout.prompt_lengths > 0).sum(1)
     rewarded = rollout.score if config.env.reward == "score" else rollout.won
     solved, tried = (x.reshape(-1, config.rollout.group_size).sum(1) for x in (rollout.won & played, played))
+    mean_penalty = float(rollout.penalty.sum() / max(turns.sum(), 1))
     return {
         "train/success_rate": float(rollout.won[played].mean()),
         "train/reward": float(config.env.reward_scale * rewarded[played].mean()),
@@ -217,7 +248,9 @@ def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
         "train/valid_action_rate": rollout.valid,
         "train/admissible_rate": rollout.admissible,
         "train/turns": float(turns[played].mean()),
+        "train/overlong_rate": float(rollout.overlong.sum() / max(turns.sum(), 1)),
         "train/mixed_groups": float(((solved > 0) & (solved < tried))[tried > 0].mean()),
+        **({"train/overlong_penalty": mean_penalty} if config.rollout.overlong == "penalise" else {}),
     }
 
 

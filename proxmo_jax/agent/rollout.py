@@ -14,6 +14,7 @@ from envs_bridge.actions import ALFWORLD_TAIL, project
 from envs_bridge.pool import Pool, WorkerError
 from envs_bridge.prompts import Cut, Memory, Notes, piece_ends, readable
 from envs_bridge.turn import Game, Observation
+from proxmo_jax.agent.overlong import unended
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import Vocabulary, bucket
 from proxmo_jax.policy.decoder import PolicyConfig
@@ -58,6 +59,10 @@ class Rollout:
         texts: the largest number of distinct observations of a group.
         finished: bool [E]; False for an episode that could not be played.
         lost: how often an episode was lost with its worker.
+        overlong: bool [E, T], turns whose response reached the length limit without ending (default: none).
+        penalty: float32 [E, T], what was subtracted from the turn's reward for its length (default: nothing).
+        sampled: (prompt tokens, response tokens), int32 [N] each, of the responses sampled in each turn; also of
+            episodes that were lost or replaced.
     """
 
     buffer: Buffer | None
@@ -72,6 +77,14 @@ class Rollout:
     texts: int = 0
     finished: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     lost: int = 0
+    overlong: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    penalty: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    sampled: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in ("overlong", "penalty"):
+            if not getattr(self, name).size:
+                setattr(self, name, np.zeros(self.prompt_lengths.shape, getattr(self, name).dtype))
 
 
 @dataclass
@@ -215,6 +228,8 @@ def collect(
     reward_scale: float = 10.0,
     reward_score: bool = False,
     penalise_inadmissible: bool = False,
+    length_penalty: Callable[[np.ndarray], np.ndarray] | None = None,
+    redraw: Callable[[Rollout], dict[int, Game]] | None = None,
     on_turn: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Play one episode of every task to its end or the turn limit, all in parallel.
@@ -233,6 +248,9 @@ def collect(
         reward_scale: factor of the rewards.
         reward_score: write the environment's own rewards; False: success.
         penalise_inadmissible: commands that the environment does not admit count as invalid.
+        length_penalty: what is subtracted from a turn's reward, from the tokens of its response; None: nothing.
+        redraw: called when all have ended; names groups to play anew in the same places, with their new games, until it
+            names none. What they were before is forgotten. None: no group is.
         on_turn: called with the turn and the number of active episodes.
 
     Returns:
@@ -248,28 +266,18 @@ def collect(
         np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
     play = _Play(
-        player, params, pool, list(games), rollout, temperature, reward_scale, reward_score, penalise_inadmissible
-    )
+        player, params, pool, list(games), rollout, temperature, reward_scale, reward_score, penalise_inadmissible,
+        length_penalty,
+    )  # fmt: skip
     if buffer is not None:
         play.buffer = clear(buffer)
         play.seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
-    for attempt in range(TRIES):
-        waiting = np.flatnonzero(~rollout.finished)
-        play.start(waiting)
-        for turn in range(limits.turns):
-            if len(play.active) == 0:
-                break
-            if on_turn:
-                on_turn(turn, len(play.active))
-            play.turn(turn, jax.random.fold_in(key, attempt * limits.turns + turn))
-        play.flush()
-        rollout.finished[play.active] = True  # out of turns
-        lost = np.flatnonzero(~rollout.finished)
-        play.forget(lost)
-        if len(lost) == 0:
-            break
-    if not rollout.finished.any():
-        raise WorkerError(f"no episode could be played: {pool.fault}")
+    play.to_the_end(key, 0, on_turn)
+    drawn = 1
+    while redraw and (new := redraw(rollout)):
+        play.replace(new)
+        play.to_the_end(key, drawn, on_turn)
+        drawn += 1
     turns = max(int((rollout.prompt_lengths > 0).sum()), 1)
     rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
     rollout.texts = max(map(len, play.seen_in_group), default=0)
@@ -290,6 +298,7 @@ class _Play:
     reward_scale: float
     reward_score: bool
     penalise_inadmissible: bool
+    length_penalty: Callable[[np.ndarray], np.ndarray] | None
     buffer: Buffer | None = None
     seen_in_group: list[dict[str, int]] = field(default_factory=list)  # the number of each text a group saw
 
@@ -301,6 +310,36 @@ class _Play:
         self.valid, self.admissible_turns = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.active = np.arange(count)
         self.unwritten: tuple | None = None  # a turn that is complete on the host: episodes, turn, fields
+
+    def to_the_end(self, key: jax.Array, drawn: int, on_turn: Callable[[int, int], None] | None) -> None:
+        """Play all episodes that are not finished, with random numbers of their own for each number `drawn`."""
+        rollout, turns = self.rollout, self.player.limits.turns
+        for attempt in range(drawn * TRIES, (drawn + 1) * TRIES):
+            self.start(np.flatnonzero(~rollout.finished))
+            for turn in range(turns):
+                if len(self.active) == 0:
+                    break
+                if on_turn:
+                    on_turn(turn, len(self.active))
+                self.turn(turn, jax.random.fold_in(key, attempt * turns + turn))
+            self.flush()
+            rollout.finished[self.active] = True  # out of turns
+            lost = np.flatnonzero(~rollout.finished)
+            self.forget(lost)
+            rollout.lost += len(lost)
+            if len(lost) == 0:
+                break
+        if not rollout.finished.any():
+            raise WorkerError(f"no episode could be played: {self.pool.fault}")
+
+    def replace(self, games: dict[int, Game]) -> None:
+        """Put new games in the places of these groups' episodes."""
+        members = len(self.games) // len(self.seen_in_group)
+        episodes = np.concatenate([np.arange(g * members, (g + 1) * members) for g in games])
+        for e in episodes:
+            self.games[e] = games[e // members]
+        self.rollout.finished[episodes] = False
+        self.forget(episodes)
 
     def start(self, episodes: np.ndarray) -> None:
         """Reset the worlds of these episodes; those that answer are active."""
@@ -327,7 +366,8 @@ class _Play:
             slots=player.slots,
             mesh=player.mesh,
         )
-        tokens, answer_lengths = jax.device_get((samples.tokens, samples.lengths))
+        overlong = unended(samples.tokens, samples.lengths, player.stop_table, decoding=player.decoding)
+        tokens, answer_lengths, overlong = jax.device_get((samples.tokens, samples.lengths, overlong))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
             [row[:n].tolist() for row, n in zip(tokens, answer_lengths[: len(active)], strict=False)],
             skip_special_tokens=player.skip_special_tokens,
@@ -348,6 +388,7 @@ class _Play:
             words = self.buffer.word_ids.shape[2]
             observed = player.observe([self.latest[e] for e in active], numbers, batch, words)
         reward, valid = np.zeros(batch, np.float32), np.zeros(batch, bool)
+        penalty = np.zeros(batch, np.float32) if self.length_penalty is None else self.length_penalty(answer_lengths)
 
         seen = self.pool.receive()
         for i, (e, now) in enumerate(zip(active, seen, strict=True)):
@@ -357,15 +398,18 @@ class _Play:
             possible = self.latest[e].admits(command)
             self.valid[e] += well_formed
             self.admissible_turns[e] += possible
-            reward[i] = self.reward_scale * (now.reward if self.reward_score else now.won)
+            reward[i] = self.reward_scale * (now.reward if self.reward_score else now.won) - penalty[i]
             rollout.score[e] += now.reward
             valid[i] = well_formed and (possible or not self.penalise_inadmissible)
             rollout.transcripts[e].append((self.latest[e].text, command))
             rollout.won[e], rollout.finished[e] = now.won, now.done
             self.memories[e].remember(command, now)
             self.latest[e] = now
+        rollout.sampled.append((lengths[: len(active)], answer_lengths[: len(active)]))
         rollout.prompt_lengths[active, turn] = lengths[: len(active)]
         rollout.response_lengths[active, turn] = answer_lengths[: len(active)]
+        rollout.overlong[active, turn] = overlong[: len(active)]
+        rollout.penalty[active, turn] = penalty[: len(active)]
         episodes = np.full(batch, len(self.games), np.int32)  # rows past the active ones fall off the end
         episodes[: len(active)] = active
         fields = {
@@ -391,9 +435,9 @@ class _Play:
     def forget(self, episodes: np.ndarray) -> None:
         """Leave nothing of these episodes, as if they had not begun."""
         rollout = self.rollout
-        rollout.lost += len(episodes)
         rollout.prompt_lengths[episodes] = rollout.response_lengths[episodes] = 0
         rollout.won[episodes], rollout.score[episodes] = False, 0.0
+        rollout.overlong[episodes], rollout.penalty[episodes] = False, 0.0
         self.valid[episodes] = self.admissible_turns[episodes] = 0
         for e in episodes:
             rollout.transcripts[e] = []

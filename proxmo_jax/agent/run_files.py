@@ -167,7 +167,8 @@ def stored_config(folder: Path) -> Config:
 def resumed(asked: Config) -> tuple[Config, list[str]]:
     """The run to resume, and what was asked for that it does not take.
 
-    A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended.
+    A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended. A
+    new iteration to trace is taken.
 
     Raises:
         UserError: for a longer run that would learn nothing.
@@ -183,6 +184,10 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
         planned = stored.optimizer.decay_iterations or stored.iterations
         optimizer = dataclasses.replace(stored.optimizer, decay_iterations=planned)
         config = dataclasses.replace(stored, iterations=asked.iterations, optimizer=optimizer)
+    if asked.output.profile != stored.output.profile:
+        taken.add("output.profile")
+        output = dataclasses.replace(config.output, profile=asked.output.profile)
+        config = dataclasses.replace(config, output=output)
     had, wanted = flat(stored), flat(asked)
     return config, [
         f"--{name.replace('_', '-')} {wanted[name]} (the run has {had[name]})"

@@ -133,10 +133,25 @@ class RolloutSettings:
     batching). 0: all."""
     penalise_inadmissible: bool = True
     """Count commands that the environment does not admit as invalid; published: only ill-formed responses are."""
+    overlong: Literal["keep", "mask", "penalise"] = "keep"
+    """What is done with long responses (DAPO, arXiv 2503.14476): keep; mask (those that reach the limit without ending
+    leave the loss; TRL's mask_truncated_completions); or penalise (verl's overlong_buffer: the turn's reward falls over
+    the last --rollout.overlong-buffer tokens of the limit)."""
+    overlong_buffer: int = 0
+    """Tokens before the limit of a response over which its penalty grows (DAPO: a fifth of the limit)."""
+    overlong_penalty: float = 1.0
+    """Penalty of a response of the limit's length (verl's penalty_factor); DAPO: 1 where success is 1 and failure
+    -1."""
+    dynamic_sampling: int = 0
+    """Dynamic sampling (DAPO, arXiv 2503.14476; verl's filter_groups): groups whose attempts were all solved, or all
+    not (with --env.reward score: have the same score) are replaced by groups of other games, so many times in an
+    iteration at most (verl's max_num_gen_batches is one more); groups of that kind that are left then are kept. 0: off.
+    The metric train/success_rate counts all that is played, train/success_rate_filtered and the other metrics of
+    train/ what is trained on."""
 
     def __post_init__(self) -> None:
         at_least(1, "rollout", self, "num_groups", "max_turns", "max_prompt_length", "max_response_length")
-        at_least(0, "rollout", self, "history", "top_k", "max_num_seqs")
+        at_least(0, "rollout", self, "history", "top_k", "max_num_seqs", "dynamic_sampling")
         above_zero("rollout", self, "temperature")
         need(
             self.group_size >= 2,
@@ -144,6 +159,15 @@ class RolloutSettings:
         )
         need(0 < self.top_p <= 1, f"--rollout.top-p must be above 0 and at most 1, got {self.top_p:g}")
         need(all(self.stop), "--rollout.stop: stop strings must not be empty")
+        above_zero("rollout", self, "overlong_penalty")
+        if self.overlong == "penalise":
+            need(
+                1 <= self.overlong_buffer <= self.max_response_length,
+                f"--rollout.overlong-buffer must lie between 1 and the {self.max_response_length} tokens of"
+                f" --rollout.max-response-length with --rollout.overlong penalise, got {self.overlong_buffer}",
+            )
+        else:
+            need(self.overlong_buffer == 0, "--rollout.overlong-buffer needs --rollout.overlong penalise")
 
 
 @dataclass(frozen=True)
@@ -168,11 +192,20 @@ class PolicyLossSettings:
     """How token losses make a loss."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Whose log-probs are the ratio's denominator: the sampler's, or the trainer's (one more forward pass)."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling between sampler and trainer (Yao et al., 2025; verl's tis_imp_ratio_cap): the
+    surrogate of a token is multiplied by min(pi_trainer / pi_sampler, cap). Usual: 2, with --loss.old-log-probs
+    trainer; 0: off."""
 
     def __post_init__(self) -> None:
         above_zero("loss", self, "clip")
         shares("loss", self, "clip")
-        at_least(0, "loss", self, "clip_high", "kl_coef", "entropy_coef")
+        at_least(0, "loss", self, "clip_high", "kl_coef", "entropy_coef", "importance_cap")
+        need(
+            self.importance_cap == 0 or self.old_log_probs == "trainer",
+            f"--loss.importance-cap {self.importance_cap:g} needs --loss.old-log-probs trainer, whose log-probs it"
+            " compares with the sampler's",
+        )
         need(
             math.isfinite(self.dual_clip) and self.dual_clip > 1,
             f"--loss.dual-clip must be above 1, got {self.dual_clip:g}",
@@ -305,10 +338,13 @@ class OutputSettings:
     """Sampling temperature of evaluations."""
     save_every: int = 10
     """Iterations between checkpoints."""
+    profile: Annotated[int, arg(aliases=["--profile"])] = 0
+    """Number of an iteration of which a trace is written into the run's folder, for Perfetto (ui.perfetto.dev); the
+    first one compiles the programs. 0: none."""
 
     def __post_init__(self) -> None:
         at_least(1, "output", self, "eval_every", "save_every")
-        at_least(0, "output", self, "eval_temperature")
+        at_least(0, "output", self, "eval_temperature", "profile")
 
 
 @dataclass(frozen=True)
@@ -340,6 +376,10 @@ class Config:
     def __post_init__(self) -> None:
         need(self.preset in PRESETS, f"--preset must be one of {', '.join(PRESETS)}; got {self.preset!r}")
         need(self.iterations >= 1, f"--iterations must be at least 1, got {self.iterations}")
+        need(
+            self.output.profile <= self.iterations,
+            f"--profile must be at most the {self.iterations} of --iterations, got {self.output.profile}",
+        )
         need(0 <= self.seed < 1 << 32, f"--seed must be at least 0 and below {1 << 32}, got {self.seed}")
         row, turn = self.optimizer.row_length, self.rollout.max_prompt_length + self.rollout.max_response_length
         need(row >= turn, f"--optimizer.row-length must hold a whole turn, at least {turn} tokens; got {row}")

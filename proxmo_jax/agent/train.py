@@ -24,6 +24,7 @@ from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
     Metrics,
     learning_curve,
@@ -130,10 +131,12 @@ def run(
                 metrics.write({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
         last_row = [{}, *read_metrics(folder / "metrics.jsonl")][-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
+        warn_if_over(folder, config.output.profile, first, console)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
             for iteration in range(first + 1, config.iterations + 1):
-                state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
+                with profiled(folder, iteration == config.output.profile, console):
+                    state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
                 last = iteration == config.iterations
                 if iteration % config.output.eval_every == 0 or last:
                     params = adapters.join(loop.frozen, state.params)

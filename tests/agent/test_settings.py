@@ -65,6 +65,11 @@ FLOATS = [name for name, value in flat(Config()).items() if isinstance(value, fl
         ({"env__reward_scale": 0.0}, "--env.reward-scale must be above 0"),
         ({"loss__clip": 0.0}, "--loss.clip must be above 0"),
         ({"loss__clip": 1.5}, "--loss.clip must lie between 0 and 1, got 1.5"),
+        (
+            {"loss__importance_cap": 2.0},
+            "--loss.importance-cap 2 needs --loss.old-log-probs trainer, whose log-probs it compares",
+        ),
+        ({"loss__importance_cap": -1.0}, "--loss.importance-cap must be at least 0, got -1"),
         ({"loss__clip_high": -0.1}, "--loss.clip-high must be at least 0"),
         ({"loss__dual_clip": 1.0}, "--loss.dual-clip must be above 1"),
         ({"output__eval_temperature": -0.4}, "--output.eval-temperature must be at least 0"),

@@ -22,6 +22,7 @@ from nested import config_with, plain
 from orbax.checkpoint._src.serialization import ocdbt_utils
 from rich.console import Console
 from rich.table import Table
+from test_profile import traced
 
 from proxmo_jax import cli
 from proxmo_jax.agent.loop import Loop, steps_of
@@ -81,9 +82,10 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
-    done = proxmo("train", "--out", str(out), "--iterations", "3", *SMALL)
+    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "--resume" in done.stdout
+    assert f"perfetto.dev: {out}/profile/plugins" in done.stdout
     return out
 
 
@@ -93,8 +95,11 @@ def test_a_run_leaves_what_it_promises(run):
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     assert "eval/success_rate" in rows[0]
     assert "eval/success_rate" in rows[3]
-    for key in ("train/success_rate", "time/rollout", "time/estimator", "time/update", "train/valid_action_rate"):
+    for key in ("train/success_rate", "time/rollout", "time/estimator", "time/update", "train/valid_action_rate",
+                "train/overlong_rate", "perf/throughput", "perf/update_flops_per_second"):  # fmt: skip
         assert key in rows[1]
+    (trace,) = (run / "profile").rglob("perfetto_trace.json.gz")
+    assert traced(trace) >= {"rollout", "estimator", "update"}
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
     assert (run / "episodes_before.txt").read_text(encoding="utf-8").count("===") == 3

@@ -3,7 +3,6 @@
 proxmo export runs/household out/policy      # the newest checkpoint; `transformers` and --model load the folder
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +42,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     stored = evaluate.run_settings(asked)
     player = make_player(stored, make_mesh(0, stored.mesh.fsdp, stored.mesh.tensor))
     params, iteration = evaluate.trained_params(asked, stored, player)
-    shape = dataclasses.replace(player.config, lora_rank=0)
-    if player.config.lora_rank:
-        params = adapters.merge(params, player.config.lora_alpha / player.config.lora_rank)
+    params, shape = adapters.without(params, player.config)
     config.target.mkdir(parents=True, exist_ok=True)
     with plain_path(config.target) as plain:
         files = save_weights(plain, params, shape)

@@ -17,6 +17,7 @@ from envs_bridge.turn import Game, Observation
 from proxmo_jax.agent.overlong import unended
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import Vocabulary, bucket
+from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import sample
 from proxmo_jax.policy.sampling import Decoding
@@ -265,9 +266,10 @@ def collect(
         None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool),
         np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
+    params, policy = adapters.without(params, player.config)
     play = _Play(
-        player, params, pool, list(games), rollout, temperature, reward_scale, reward_score, penalise_inadmissible,
-        length_penalty,
+        player, params, policy, pool, list(games), rollout, temperature, reward_scale, reward_score,
+        penalise_inadmissible, length_penalty,
     )  # fmt: skip
     if buffer is not None:
         play.buffer = clear(buffer)
@@ -291,6 +293,7 @@ class _Play:
 
     player: Player
     params: Any
+    policy: PolicyConfig  # of the parameters
     pool: Pool
     games: list[Game]
     rollout: Rollout
@@ -361,7 +364,7 @@ class _Play:
             key,
             jnp.float32(self.temperature),
             player.stop_table,
-            config=player.config,
+            config=self.policy,
             decoding=player.decoding,
             slots=player.slots,
             mesh=player.mesh,

@@ -4,11 +4,14 @@ With `PolicyConfig.lora_rank` r, every linear layer x W of the decoder becomes x
 stored beside W in the parameter tree, named `..._lora_a` and `..._lora_b`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from proxmo_jax.policy.decoder import PolicyConfig
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -37,6 +40,21 @@ def join(frozen: Any, learned: Any) -> Any:
         All parameters of the policy.
     """
     return unflatten_dict({**flatten_dict(frozen), **flatten_dict(learned)})
+
+
+def without(params: Any, config: PolicyConfig) -> tuple[Any, PolicyConfig]:
+    """An equal policy without adapters, which computes faster.
+
+    Args:
+        params: all parameters of the policy.
+        config: its shape.
+
+    Returns:
+        Its parameters and shape; the same ones if it has no adapters.
+    """
+    if not config.lora_rank:
+        return params, config
+    return merge(params, config.lora_alpha / config.lora_rank), dataclasses.replace(config, lora_rank=0)
 
 
 @jax.jit

@@ -79,7 +79,7 @@ def hgpo(steps, rules, levels="official"):
         for i in range(len(steps)):
             if key[i] is not None:
                 others = [score[j] for j in same(steps, i, key)]
-                level[i][depth - 1] = divided(score[i], others, std, epsilon, biased=True)
+                level[i][depth - 1] = divided(score[i], others, std, epsilon, biased=True, lone=math.nan)
     alpha, joint = rules["length_weight_alpha"], []
     for i, own in enumerate(level):
         parts = [((d + 1 + (levels == "official")) ** alpha, a) for d, a in enumerate(own)]

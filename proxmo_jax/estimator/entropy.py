@@ -10,15 +10,15 @@ from proxmo_jax.estimator.types import Advantages, Batch, Settings
 
 
 def modulate(result: Advantages, batch: Batch, settings: Settings, axis_name: str | None) -> Advantages:
-    """The advantages by EMPG's rule: A g(H_t) + zeta f(H_{t+1}), less its mean over the batch.
+    """The advantages by EMPG's rule: A g(H_t) + zeta f(H_{t+1}), less its mean over the batch; A is the episode part.
 
     With h the entropies of the batch's steps, scaled to [0, 1]: g = exp(-k h) over its mean, and f = exp(-k_f h). A
     trajectory's last step gets no bonus. Equal entropies: h = 0.
 
     Args:
-        result: `Advantages` [G, M, T], of which `episode` and `step` are used.
+        result: `Advantages` [G, M, T].
         batch: with `entropy` [G, M, T].
-        settings: entropy_scale, clarity_scale, clarity_bonus, episode_weight and step_weight are used.
+        settings: entropy_scale, clarity_scale, clarity_bonus and episode_weight are used.
         axis_name: mapped axis over which the statistics are taken.
 
     Returns:
@@ -43,7 +43,7 @@ def modulate(result: Advantages, batch: Batch, settings: Settings, axis_name: st
     scale = scale / (mean(scale) + TINY)
     clarity = jnp.where(mask, jnp.exp(-settings.clarity_scale * h), 0.0)
     following = jax.vmap(at_next)(clarity, mask, jnp.zeros_like(clarity[..., 0]))
-    joint = settings.episode_weight * scale * result.episode + settings.step_weight * result.step
+    joint = result.joint + settings.episode_weight * (scale - 1.0) * result.episode
     joint = joint + settings.clarity_bonus * following
     centre = mean(joint)
     centre = centre + mean(joint - centre)

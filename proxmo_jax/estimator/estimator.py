@@ -162,7 +162,9 @@ def advantages(
     weight = modulation_weight(success_rate, success, alpha=settings.alpha, modulation_range=settings.modulation_range)
     weight = jnp.where(mask, weight, 0.0)
 
-    episode = weight * episode_advantage(episode_score, mask, settings)
+    episode = jnp.zeros_like(episode_score)
+    if settings.episode_over != "none" or settings.base_group:
+        episode = weight * episode_advantage(episode_score, mask, settings)
     step, parts = step_advantage(reward, returns, group, settings, episode, values)
     proximity = None
     if with_proximity and settings.aggregation == "soft":
@@ -177,7 +179,7 @@ def advantages(
         modulation=weight,
         episode=episode,
         step=step,
-        joint=settings.episode_weight * episode + settings.step_weight * step,
+        joint=settings.step_weight * step + (0.0 if settings.base_group else settings.episode_weight * episode),
         proximity=proximity,
         parts={"episode_score": episode_score, **parts},
     )

@@ -58,7 +58,7 @@ def hgpo(**knobs) -> Settings:
     The weights are the paper's; history_weights="official" has those of verl-agent's code.
     """
     std = {"episode_std": True, "step_std": True, "biased_std": True}
-    part = {"aggregation": "hard", "history_length": 2, "episode_weight": 0.0}
+    part = {"aggregation": "hard", "history_length": 2, "episode_over": "none"}
     return Settings(**{"modulation_range": 0.0, **std, **part, **knobs})
 
 
@@ -84,7 +84,7 @@ def gagpo(**knobs) -> Settings:
     The values are the group's, as in the paper; values_over="batch" has the only public code's. No episode part.
     """
     part = {"aggregation": "hard", "score": "td", "step_std": True, "epsilon": 1e-4}
-    none = {"episode_weight": 0.0, "invalid_penalty": 0.0, "step_invalid_penalty": 0.0}
+    none = {"episode_over": "none", "invalid_penalty": 0.0, "step_invalid_penalty": 0.0}
     return Settings(**{"modulation_range": 0.0, **part, **none, **knobs})
 
 

@@ -284,7 +284,7 @@ class Settings:
     history_weights: Literal["paper", "official"] = static("paper")
     """Mean over histories: weights 1, 2, .. over all, or official: 2, 3, .. over those that are not 0."""
     base_group: bool = static(False)
-    """The episode advantage takes part in the mean over histories, with weight 1 (HGPO)."""
+    """The episode advantage takes part in the mean over histories, with weight 1 (HGPO), and in nothing else."""
     standardize: bool = static(True)
     """Compare the sums of TD residuals with those of the group, with score td; False: they are the step advantage."""
     values_over: Literal["group", "batch"] = static("group")
@@ -293,8 +293,8 @@ class Settings:
     """Discounted with score distance: the path from here, official: from the next observation, or the progress."""
     entropy: bool = static(False)
     """Scale episode advantages by the entropy of responses, add a bonus, and centre over the batch (EMPG)."""
-    episode_over: Literal["steps", "trajectories"] = static("steps")
-    """Samples of the episode statistics: steps, as in the official code, or trajectories."""
+    episode_over: Literal["steps", "trajectories", "none"] = static("steps")
+    """Samples of the episode statistics: steps, as in the official code, or trajectories; none: no episode part."""
     leave_one_out: bool = static(False)
     """Leave the sample itself out of its episode baseline (RLOO)."""
     success_rate: Literal["trajectories", "official"] = static("trajectories")
@@ -311,7 +311,7 @@ class Settings:
     def __post_init__(self):
         _choice("kernel", self.kernel, ("dense", "blockwise", "pallas"))
         _choice("aggregation", self.aggregation, ("none", "hard", "soft", "similar"))
-        _choice("episode_over", self.episode_over, ("steps", "trajectories"))
+        _choice("episode_over", self.episode_over, ("steps", "trajectories", "none"))
         _choice("success_rate", self.success_rate, ("trajectories", "official"))
         _choice("lone_step", self.lone_step, ("zero", "official"))
         for name in ("score", "history_weights", "values_over", "path"):

@@ -90,9 +90,7 @@ def gagpo(**knobs) -> Settings:
 
 def empg(**knobs) -> Settings:
     """EMPG (arXiv 2509.09265): GRPO scaled by the entropy of responses, with a bonus; needs `entropy`."""
-    return Settings(
-        **{"modulation_range": 0.0, "aggregation": "none", "episode_std": True, "entropy": True, **knobs}
-    )
+    return Settings(**{"modulation_range": 0.0, "aggregation": "none", "episode_std": True, "entropy": True, **knobs})
 
 
 PRESETS = {

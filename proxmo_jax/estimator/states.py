@@ -175,7 +175,7 @@ ZERO_STD = 1e-6  # a group whose residuals vary less has no step advantage
 def gain_part(
     total: Array, penalty: Array, group: Group, settings: Settings
 ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Scores of G2PO (arXiv 2606.22995): a visit at turn t of T is worth gamma^(T - t) R, a state the mean of its visits.
+    """Scores of G2PO (arXiv 2606.22995): a visit at turn t of T is worth gamma^(T - t) R, a state their mean.
 
     The value after a step is that of the next observation; after the last step it is success_reward if the return is
     exactly that, else 0. The edge part is the gain of the value over the state's own, compared with the whole group.

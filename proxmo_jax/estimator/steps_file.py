@@ -125,7 +125,9 @@ def _for_settings(steps: Mapping[str, Any], settings: Settings) -> dict[str, Any
     found: dict[str, Any] = {}
     if settings.score == "distance":
         if "next_texts" not in steps:
-            raise UserError("next_texts is missing; score 'distance' (graphgpo) needs the observation after each action")
+            raise UserError(
+                "next_texts is missing; score 'distance' (graphgpo) needs the observation after each action"
+            )
         found["next_texts"] = steps["next_texts"]
     if settings.entropy:
         if "entropy" not in steps:

@@ -317,11 +317,15 @@ class Settings:
         for name in ("score", "history_weights", "values_over", "path"):
             _choice(name, getattr(self, name), CHOICES[name])
         if self.history_length < 0:
-            raise UserError(f"history_length must be at least 0 (the present observation alone), got {self.history_length}")
+            raise UserError(
+                f"history_length must be at least 0 (the present observation alone), got {self.history_length}"
+            )
         uses = {"score": self.score != "return", "history_length": self.history_length > 0}
         odd = next((name for name, used in uses.items() if used), None)
         if self.aggregation == "none" and odd:
             raise UserError(f"{odd} {getattr(self, odd)!r} compares observations; need an aggregation, got 'none'")
+        if self.entropy and self.base_group:
+            raise UserError("entropy scales the episode part, which base_group makes a part of the step advantage")
         if self.values_over == "batch" and (self.score != "td" or self.aggregation == "soft"):
             raise UserError("values_over 'batch' needs score 'td' and aggregation 'hard' or 'similar'")
         if self.max_features < 1:

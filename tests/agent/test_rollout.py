@@ -205,7 +205,9 @@ def test_lost_episodes_are_in_no_statistic(tmp_path):
     assert rollout.score[3:].tolist() == [0, 0, 0]
     mask = np.asarray(rollout.buffer.mask)
     assert mask.sum(1).tolist() == [2, 3, 2, 0, 0, 0]
-    answer = estimate(rollout.buffer, rollout.won, player.vocabulary.alphabetical(), proxmo(), texts=6)
+    answer = estimate(
+        rollout.buffer, rollout.won, rollout.ending_anchor, player.vocabulary.alphabetical(), proxmo(), texts=6
+    )
     np.testing.assert_allclose(np.asarray(answer.success_rate), [0.5, 1.0, 0.0])
     assert not np.asarray(answer.joint)[1:, 1].any()
 

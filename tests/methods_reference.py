@@ -6,6 +6,7 @@ A step is a dict with group, trajectory, step, reward, valid, text, and for some
 
 import difflib
 import math
+from itertools import pairwise
 
 TOLERANCE = 1e-6  # scores that are as near to their mean are equal to it
 
@@ -216,7 +217,7 @@ def empg(steps, rules):
     clarity = [math.exp(-rules["k_f"] * x) for x in h]
     joint = [b * g for b, g in zip(base, scale, strict=True)]
     for at in trajectories(steps).values():
-        for i, following in zip(at, at[1:], strict=False):
+        for i, following in pairwise(at):
             joint[i] += rules["zeta"] * clarity[following]
     centre = math.fsum(joint) / len(joint)
     return {

@@ -1,6 +1,7 @@
 """HGPO, GraphGPO, G2PO, GAGPO and EMPG: public code's outputs, slow versions, and what they have in common."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -44,7 +45,7 @@ def test_agrees_with_public_code(name, tmp_path):
         if key == "level_advantage":
             assert (np.isfinite(answer[key]) == finite).all()
         else:
-            assert finite.all() == CASES[name]["finite"] or finite.all()
+            assert finite.all() or not CASES[name]["finite"]
         np.testing.assert_allclose(answer[key][finite], recorded[key][finite], rtol=2e-5, atol=2e-5, err_msg=key)
 
 
@@ -148,7 +149,7 @@ def test_a_path_over_several_trajectories():
     walks = [[0, 1, 2], [1, 3, 9], [3, 4, 8], [4, 5, 6, 7]]
     edge, mask = np.zeros((4, 3, 2), np.int32), np.zeros((4, 3), bool)
     for m, walk in enumerate(walks):
-        for t, pair in enumerate(zip(walk, walk[1:], strict=False)):
+        for t, pair in enumerate(pairwise(walk)):
             edge[m, t], mask[m, t] = pair, True
     here, there = goal_distances(edge, np.array([False, False, False, True]), mask)
     assert here.tolist() == [[6, 5, 0], [5, 4, 0], [4, 3, 0], [3, 2, 1]]
@@ -161,7 +162,8 @@ def soft_variants() -> dict[str, Settings]:
     soft = {"aggregation": "soft"}
     return {
         "soft hgpo": hgpo(**soft), "soft g2po": g2po(**soft), "soft gagpo": gagpo(**soft),
-        "soft graphgpo": graphgpo(**soft), "modulated gagpo": gagpo(**soft, episode_over="steps", modulation_range=0.05),
+        "soft graphgpo": graphgpo(**soft),
+        "modulated gagpo": gagpo(**soft, episode_over="steps", modulation_range=0.05),
         "modulated g2po": g2po(modulation_range=0.05), "official gagpo": gagpo(values_over="batch"),
         "progress": graphgpo(path="progress"), "base hgpo": hgpo(base_group=True, history_weights="official"),
         "others' values": gagpo(**soft, exclude_self=True),

@@ -33,22 +33,6 @@ INPUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_agrees_with_public_code(name, tmp_path):
-    """Every array of every case, from its file and its parameters to a file of advantages."""
-    source, target = GOLDEN / f"{name}.npz", tmp_path / "out.npz"
-    assert main(["advantages", str(source), str(target), "--case", str(GOLDEN / "cases.json"), "--parts"]) == 0
-    recorded, answer = np.load(source), np.load(target)
-    for key in sorted(set(recorded.files) - INPUTS):
-        finite = np.isfinite(recorded[key])
-        assert np.isfinite(answer[key][finite]).all()
-        if key == "level_advantage":
-            assert (np.isfinite(answer[key]) == finite).all()
-        else:
-            assert finite.all() or not CASES[name]["finite"]
-        np.testing.assert_allclose(answer[key][finite], recorded[key][finite], rtol=2e-5, atol=2e-5, err_msg=key)
-
-
 def random_steps(seed: int, dense: bool, groups: int = 3) -> list[dict]:
     """Steps of a few groups in a small world: observations recur, some attempts win, rewards may be dense."""
     rng = np.random.default_rng(seed)
@@ -102,25 +86,56 @@ def random_rules(seed: int, method: str) -> dict:
 BATCHED = jax.jit(batch_advantages)
 
 
-def estimate(steps: list[dict], settings: Settings) -> dict[str, np.ndarray]:
-    """Results by name, in the order of the steps; all batches have one shape, so that few programs are compiled."""
-    group, packing = Group.from_steps(**as_arrays(steps))
-    short = [a - b for a, b in zip((3, 4, 7), packing.shape, strict=True)]
+def estimate(steps: dict, estimator: Settings, shape=(3, 4, 7), **how) -> dict[str, np.ndarray]:
+    """Results by name, in the order of the steps; batches have one shape, so that few programs are compiled."""
+    group, packing = Group.from_steps(**steps, **how, count_words=estimator.aggregation == "soft")
+    short = [a - b for a, b in zip(shape, packing.shape, strict=True)]
 
     def pad(x):
         return np.pad(x, [(0, n) for n in short[: x.ndim]] + [(0, 0)] * (x.ndim - 3)) if x is not None else None
 
     wide = {name: pad(x) for name, x in group.__dict__.items() if name not in ("words", "anchored_by")}
-    answer = BATCHED(Group(**wide, words=group.words, anchored_by=group.anchored_by), settings)
+    answer = BATCHED(Group(**wide, words=group.words, anchored_by=group.anchored_by), estimator)
     found = {name: packing.unpack(getattr(answer, ours)) for name, ours in RESULTS.items()}
     return found | {name: packing.unpack(values) for name, values in answer.parts.items()}
+
+
+@pytest.mark.parametrize("name", ["hgpo_base_group", "graphgpo_similarity", "g2po_invalid", "gagpo_batch", "empg_mean"])
+def test_the_command_agrees_with_public_code(name, tmp_path):
+    """From a case's file and its parameters to a file of advantages."""
+    source, target = GOLDEN / f"{name}.npz", tmp_path / "out.npz"
+    assert main(["advantages", str(source), str(target), "--case", str(GOLDEN / "cases.json"), "--parts"]) == 0
+    recorded, answer = np.load(source), np.load(target)
+    for key in sorted(set(recorded.files) - INPUTS):
+        np.testing.assert_allclose(answer[key], recorded[key], rtol=2e-5, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_public_code(name):
+    """Every array of every case."""
+    recorded, case = np.load(GOLDEN / f"{name}.npz"), CASES[name]
+    estimator, nodes = settings_of_case(case)
+    mask = recorded["response_mask"]
+    steps = {key: recorded[key] for key in INPUTS & set(recorded.files) - {"episode_return", "response_mask"}}
+    if "entropy" in steps:
+        steps["entropy"] = (recorded["entropy"] * mask).sum(1) / mask.sum(1)
+    answer = estimate(steps, estimator, shape=(7, 16, 20), node_similarity=nodes)
+    for key in sorted(set(recorded.files) - INPUTS):
+        finite = np.isfinite(recorded[key])
+        ours = answer[key] if answer[key].ndim == recorded[key].ndim else answer[key][:, None] * mask
+        assert np.isfinite(ours[finite]).all()
+        if key == "level_advantage":
+            assert (np.isfinite(ours) == finite).all()
+        else:
+            assert finite.all() or not case["finite"]
+        np.testing.assert_allclose(ours[finite], recorded[key][finite], rtol=2e-5, atol=2e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 10_000), dense=st.booleans())
 def test_equals_plain_loops(method, seed, dense):
     steps, rules = random_steps(seed, dense), random_rules(seed, method)
-    answer = estimate(steps, settings_of_case(rules)[0])
+    answer = estimate(as_arrays(steps), settings_of_case(rules)[0])
     wanted = methods_reference.METHODS[method](steps, rules)
     for name, values in wanted.items():
         values = np.array(values, np.float64)
@@ -135,13 +150,13 @@ def test_the_papers_rules(seed, dense):
     alpha = rules["length_weight_alpha"]
     estimator = hgpo(discount=rules["gamma"], invalid_penalty=rules["invalid_penalty"], length_weight_alpha=alpha)
     wanted = methods_reference.hgpo(steps, rules, levels="paper")["advantage"]
-    np.testing.assert_allclose(estimate(steps, estimator)["advantage"], wanted, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(estimate(as_arrays(steps), estimator)["advantage"], wanted, rtol=2e-4, atol=2e-4)
     rules = {**random_rules(seed, "graphgpo"), "normalize_distance": False, "mode": "mean_std_norm"}
     estimator = graphgpo(
         discount=rules["gamma"], success_reward=rules["success_reward"], invalid_penalty=rules["invalid_penalty"]
     )
     wanted = methods_reference.graphgpo(steps, rules, paper=True)["step_advantage"]
-    np.testing.assert_allclose(estimate(steps, estimator)["step_advantage"], wanted, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(estimate(as_arrays(steps), estimator)["step_advantage"], wanted, rtol=2e-4, atol=2e-4)
 
 
 def test_a_path_over_several_trajectories():
@@ -180,7 +195,7 @@ def test_order_of_members_and_groups_changes_nothing(name, seed):
     steps = random_steps(seed, dense=False)
     order = np.random.default_rng(seed).permutation(len(steps))
     moved = [{**steps[i], "group": -steps[i]["group"]} for i in order]
-    before, after = (estimate(each, EVERY[name]) for each in (steps, moved))
+    before, after = (estimate(as_arrays(each), EVERY[name]) for each in (steps, moved))
     for result in RESULTS:
         np.testing.assert_allclose(after[result], before[result][order], rtol=1e-4, atol=1e-4, err_msg=result)
 

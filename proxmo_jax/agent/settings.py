@@ -166,6 +166,8 @@ class PolicyLossSettings:
         "token_mean"
     )
     """How token losses make a loss."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token (published), or of each whole action, normalised by its length (GAGPO, GSPO)."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Whose log-probs are the ratio's denominator: the sampler's, or the trainer's (one more forward pass)."""
 
@@ -460,5 +462,6 @@ def loss_settings(config: Config) -> LossSettings:
         entropy_coef=loss.entropy_coef,
         kl=loss.kl_estimator,
         aggregation=loss.aggregation,
+        importance_sampling_level=loss.importance_sampling_level,
         longest_response=config.rollout.max_response_length,
     )

@@ -164,8 +164,9 @@ def policy_step(
         logits = row_logits(adapters.join(frozen or {}, params), micro_batch, config) / temperature
         r = micro_batch
         terms = policy_loss(
-            logits, r.targets, r.mask, r.advantage, r.old_log_probs, r.reference, settings, weight=weight, total=total
-        )
+            logits, r.targets, r.mask, r.advantage, r.old_log_probs, r.reference, settings, weight=weight, total=total,
+            turn=jnp.take_along_axis(r.segments, r.places, axis=1),
+        )  # fmt: skip
         return terms.loss, terms
 
     weight = token_weights(rows.mask, rows.turn_tokens, settings.aggregation, settings.longest_response)

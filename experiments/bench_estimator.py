@@ -31,7 +31,7 @@ from experiments.timing import timed
 from proxmo_jax.agent.report import terminal, watched
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.presets import official, proxmo
+from proxmo_jax.estimator.presets import PRESETS, official, proxmo
 from proxmo_jax.estimator.steps_file import steps_advantages
 from proxmo_jax.estimator.types import Group
 
@@ -48,6 +48,8 @@ class Config:
     """The interpreter to run it with; it needs torch and scikit-learn."""
     groups: tuple[int, ...] = (16, 24, 64, 96, 256)
     """Numbers of groups of 8 trajectories with at most 50 turns, 26 on average."""
+    preset_groups: tuple[int, ...] = (24, 96)
+    """Numbers of groups for the table of presets: 5,000 and 20,000 steps."""
     official_groups: int = 96
     """Time and memory of the official code grow quadratically: it is timed up to this many groups."""
     million: bool = True
@@ -65,8 +67,10 @@ def main(config: Config, console: Console | None = None) -> str:
         raise UserError(f"--official: {config.official} holds no proxmo/core_proxmo.py; name a checkout of ProxMO-RL")
     if not config.groups or min(config.groups) < 1:
         raise UserError(f"--groups: need numbers of at least 1, got {config.groups}")
+    if config.preset_groups and min(config.preset_groups) < 1:
+        raise UserError(f"--preset-groups: need numbers of at least 1, got {config.preset_groups}")
     rows = []
-    played = play(max(config.groups), config.seed, console)
+    played = play(max(*config.groups, *config.preset_groups), config.seed, console)
     batches = [first_groups(played, groups) for groups in config.groups]
     for steps in [*batches, all_distinct(batches[0])]:
         row = time_ours(steps, config.repeat)
@@ -75,7 +79,9 @@ def main(config: Config, console: Console | None = None) -> str:
             row |= time_official(config, steps)
         rows.append(row)
         console.print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    text = report(config, rows, kernel_memory(), million_steps() if config.million else None)
+    of_presets = [time_presets(first_groups(played, groups), config.repeat) for groups in config.preset_groups]
+    million = million_steps() if config.million else None
+    text = report(config, rows, of_presets, kernel_memory(), million)
     return bench.publish(text, config.append, console)
 
 
@@ -93,7 +99,18 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
         The columns of a file of steps, group after group: lists or arrays of one entry per step.
     """
     steps: dict[str, list] = {
-        name: [] for name in ("texts", "group", "trajectory", "step", "reward", "success", "action_valid")
+        name: []
+        for name in (
+            "texts",
+            "next_texts",
+            "group",
+            "trajectory",
+            "step",
+            "reward",
+            "success",
+            "action_valid",
+            "entropy",
+        )
     }
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,13 +123,15 @@ def play(groups: int, seed: int, console: Console, members: int = 8, turns: int 
                 for t, (seen, command, _) in enumerate(done):
                     last = t == len(done) - 1
                     steps["texts"].append(seen.text)
+                    steps["next_texts"].append("The end." if last else done[t + 1][0].text)
+                    steps["entropy"].append(rng.random())
                     steps["group"].append(f"task-{g:06d}")
                     steps["trajectory"].append(f"trajectory-{g:06d}-{m}")
                     steps["step"].append(t)
                     steps["reward"].append(10.0 * (last and world.done))
                     steps["success"].append(world.done)
                     steps["action_valid"].append(command in seen.admissible)
-    return {name: values if name == "texts" else np.array(values) for name, values in steps.items()}
+    return {name: values if name.endswith("texts") else np.array(values) for name, values in steps.items()}
 
 
 def first_groups(steps: dict[str, Any], groups: int) -> dict[str, Any]:
@@ -144,6 +163,21 @@ def time_ours(steps: dict[str, Any], repeat: int) -> dict[str, Any]:
         "raw": timed(lambda: steps_advantages(steps, settings), repeat)["seconds"],
         "counts": timed(lambda: run(batch, settings), repeat)["seconds"],
     }
+
+
+def time_presets(steps: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """Milliseconds from raw texts and from a packed batch on the device, by preset; and the number of steps."""
+    took: dict[str, Any] = {}
+    for name, preset in PRESETS.items():
+        if name == "gigpo_similarity":  # minutes of difflib on the host
+            continue
+        settings = preset()
+        batch, _ = Group.from_steps(**steps)
+        batch, run = jax.device_put(batch), jax.jit(batch_advantages)
+        raw = timed(lambda settings=settings: steps_advantages(steps, settings), repeat)["seconds"]
+        packed = timed(lambda run=run, batch=batch, settings=settings: run(batch, settings), repeat)["seconds"]
+        took[name] = f"{1e3 * raw:.1f} / {1e3 * packed:.1f}"
+    return {"steps": len(steps["texts"]), "took": took}
 
 
 def time_official(config: Config, steps: dict[str, Any]) -> dict[str, float]:
@@ -203,7 +237,9 @@ def print_million_steps() -> None:
     print(json.dumps({"steps": count * copies, "seconds": took, "gigabytes": peak}))
 
 
-def report(config: Config, rows: list[dict], memory: dict[str, dict[int, int]], million: dict | None) -> str:
+def report(
+    config: Config, rows: list[dict], of_presets: list[dict], memory: dict[str, dict[int, int]], million: dict | None
+) -> str:
     """The measurements as Markdown."""
     command = "proxmo bench estimator" + (" --official CHECKOUT" if config.official else "")
     lines = [
@@ -227,6 +263,12 @@ def report(config: Config, rows: list[dict], memory: dict[str, dict[int, int]], 
         else:
             cells += ["-"] * 4
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if of_presets:
+        lines += ["", "Milliseconds by preset, from raw texts / from a packed batch on the device:", ""]
+        lines += ["| preset | " + " | ".join(f"{each['steps']:,} steps" for each in of_presets) + " |"]
+        lines += ["|---" * (len(of_presets) + 1) + "|"]
+        for name in of_presets[0]["took"]:
+            lines.append(f"| {name} | " + " | ".join(each["took"][name] for each in of_presets) + " |")
     lines += [
         "",
         "Temporary memory of the compiled program for one group of 8 trajectories, every text distinct:",

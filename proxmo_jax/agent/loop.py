@@ -122,7 +122,7 @@ class Loop:
         assert rollout.buffer is not None
         texts = min(bucket(rollout.texts), rollout.buffer.word_ids.shape[1])
         alphabetical = self.player.vocabulary.alphabetical()
-        result = estimate(rollout.buffer, rollout.won, alphabetical, self.settings, texts=texts)
+        result = estimate(rollout.buffer, rollout.won, rollout.ending_anchor, alphabetical, self.settings, texts=texts)
         return jax.block_until_ready(result.joint).reshape(rollout.prompt_lengths.shape)
 
     def update(
@@ -260,6 +260,11 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
     reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
     at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
     episode, turn = np.array(at, int).reshape(-1, 2).T
+
+    def following(e: int, t: int) -> str:
+        turns = rollout.transcripts[e]
+        return turns[t + 1][0] if t + 1 < len(turns) else rollout.endings[e]
+
     return {
         "group": episode // members,
         "trajectory": episode,
@@ -268,6 +273,7 @@ def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
         "success": rollout.won[episode],
         "action_valid": valid[episode, turn],
         "texts": [rollout.transcripts[e][t][0] for e, t in at],
+        "next_texts": [following(e, t) for e, t in at],
     }
 
 

@@ -55,6 +55,8 @@ class Rollout:
         won: bool [E].
         score: float32 [E], sum of the environment's own rewards.
         transcripts: (observation, command) pairs of each episode.
+        endings: the observation after each episode's last action.
+        ending_anchor: int32 [E], its number among the observations of its group.
         tasks: instructions.
         valid, admissible: shares of all turns.
         texts: the largest number of distinct observations of a group.
@@ -81,6 +83,8 @@ class Rollout:
     overlong: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     penalty: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     sampled: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    endings: list[str] = field(default_factory=list)
+    ending_anchor: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self):
         for name in ("overlong", "penalty"):
@@ -283,6 +287,7 @@ def collect(
     turns = max(int((rollout.prompt_lengths > 0).sum()), 1)
     rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
     rollout.texts = max(map(len, play.seen_in_group), default=0)
+    play.number_endings()
     rollout.buffer = play.buffer
     return rollout
 
@@ -434,6 +439,20 @@ class _Play:
             self.buffer = grow(self.buffer, texts, self.unwritten[2]["word_ids"].shape[1])
             self.buffer = write(self.buffer, *self.unwritten)
         self.unwritten = None
+
+    def number_endings(self) -> None:
+        """Note what each episode's last action led to. Texts that no turn began with get numbers past the others."""
+        rollout = self.rollout
+        rollout.endings = [seen.text for seen in self.latest]
+        if self.buffer is None:
+            return
+        members = len(self.games) // len(self.seen_in_group)
+        beyond: list[dict[str, int]] = [{} for _ in self.seen_in_group]
+        anchor = []
+        for e, text in enumerate(rollout.endings):
+            known, new = self.seen_in_group[e // members], beyond[e // members]
+            anchor.append(known[text] if text in known else len(known) + new.setdefault(text, len(new)))
+        rollout.ending_anchor = np.array(anchor, np.int32)
 
     def forget(self, episodes: np.ndarray) -> None:
         """Leave nothing of these episodes, as if they had not begun."""

@@ -190,6 +190,8 @@ class PolicyLossSettings:
         "token_mean"
     )
     """How token losses make a loss."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token (published), or of each whole action, normalised by its length (GAGPO, GSPO)."""
     old_log_probs: Literal["sampler", "trainer"] = "sampler"
     """Whose log-probs are the ratio's denominator: the sampler's, or the trainer's (one more forward pass)."""
     importance_cap: float = 0.0
@@ -353,7 +355,7 @@ class Config:
 
     preset: str = "proxmo"
     """Estimator that --estimator.* starts from: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo,
-    proxmo_without_modulation, proxmo_without_proximity or official."""
+    proxmo_without_modulation, proxmo_without_proximity, official, hgpo, graphgpo, g2po or gagpo."""
     iterations: int = 50
     """Iterations of rollout and update. With --resume and a larger number, a run goes on longer."""
     seed: int = 0
@@ -397,6 +399,27 @@ class Config:
         need(not self.rollout.stop, "--rollout.stop needs a --model; the small policy does not read it")
 
 
+def check_estimator(estimator: Settings, env: EnvSettings) -> None:
+    """Refuse estimators that need what a rollout does not record, and values of the goal that no episode is paid."""
+    need(
+        not estimator.entropy,
+        "--preset empg needs the entropy of each response, which a rollout does not record; use proxmo advantages",
+    )
+    need(
+        estimator.values_over == "group",
+        "--estimator.values-over must be group, got 'batch': a rollout numbers observations in each group",
+    )
+    need(
+        (estimator.score, estimator.aggregation) != ("distance", "similar"),
+        "--estimator.aggregation must be hard or soft with score distance, got 'similar'",
+    )
+    need(
+        estimator.score != "gain" or estimator.success_reward == env.reward_scale,
+        f"--estimator.success-reward must be --env.reward-scale, {env.reward_scale:g}, with score gain, got"
+        f" {estimator.success_reward:g}: the episodes with this return have reached the goal",
+    )
+
+
 def of_preset(name: str, **parts: Any) -> Config:
     """The default settings with the estimator of a preset. Raises UserError for a name that is none."""
     need(name in PRESETS, f"--preset must be one of {', '.join(PRESETS)}; got {name!r}")
@@ -406,6 +429,7 @@ def of_preset(name: str, **parts: Any) -> Config:
 def check(config: Config) -> None:
     """Refuse what this machine's devices and files cannot do, before anything is written or compiled (UserError)."""
     find(config.env.name).check(config.env)
+    check_estimator(config.estimator, config.env)
     check_devices(config, jax.device_count())
     check_from_run(config)
     if not config.model.path:
@@ -498,5 +522,6 @@ def loss_settings(config: Config) -> LossSettings:
         entropy_coef=loss.entropy_coef,
         kl=loss.kl_estimator,
         aggregation=loss.aggregation,
+        importance_sampling_level=loss.importance_sampling_level,
         longest_response=config.rollout.max_response_length,
     )

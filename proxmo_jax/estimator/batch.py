@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.embeddings import documents, unit_vectors
+from proxmo_jax.estimator.entropy import modulate
 from proxmo_jax.estimator.estimator import advantages
+from proxmo_jax.estimator.states import discounted_returns
 from proxmo_jax.estimator.types import Advantages, Batch, Group, Settings
 
 
@@ -47,22 +50,58 @@ def batch_advantages(
     words, batch = batch.words, replace(batch, words=None)
     if settings.aggregation != "soft" or batch.embedding is not None:
         words = None
-    sparse: tuple = ()
+    counted: tuple = ()
     if words is not None:
-        repeats = text_repeats(batch, words.ids.shape[1])
+        repeats = text_repeats(batch, words.counts.shape[1])
         corpus = documents(words, repeats, max_features=settings.max_features, axis_name=axis_name)
-        sparse = (words.ids, words.counts)
+        counted = (words.ids, words.counts)
+    of_settings = replace(settings, entropy=False)
+    values = batch_values(batch, settings, axis_name) if settings.values_over == "batch" else None
 
-    def of_group(arrays: tuple[Group, *tuple[jax.Array, ...]]) -> Advantages:
-        group, *counts = arrays
+    def of_group(arrays: tuple[Group, jax.Array | None, *tuple[jax.Array, ...]]) -> Advantages:
+        group, values, *counts = arrays
         if words is not None:
             unit = unit_vectors(words._replace(ids=counts[0], counts=counts[1]), corpus)
             group = replace(group, embedding=unit, comparable=corpus.any)
-        return advantages(group, settings, with_proximity=with_proximity)
+        return advantages(group, of_settings, with_proximity=with_proximity, values=values)
 
     if chunk is None:
-        return jax.vmap(of_group)((batch, *sparse))
-    return jax.lax.map(of_group, (batch, *sparse), batch_size=chunk)
+        result = jax.vmap(of_group)((batch, values, *counted))
+    else:
+        result = jax.lax.map(of_group, (batch, values, *counted), batch_size=chunk)
+    if not settings.entropy:
+        return result
+    if batch.entropy is None:
+        raise UserError("entropy: got none, settings with entropy (empg) need that of each response")
+    return modulate(result, batch, settings, axis_name)
+
+
+def batch_values(batch: Batch, settings: Settings, axis_name: str | None) -> jax.Array:
+    """Mean discounted return of all visits of the whole batch to the same observation (public code of GAGPO).
+
+    Args:
+        batch: with `text` [G, M, T].
+        settings: discount is used.
+        axis_name: mapped axis over which visits are counted.
+
+    Returns:
+        float32 [G, M, T], 0 on padding.
+    """
+    if batch.text is None:
+        raise UserError("values_over: 'batch' needs observations that are numbered across the batch; use 'group'")
+    mask, devices = batch.mask, jax.lax.axis_size(axis_name) if axis_name else 1
+    place, zero = batch.text.reshape(-1), jnp.zeros(batch.text.size * devices, jnp.float32)
+
+    def total(values):
+        summed = zero.at[place].add(jnp.where(mask, values, 0.0).reshape(-1), mode="drop")
+        summed = jax.lax.psum(summed, axis_name) if axis_name else summed
+        return summed[place].reshape(mask.shape)
+
+    reward = jnp.where(mask, batch.reward, 0.0)
+    returns = jax.vmap(discounted_returns, (0, 0, None))(reward, mask, settings.discount)
+    count = jnp.maximum(total(jnp.ones_like(returns)), 1.0)
+    mean = total(returns) / count
+    return jnp.where(mask, mean + total(returns - mean) / count, 0.0)
 
 
 def text_repeats(batch: Batch, texts: int) -> jax.Array:
@@ -95,7 +134,8 @@ def _with_groups(change: Callable, batch: Batch) -> Batch:
     words = batch.words
     if words is None:
         return jax.tree.map(change, batch)
-    changed = words._replace(ids=change(words.ids), counts=change(words.counts))
+    ids = None if words.ids is None else change(words.ids)
+    changed = words._replace(ids=ids, counts=change(words.counts))
     return replace(jax.tree.map(change, replace(batch, words=None)), words=changed)
 
 

@@ -11,30 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.proximity import hard_advantage, proximity_weights, soft_advantage
+from proxmo_jax.estimator.history import history_part
+from proxmo_jax.estimator.proximity import proximity_weights
+from proxmo_jax.estimator.states import compared, discounted_returns, gain_part, path_part, residual_part, state_vectors
 from proxmo_jax.estimator.types import Advantages, Array, Group, Settings, masked_mean, masked_std, positive
-
-
-def discounted_returns(reward: Array, mask: Array, discount: jax.Array | float) -> jax.Array:
-    """Discounted returns within each trajectory: G_t = r_t + gamma * G_{t+1}.
-
-    Args:
-        reward: float [M, T].
-        mask: bool [M, T], turns that happened.
-        discount: gamma.
-
-    Returns:
-        float32 [M, T], 0 on padding.
-    """
-
-    def step_back(following, turn):
-        r, happened = turn
-        value = jnp.where(happened, r + discount * following, following)
-        return value, jnp.where(happened, value, 0.0)
-
-    start = jnp.zeros_like(reward[:, 0], dtype=jnp.float32)
-    _, returns = jax.lax.scan(step_back, start, (reward.T.astype(jnp.float32), mask.T), reverse=True)
-    return returns.T
 
 
 def modulation_weight(
@@ -108,81 +88,87 @@ def episode_advantage(score: jax.Array, mask: Array, settings: Settings) -> jax.
     return jnp.where(mask, jnp.where(alone, lone, advantage), 0.0)
 
 
-def step_advantage(score: jax.Array, group: Group, settings: Settings) -> jax.Array:
-    """Q_i minus the baseline of comparable steps, by the aggregation of the settings.
+def step_advantage(
+    reward: jax.Array, returns: jax.Array, group: Group, settings: Settings, episode: jax.Array, values: Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Step scores less the baseline of comparable steps, by the score and the aggregation of the settings.
 
     Args:
-        score: float32 [M, T], step scores Q.
-        group: the group, with `anchor` or `embedding` as the aggregation needs.
-        settings: aggregation, step_std, epsilon, temperature, exclude_self and kernel are used.
+        reward, returns: float32 [M, T], 0 on padding.
+        group: the group, with `anchor` or `embedding` as the aggregation needs, and `edge` for the score distance.
+        settings: of the estimator.
+        episode: float32 [M, T], the episode advantage, which base_group makes a part.
+        values: float32 [M, T], values of states from elsewhere, for the score td.
 
     Returns:
-        float32 [M, T], 0 on padding.
+        float32 [M, T], 0 on padding, and its parts (`Advantages.parts`).
     """
     if settings.aggregation == "none":
-        return jnp.zeros_like(score)
-    flat, mask = score.reshape(-1), group.mask.reshape(-1)
-    if settings.aggregation in ("hard", "similar"):
-        assert group.anchor is not None  # `advantages` checks its input
-        step = hard_advantage(flat, group.anchor.reshape(-1), mask, std=settings.step_std, epsilon=settings.epsilon)
+        return jnp.zeros_like(returns), {}
+    own = settings.step_invalid_penalty
+    cost = jnp.where(own < 0, settings.invalid_penalty, own)
+    penalty = jnp.where(group.mask & ~group.action_valid, cost, 0.0)
+    if settings.score == "td":
+        return residual_part(reward, returns, penalty, group, settings, values)
+    edge: jax.Array | float = 0.0
+    if settings.score == "gain":
+        score, parts, edge = gain_part(reward.sum(axis=1), penalty, group, settings)
+    elif settings.score == "distance":
+        score, parts = path_part(reward.sum(axis=1), penalty, group, settings)
     else:
-        embedding, row = _step_embedding(group)
-        step = soft_advantage(
-            flat, embedding, mask, temperature=settings.temperature, exclude_self=settings.exclude_self, row=row,
-            kernel=settings.kernel,
-        )  # fmt: skip
-        if group.comparable is not None:
-            step = jnp.where(group.comparable, step, 0.0)
-    return step.reshape(score.shape)
+        score, parts = jnp.where(group.mask, returns - penalty, 0.0), {}
+    if settings.history_length or settings.base_group or settings.history_weights == "official":
+        step, levels = history_part(score, group, settings, episode)
+        parts = {**parts, **levels}
+    else:
+        step = compared(score, group, settings)
+    if settings.score == "gain":
+        parts = {**parts, "node_advantage": step}
+    return step + edge, {**parts, "step_score": score}
 
 
-def _step_embedding(group: Group) -> tuple[Array, Array | None]:
-    """(step vectors [N, D], None), or (vectors of distinct observations [U, D], each step's index [N])."""
-    assert group.embedding is not None  # `advantages` checks its input
-    if group.embedding.ndim == 3:
-        return group.embedding.reshape(-1, group.embedding.shape[-1]), None
-    assert group.anchor is not None
-    return group.embedding, group.anchor.reshape(-1)
-
-
-def advantages(group: Group, settings: Settings, *, with_proximity: bool = False) -> Advantages:
+def advantages(
+    group: Group, settings: Settings, *, with_proximity: bool = False, values: Array | None = None
+) -> Advantages:
     """Compute the advantages of one group (ProxMO, arXiv 2602.19225; equations in docs/method.md).
 
     Scores are S_i = episode return - c (1 - valid_i) and Q_i = discounted return - c (1 - valid_i). The episode
-    advantage of S is modulated, and joint = episode + omega * step, with the step advantage of Q. Gradients are
-    stopped.
+    advantage of S is modulated, and joint = omega_E * episode + omega * step, with the step advantage of Q, or of
+    another score. Gradients are stopped.
 
     Args:
         group: arrays [M, T] as in `Group`.
         settings: of the estimator.
         with_proximity: also return the weights of the soft baseline, [M * T, M * T].
+        values: float32 [M, T], values of states from elsewhere, for the score td; default: from this group.
 
     Returns:
         `Advantages`.
 
     Raises:
-        ValueError: for arrays of the wrong rank (a missing vmap), masks that are not bool, and an aggregation without
-            its input (anchor, embedding).
+        ValueError: for arrays of the wrong rank (a missing vmap), masks that are not bool, an aggregation or a score
+            without its input (anchor, embedding, edge), and settings that need statistics of the whole batch.
         UserError: for aggregation "similar" with anchors of equal texts.
     """
-    _check(group, settings)
+    _check(group, settings, values)
     group, settings = jax.lax.stop_gradient((group, settings))
     mask = group.mask
     reward = jnp.where(mask, group.reward, 0.0).astype(jnp.float32)
     penalty = settings.invalid_penalty * (1.0 - group.action_valid.astype(jnp.float32))
     returns = discounted_returns(reward, mask, settings.discount)
     episode_score = jnp.where(mask, reward.sum(axis=1, keepdims=True) - penalty, 0.0)
-    step_score = jnp.where(mask, returns - penalty, 0.0)
 
     success_rate, success = _success(group, episode_score, settings)
     weight = modulation_weight(success_rate, success, alpha=settings.alpha, modulation_range=settings.modulation_range)
     weight = jnp.where(mask, weight, 0.0)
 
-    episode = weight * episode_advantage(episode_score, mask, settings)
-    step = step_advantage(step_score, group, settings)
+    episode = jnp.zeros_like(episode_score)
+    if settings.episode_over != "none" or settings.base_group:
+        episode = weight * episode_advantage(episode_score, mask, settings)
+    step, parts = step_advantage(reward, returns, group, settings, episode, values)
     proximity = None
     if with_proximity and settings.aggregation == "soft":
-        embedding, row = _step_embedding(group)
+        embedding, row = state_vectors(group)
         proximity = proximity_weights(
             embedding if row is None else embedding[row], mask.reshape(-1),
             temperature=settings.temperature, exclude_self=settings.exclude_self,
@@ -193,8 +179,9 @@ def advantages(group: Group, settings: Settings, *, with_proximity: bool = False
         modulation=weight,
         episode=episode,
         step=step,
-        joint=episode + settings.step_weight * step,
+        joint=settings.step_weight * step + (0.0 if settings.base_group else settings.episode_weight * episode),
         proximity=proximity,
+        parts={"episode_score": episode_score, **parts},
     )
 
 
@@ -208,17 +195,22 @@ def _success(group: Group, score: jax.Array, settings: Settings) -> tuple[jax.Ar
     return group_success_rate(group), jnp.broadcast_to(group.success[:, None], mask.shape)
 
 
-def _check(group: Group, settings: Settings) -> None:
+def _check(group: Group, settings: Settings, values: Array | None) -> None:
     """Raise as `advantages` does for a group that does not fit the settings."""
     hint = "advantages() takes ONE group; use jax.vmap(advantages, (0, None)) for a batch of groups"
     shape = jnp.shape(group.reward)
     if len(shape) != 2:
         raise ValueError(f"reward: got shape {shape}, need [member, turn]; {hint}")
+    for name, whole in (("entropy", settings.entropy), ("values_over", settings.values_over == "batch")):
+        if whole and (name == "entropy" or values is None):
+            raise ValueError(f"{name}: its statistics are of a whole batch; use batch_advantages()")
     needed: dict[str, tuple] = {"mask": shape, "action_valid": shape, "success": shape[:1]}
     embedding = None if group.embedding is None else jnp.shape(group.embedding)
     distinct = embedding is not None and len(embedding) == 2
     if settings.aggregation in ("hard", "similar") or (settings.aggregation == "soft" and distinct):
         needed["anchor"] = shape
+    if settings.score == "distance":
+        needed["edge"] = (*shape, 2)
     if settings.aggregation == "similar" and group.anchored_by == "equal texts":
         raise UserError(
             "anchor: numbered by equal texts, gigpo_similarity needs them by similar ones; give a similarity_threshold"
@@ -226,10 +218,12 @@ def _check(group: Group, settings: Settings) -> None:
         )
     for name, want in needed.items():
         value = getattr(group, name)
+        if value is None and name == "edge":
+            raise UserError("next_texts: got none, score 'distance' (graphgpo) needs the observation after each action")
         if value is None or jnp.shape(value) != want:
             got = "nothing" if value is None else f"shape {jnp.shape(value)}"
             raise ValueError(f"{name}: got {got}, need {want} as reward has; {hint}")
-        if name != "anchor" and value.dtype != bool:  # a mask of floats could hold NaN
+        if name not in ("anchor", "edge") and value.dtype != bool:  # a mask of floats could hold NaN
             raise ValueError(f"{name}: got {value.dtype}, need bool")
     if settings.aggregation == "soft" and not distinct and (embedding is None or embedding[:-1] != shape):
         if embedding is None and group.words is not None:

@@ -90,6 +90,19 @@ def _identity(value: Any, name: str, row: int) -> int | str | bytes:
     raise UserError(f"{name}: row {row} has {shown(value)}, need an int or a string that is not empty")
 
 
+def first_seen(texts: Sequence[str]) -> np.ndarray:
+    """Number texts in the order in which they come first; equal numbers mean equal texts.
+
+    Args:
+        texts: N strings, any of them empty.
+
+    Returns:
+        int64 [N].
+    """
+    seen: dict[str, int] = {}
+    return np.fromiter((seen.setdefault(text, len(seen)) for text in texts), np.int64, len(texts))
+
+
 def ranks(steps: Any, name: str = "step") -> np.ndarray:
     """Rank of each value among the distinct ones. Values are compared in their own type, hence without rounding.
 

@@ -8,9 +8,12 @@ a number of steps each. This is exact, since equal observations have equal weigh
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proxmo_jax.estimator.partial_sums import Partial, blockwise, dense, similarity
 from proxmo_jax.estimator.types import Array, masked_mean, positive
+
+NOISE = 8 * float(np.finfo(np.float32).eps)  # scores that are as near to their mean, beside their size, are equal to it
 
 
 def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:
@@ -22,8 +25,8 @@ def _aggregate(kernel: str, *keys, skip_own: bool) -> Partial:
     return (dense if kernel == "dense" else blockwise)(*keys, skip_own=skip_own)
 
 
-def soft_advantage(
-    score: Array,
+def soft_mean(
+    values: Array,
     embedding: Array,
     mask: Array,
     *,
@@ -31,33 +34,35 @@ def soft_advantage(
     exclude_self: bool = False,
     row: Array | None = None,
     kernel: str = "dense",
-) -> jax.Array:
-    """Step advantage with a proximity-weighted baseline (ProxMO, arXiv 2602.19225).
+) -> tuple[jax.Array, jax.Array]:
+    """Proximity-weighted mean of the steps' values around each step (ProxMO, arXiv 2602.19225).
 
-    A_i = Q_i - b_i, b_i = sum_j w_ij Q_j, w_ij = softmax_j(c_ij / tau), where c_ij is the cosine similarity.
+    b_i = sum_j w_ij z_j, w_ij = softmax_j(c_ij / tau), where c_ij is the cosine similarity.
 
     Args:
-        score: float [N], step scores Q.
+        values: float [N], z.
         embedding: float [N, D], a unit vector (or zeros) for each step; or [U, D], one for each distinct observation.
         mask: bool [N].
         temperature: tau, above 0.
-        exclude_self: leave the step itself out of its baseline.
+        exclude_self: leave the step itself out of its mean.
         row: int [N], the observation of each step if `embedding` is [U, D].
         kernel: "dense", "blockwise" or "pallas".
 
     Returns:
-        float32 [N]; 0 on padding, and for a lone step under `exclude_self`.
+        The means float32 [N], and whether there is one, bool [N]: not on padding, and not for a lone step under
+        `exclude_self`.
     """
     # Centring first reduces rounding errors and changes nothing else, since the weights sum to 1.
-    score = jnp.where(mask, score - masked_mean(score, mask), 0.0).astype(jnp.float32)
+    centre = masked_mean(values, mask)
+    values = jnp.where(mask, values - centre, 0.0).astype(jnp.float32)
     steps = mask.astype(jnp.float32)
     embedding = embedding.astype(jnp.float32)
     if row is None:
-        count, total, own = steps, score, jnp.arange(len(score))
+        count, total, own = steps, values, jnp.arange(len(values))
     else:
         zero = jnp.zeros_like(embedding[:, 0])
         row = jnp.where(mask, row, embedding.shape[0])
-        count, total = zero.at[row].add(steps, mode="drop"), zero.at[row].add(score, mode="drop")
+        count, total = zero.at[row].add(steps, mode="drop"), zero.at[row].add(values, mode="drop")
         own = jnp.minimum(row, embedding.shape[0] - 1)
     sums = _aggregate(kernel, embedding, embedding, count, total, temperature, skip_own=exclude_self)
     sums = Partial(*(x[own] for x in sums))
@@ -68,10 +73,40 @@ def soft_advantage(
         sums |= Partial(
             jnp.where(shared, own_logit, -jnp.inf),
             jnp.where(shared, others, 0.0),
-            jnp.where(shared, total[own] - score, 0.0),
+            jnp.where(shared, total[own] - values, 0.0),
         )
-    baseline = sums.score / jnp.where(sums.weight > 0, sums.weight, 1.0)
-    return jnp.where(mask & (sums.weight > 0), score - baseline, 0.0)
+    found = mask & (sums.weight > 0)
+    return centre + sums.score / jnp.where(sums.weight > 0, sums.weight, 1.0), found
+
+
+def soft_advantage(
+    score: Array, embedding: Array, mask: Array, *, std: bool = False, epsilon: jax.Array | float = 1e-6, **how
+) -> jax.Array:
+    """Step advantage with a proximity-weighted baseline (ProxMO, arXiv 2602.19225): A_i = Q_i - b_i of `soft_mean`.
+
+    Args:
+        score: float [N], step scores Q.
+        embedding: as in `soft_mean`.
+        mask: bool [N].
+        std: divide by the weighted standard deviation + epsilon, sqrt(sum_j w_ij (Q_j - b_i)^2).
+        epsilon: added to the standard deviation.
+        how: further arguments of `soft_mean`.
+
+    Returns:
+        float32 [N]; 0 on padding, and for a lone step under `exclude_self`.
+    """
+    score = jnp.where(mask, score - masked_mean(score, mask), 0.0).astype(jnp.float32)
+    baseline, found = soft_mean(score, embedding, mask, **how)
+    advantage = jnp.where(found, score - baseline, 0.0)
+    if std:
+        peak = jnp.abs(score).max()
+        unit = score / positive(peak)
+        square, _ = soft_mean(jnp.square(unit), embedding, mask, **how)
+        variance = jnp.maximum(square - jnp.square(baseline / positive(peak)), 0.0)
+        # Where the scores around are equal, both are rounding errors.
+        advantage = jnp.where(jnp.abs(advantage) > NOISE * peak, advantage, 0.0)
+        advantage = advantage / positive(peak * jnp.sqrt(variance) + epsilon)
+    return advantage
 
 
 def proximity_weights(
@@ -99,8 +134,39 @@ def proximity_weights(
     return weight / jnp.where(total > 0, total, 1.0)
 
 
+def places(anchor: Array) -> jax.Array:
+    """Any ids [N] as numbers in [0, N), equal for equal ids."""
+    return jnp.searchsorted(jnp.sort(anchor), anchor)
+
+
+def hard_mean(values: Array, place: Array, mask: Array) -> tuple[jax.Array, jax.Array]:
+    """Mean of the values of the steps at the same place, in two passes, as in `masked_mean`.
+
+    Args:
+        values: float [N].
+        place: int [N], in [0, N).
+        mask: bool [N].
+
+    Returns:
+        The means and the numbers of steps, float32 [N].
+    """
+    values = jnp.where(mask, values, 0.0).astype(jnp.float32)
+    both = jnp.stack([mask.astype(jnp.float32), values], 1)
+    count, total = jnp.zeros_like(both).at[place].add(both)[place].T
+    count = jnp.maximum(count, 1.0)
+    mean = total / count
+    rest = jnp.where(mask, values - mean, 0.0)  # the second pass removes the rounding error
+    return mean + jnp.zeros_like(values).at[place].add(rest)[place] / count, count
+
+
 def hard_advantage(
-    score: Array, anchor: Array, mask: Array, *, std: bool = False, epsilon: jax.Array | float = 1e-6
+    score: Array,
+    anchor: Array,
+    mask: Array,
+    *,
+    std: bool = False,
+    biased: bool = False,
+    epsilon: jax.Array | float = 1e-6,
 ) -> jax.Array:
     """Step advantage with an exact-match baseline (GiGPO, arXiv 2505.10978).
 
@@ -110,25 +176,22 @@ def hard_advantage(
         score: float [N], step scores Q.
         anchor: int [N], any ids.
         mask: bool [N].
-        std: divide by the unbiased standard deviation of the matching steps + epsilon.
+        std: divide by the standard deviation of the matching steps + epsilon.
+        biased: of the standard deviation, which divides by n instead of n - 1.
         epsilon: added to the standard deviation.
 
     Returns:
-        float32 [N]; 0 on padding and for a step that is alone with its anchor.
+        float32 [N]; 0 on padding, for a step that is alone with its anchor, and where scores are equal to their mean
+        up to rounding.
     """
-    place = jnp.searchsorted(jnp.sort(anchor), anchor)  # ids -> [0, N)
-
-    def total(values):
-        return jnp.zeros_like(score).at[place].add(jnp.where(mask, values, 0.0))[place]
-
-    score = score.astype(jnp.float32)
-    count = total(jnp.ones_like(score))
-    mean = total(score) / jnp.maximum(count, 1.0)
-    mean = mean + total(score - mean) / jnp.maximum(count, 1.0)  # the second pass removes the rounding error
+    place = places(anchor)
+    score = jnp.where(mask, score, 0.0).astype(jnp.float32)
+    mean, count = hard_mean(score, place, mask)
+    peak = jnp.zeros_like(score).at[place].max(jnp.abs(score))[place]
     advantage = jnp.where(mask & (count > 1), score - mean, 0.0)
+    advantage = jnp.where(jnp.abs(advantage) > NOISE * peak, advantage, 0.0)
     if std:  # scaled as in `masked_std`
-        peak = jnp.zeros_like(score).at[place].max(jnp.abs(advantage))[place]
-        square = total(jnp.square(advantage / positive(peak)))
-        deviation = peak * jnp.sqrt(square / jnp.maximum(count - 1.0, 1.0))
+        square = jnp.zeros_like(score).at[place].add(jnp.square(advantage / positive(peak)))[place]
+        deviation = peak * jnp.sqrt(square / jnp.maximum(count - (0.0 if biased else 1.0), 1.0))
         advantage = advantage / positive(deviation + epsilon)
     return advantage

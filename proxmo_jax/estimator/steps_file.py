@@ -6,6 +6,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
-from proxmo_jax.estimator.packing import SIMILAR, column, is_flag, shape_of, shown
+from proxmo_jax.estimator.packing import SIMILAR, column, finite, is_flag, shape_of, shown
 from proxmo_jax.estimator.types import Group, Settings
+from proxmo_jax.estimator.words import spread
 
 NEEDED = ("group", "trajectory", "step", "reward", "success", "action_valid")
 RESULTS = {
@@ -27,8 +29,9 @@ RESULTS = {
 
 
 def advantages_of_file(
-    source: Path, target: Path, settings: Settings, *, chunk: int = 64, similarity_threshold: float | None = None
-) -> int:
+    source: Path, target: Path, settings: Settings, *, chunk: int = 64, similarity_threshold: float | None = None,
+    parts: bool = False,
+) -> int:  # fmt: skip
     """Compute the advantages of the steps in a file and write them in the same order.
 
     The target is written atomically.
@@ -36,12 +39,13 @@ def advantages_of_file(
     Args:
         source: `.npz` or `.jsonl` with `group, trajectory, step, reward, success, action_valid` of each step, and
             `texts` (the anchor observations) if the settings compare steps. `response_mask`, [N, L] or a list in each
-            line, is optional.
+            line, is optional. Score distance needs `next_texts`, the observations after each action; entropy needs
+            `entropy`, the mean of each response, [N], or that of each token, [N, L], beside a response mask.
         target: `.npz` or `.jsonl` with `discounted_return, episode_advantage, step_advantage, advantage`, float32 [N].
             With a response mask all but the return are per token, padded with zeros in an `.npz`.
         settings: of the estimator.
         chunk: groups computed at a time.
-        similarity_threshold: as in `steps_advantages`.
+        similarity_threshold, parts: as in `steps_advantages`; parts are per step.
 
     Returns:
         The number of steps.
@@ -52,7 +56,7 @@ def advantages_of_file(
     steps = read_steps(source)
     try:
         result: dict[str, Any] = dict(
-            steps_advantages(steps, settings, chunk=chunk, similarity_threshold=similarity_threshold)
+            steps_advantages(steps, settings, chunk=chunk, similarity_threshold=similarity_threshold, parts=parts)
         )
         if "response_mask" in steps:
             result = _per_token(result, steps["response_mask"])
@@ -68,6 +72,7 @@ def steps_advantages(
     *,
     chunk: int | None = None,
     similarity_threshold: float | None = None,
+    parts: bool = False,
 ) -> dict[str, np.ndarray]:
     """Advantages of steps given as arrays or lists.
 
@@ -75,8 +80,9 @@ def steps_advantages(
         steps: [N] values by name, as in `advantages_of_file`.
         settings: of the estimator.
         chunk: groups computed at a time (default: all).
-        similarity_threshold: ratio from which two texts share an anchor. Default: 0.95 under aggregation "similar";
-            otherwise only equal texts share one.
+        similarity_threshold: ratio from which two texts share an anchor, or with score distance a node of the graph.
+            Default: 0.95 under aggregation "similar"; otherwise only equal texts share one.
+        parts: also return what the advantages are made of (`Advantages.parts`), [N] or [N, K].
 
     Returns:
         float32 [N] by name (`RESULTS`), in the order of the steps.
@@ -86,15 +92,22 @@ def steps_advantages(
     """
     if settings.aggregation == "similar" and similarity_threshold is None:
         similarity_threshold = SIMILAR
-    if similarity_threshold is not None and settings.aggregation not in ("hard", "similar"):
+    nodes = settings.score == "distance"
+    if similarity_threshold is not None and not nodes and settings.aggregation not in ("hard", "similar"):
         raise UserError(
             f"similarity_threshold: aggregation {settings.aggregation!r} has no anchors; need 'similar' (the preset"
             " gigpo_similarity)"
         )
     batch, packing = Group.from_steps(
         **needed(steps, texts=settings.aggregation != "none"),
-        similarity_threshold=similarity_threshold, max_features=settings.max_features,
-    )  # fmt: skip
+        **_for_settings(steps, settings),
+        similarity_threshold=None if nodes else similarity_threshold,
+        node_similarity=similarity_threshold if nodes else None,
+        max_features=settings.max_features,
+        count_words=settings.aggregation == "soft",
+    )
+    if batch.words is not None:
+        batch = replace(batch, words=spread(batch.words))
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
     advantages = _compiled(batch, settings, chunk=chunk)
     result = {name: packing.unpack(getattr(advantages, ours)) for name, ours in RESULTS.items()}
@@ -106,7 +119,45 @@ def steps_advantages(
             raise UserError(
                 f"{name}: row {row} is {values[row]}; the rewards of group {group} are too large for float32"
             )
+    if parts:
+        result |= {name: packing.unpack(values) for name, values in advantages.parts.items()}
     return result
+
+
+def _for_settings(steps: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The arguments of `Group.from_steps` that only some settings need. Raises UserError for a missing array."""
+    found: dict[str, Any] = {}
+    if settings.score == "distance":
+        if "next_texts" not in steps:
+            raise UserError(
+                "next_texts is missing; score 'distance' (graphgpo) needs the observation after each action"
+            )
+        found["next_texts"] = steps["next_texts"]
+    if settings.entropy:
+        if "entropy" not in steps:
+            raise UserError("entropy is missing; settings with entropy (empg) need that of each response or token")
+        found["entropy"] = _entropy(steps["entropy"], steps.get("response_mask"))
+    return found
+
+
+def _entropy(entropy: Any, response_mask: Any) -> np.ndarray:
+    """Mean entropy of each response, [N], from such means or from tokens [N, L]; 0 for a response without tokens."""
+    values = column(entropy)
+    tokens = values.ndim == 2 if isinstance(values, np.ndarray) else any(isinstance(v, (list, tuple)) for v in values)
+    if not tokens:
+        return finite(values, "entropy")
+    if response_mask is None:
+        raise UserError("response_mask is missing; entropy of each token needs it, for the mean of each response")
+    masks = column(response_mask)
+    if len(masks) != len(values):
+        raise UserError(f"response_mask: got {len(masks)} rows, need {len(values)}, one per step")
+    means = np.zeros(len(values))
+    for row, (own, mask) in enumerate(zip(values, masks, strict=True)):
+        if np.ndim(own) != 1 or np.shape(own) != np.shape(mask):
+            raise UserError(f"entropy: row {row} has shape {np.shape(own)}, need {np.shape(mask)} as response_mask has")
+        used = np.asarray(own, np.float64)[np.asarray(mask) != 0]
+        means[row] = used.mean() if len(used) else 0.0
+    return finite(means, "entropy")
 
 
 def needed(steps: Mapping[str, Any], *, texts: bool) -> dict[str, Any]:
@@ -133,8 +184,8 @@ _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 
 def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
-    """The results times each step's response mask, [N, L] or N arrays [L]; the return stays per step."""
-    count = len(result["advantage"])
+    """The results times each step's response mask, [N, L] or N arrays [L]; the return and parts stay per step."""
+    count, once = len(result["advantage"]), {name: result[name] for name in RESULTS if name != "discounted_return"}
     masks = column(response_mask)
     if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
         raise UserError(f"response_mask: got shape {shape_of(masks)}, need ({count}, L), one row per step")
@@ -143,11 +194,11 @@ def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, A
         if len(odd):
             row, at = odd[0].tolist()
             raise UserError(f"response_mask: row {row} has {shown(masks[row, at])} at place {at}, need 0 or 1")
-        spread: dict[str, Any] = {name: values[:, None] * masks.astype(np.float32) for name, values in result.items()}
+        spread: dict[str, Any] = {name: v[:, None] * masks.astype(np.float32) for name, v in once.items()}
     else:
         masks = [_token_mask(mask, row) for row, mask in enumerate(masks)]
-        spread = {name: [v * mask for v, mask in zip(values, masks, strict=True)] for name, values in result.items()}
-    return {**spread, "discounted_return": result["discounted_return"]}
+        spread = {name: [v * mask for v, mask in zip(values, masks, strict=True)] for name, values in once.items()}
+    return {**result, **spread}
 
 
 def _token_mask(mask: Any, row: int) -> np.ndarray:
@@ -265,8 +316,11 @@ def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON takes it."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    """A value as JSON takes it; null where there is none (NaN)."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _umask() -> int:

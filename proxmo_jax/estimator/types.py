@@ -7,14 +7,14 @@ written for one group `[M, T]`; `jax.vmap` adds the leading axis of a batch. doc
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.packing import Packing, finite, flags, numbered, similar_anchors, strings
+from proxmo_jax.estimator.packing import Packing, finite, first_seen, flags, numbered, similar_anchors, strings
 from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
 Array = jax.Array | np.ndarray
@@ -57,6 +57,11 @@ class Group:
             True.
         words: word counts [U, K] of the distinct observations, indexed by `anchor`; `batch_advantages` computes the
             TF-IDF embedding from them.
+        edge: int32 [M, T, 2], numbers of the observations before and after the turn's action, any numbers that are
+            equal for one node of the graph of observations. Needed for the score distance.
+        text: int32 [M, T], number of the turn's observation across the whole batch, at least 0 and below the number of
+            places of the batch, G M T. Needed for values over the batch.
+        entropy: float [M, T], mean entropy of the response's tokens. Needed for the entropy modulation.
         anchored_by: what `from_steps` compared texts by, "equal texts" or "similar texts"; None for anchors of the
             caller.
     """
@@ -69,13 +74,17 @@ class Group:
     embedding: Array | None = None
     comparable: Array | None = None
     words: WordCounts | None = None
+    edge: Array | None = None
+    text: Array | None = None
+    entropy: Array | None = None
     anchored_by: str | None = static(None)
 
     @classmethod
     def from_steps(
         cls, *, group, trajectory, step, reward, success, action_valid, texts=None, anchor=None, embedding=None,
-        vocabulary: Vocabulary | None = None, similarity_threshold: float | None = None,
-        max_features: int | None = None,
+        next_texts=None, entropy=None, vocabulary: Vocabulary | None = None,
+        similarity_threshold: float | None = None, node_similarity: float | None = None,
+        max_features: int | None = None, count_words: bool = True,
     ) -> "tuple[Batch, Packing]":  # fmt: skip
         """Pack `N` ragged steps of many groups into a batch `[G, M, T]`, on the host.
 
@@ -89,11 +98,16 @@ class Group:
             texts: N strings, the anchor observations.
             anchor: [N] ids of the caller in place of texts.
             embedding: float [N, D], vectors of the caller.
+            next_texts: N strings, the observations after each action, as GraphGPO needs them beside texts.
+            entropy: float [N], mean entropy of each response's tokens, as EMPG needs it.
             vocabulary: counts the words of texts; keep it between batches to count each text once.
             similarity_threshold: texts that are at least this similar (`similar_anchors`) share an anchor, as
                 `gigpo_similarity` needs; no words are counted then. Default: equal texts share one.
+            node_similarity: texts and next texts that are at least this similar are one node of the graph of
+                observations (GraphGPO's variant). Default: equal ones are.
             max_features: as in the settings. Words that TF-IDF would drop are dropped at once if a text has more
                 distinct words, which keeps the arrays narrow.
+            count_words: whether the words of texts are counted, which the aggregation soft needs and no other.
 
         Returns:
             The batch, and the packing: `packing.unpack(advantages.joint)` restores the order of the steps. The numbers
@@ -104,51 +118,94 @@ class Group:
                 finite in float32, a trajectory whose steps disagree on success, and anchors beside texts.
         """
         packing = Packing(group, trajectory, step)
-        row, words, anchored_by = _observations(packing, texts, anchor, vocabulary, similarity_threshold, max_features)
+        texts = None if texts is None else strings(texts, "texts")
+        seen = _observations(packing, texts, anchor, similarity_threshold)
+        words = None
+        if count_words and seen.anchored_by == "equal texts":
+            words = _words(packing, texts, seen, vocabulary or Vocabulary(), max_features)
+        edge = None if next_texts is None else _edges(packing, texts, next_texts, node_similarity)
         batch = cls(
             reward=packing.pack(finite(reward, "reward"), "reward"),
             mask=packing.pack(np.ones(len(packing), bool)),
             success=packing.pack_trajectories(flags(success, "success"), "success"),
             action_valid=packing.pack(flags(action_valid, "action_valid"), "action_valid"),
-            anchor=None if row is None else packing.pack(row),
+            anchor=None if seen.row is None else packing.pack(seen.row),
             embedding=None if embedding is None else packing.pack(finite(embedding, "embedding", 2), "embedding"),
             words=words,
-            anchored_by=anchored_by,
+            edge=None if edge is None else packing.pack(edge),
+            text=None if seen.number is None else packing.pack(seen.number.astype(np.int32)),
+            entropy=None if entropy is None else packing.pack(finite(entropy, "entropy"), "entropy"),
+            anchored_by=seen.anchored_by,
         )
         return batch, packing
 
 
-def _observations(
-    packing: Packing,
-    texts: Sequence[str] | None,
-    anchor: Any,
-    vocabulary: Vocabulary | None,
-    threshold: float | None,
-    max_features: int | None,
-) -> tuple[np.ndarray | None, WordCounts | None, str | None]:
-    """(observation of each step int32 [N], word counts [G, U, K], what steps were compared by), as in `from_steps`."""
+class _Seen(NamedTuple):
+    """Observations of steps: batch-wide numbers int [N], numbers in their groups int32 [N], the table from those to the
+    former int64 [G, U], and what steps were compared by."""
+
+    number: np.ndarray | None
+    row: np.ndarray | None
+    table: np.ndarray | None
+    anchored_by: str | None
+
+
+def _observations(packing: Packing, texts: Sequence[str] | None, anchor: Any, threshold: float | None) -> _Seen:
+    """The observations of texts or of the caller's anchors, as in `from_steps`."""
     if texts is None and threshold is not None:
         raise UserError("similarity_threshold: there are no texts; need them to number anchors by")
     if texts is not None and anchor is not None:
         raise UserError("anchor: texts number their own anchors; give one of the two")
+    if texts is None and anchor is None:
+        return _Seen(None, None, None, None)
+    name, anchored_by = "anchor", None
     if texts is not None and threshold is None:
-        vocabulary = vocabulary or Vocabulary()
-        numbers = vocabulary.rows(strings(texts, "texts"))
-        row, table = packing.distinct(numbers, "texts")
-        kept = vocabulary if max_features is None else vocabulary.cut(numbers, max_features)
-        return row, kept.gather(table), "equal texts"
-    anchored_by = None
-    if texts is not None and threshold is not None:
-        anchored_by, anchor = "similar texts", similar_anchors(strings(texts, "texts"), packing.index[0], threshold)
-    if anchor is None:
-        return None, None, None
-    row, _ = packing.distinct(numbered(anchor, "anchor")[0], "anchor")  # ids may be larger than int32
-    return row, None, anchored_by
+        name, anchored_by, number = "texts", "equal texts", first_seen(texts)
+    else:
+        if texts is not None:
+            assert threshold is not None
+            anchored_by, anchor = "similar texts", similar_anchors(texts, packing.index[0], threshold)
+        number = numbered(anchor, "anchor")[0]  # ids may be larger than int32
+    row, table = packing.distinct(number, name)
+    return _Seen(number, row, table, anchored_by)
+
+
+def _words(
+    packing: Packing, texts: Sequence[str], seen: _Seen, vocabulary: Vocabulary, max_features: int | None
+) -> WordCounts:
+    """Word counts [G, U, K] of the distinct observations."""
+    assert seen.number is not None
+    assert seen.table is not None
+    distinct = list(dict.fromkeys(texts))
+    rows = vocabulary.rows(distinct)
+    kept = vocabulary if max_features is None else vocabulary.cut(rows[seen.number], max_features)
+    return kept.gather(np.where(seen.table < 0, -1, rows[seen.table]))
+
+
+def _edges(packing: Packing, texts: list[str] | None, next_texts: Any, similarity: float | None) -> np.ndarray:
+    """Nodes before and after each step's action, int32 [N, 2]; texts in the order of the steps, own before next."""
+    if texts is None:
+        raise UserError("next_texts: there are no texts; need both, for where an action led from and to")
+    following = strings(next_texts, "next_texts")
+    if len(texts) != len(following):
+        raise UserError(f"next_texts: got {len(following)} rows, need {len(texts)}, one per step")
+    both = [text for pair in zip(texts, following, strict=True) for text in pair]
+    if similarity is None:
+        node = first_seen(both)
+    else:
+        node = similar_anchors(both, np.repeat(packing.index[0], 2), similarity)
+    return node.reshape(-1, 2).astype(np.int32)
 
 
 Batch = Group
 """A batch of groups: a `Group` whose arrays have a leading axis [G, ...]; `words.alphabetical` [V] has none."""
 
+CHOICES = {
+    "score": ("return", "td", "gain", "distance"),
+    "history_weights": ("paper", "official"),
+    "values_over": ("group", "batch"),
+    "path": ("paper", "official", "progress"),
+}
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 RANGES = {
     "discount": (0.0, 1.0),
@@ -158,6 +215,14 @@ RANGES = {
     "temperature": (SMALLEST, LARGEST),
     "step_weight": (0.0, LARGEST),
     "epsilon": (0.0, LARGEST),
+    "episode_weight": (0.0, LARGEST),
+    "step_invalid_penalty": (-1.0, LARGEST),
+    "lam": (0.0, 1.0),
+    "success_reward": (0.0, LARGEST),
+    "length_weight_alpha": (0.0, LARGEST),
+    "entropy_scale": (0.0, LARGEST),
+    "clarity_scale": (0.0, LARGEST),
+    "clarity_bonus": (0.0, LARGEST),
 }
 
 
@@ -173,7 +238,7 @@ class Settings:
     """
 
     discount: float = 0.95
-    """Discount of the returns (gamma)."""
+    """Discount of the returns (gamma); with score distance, of each action on the shortest path to the goal."""
     invalid_penalty: float = 0.1
     """Subtracted from the episode and step scores of a turn with an invalid action (c)."""
     alpha: float = 4.0
@@ -186,15 +251,50 @@ class Settings:
     """Weight of the step advantage in the joint advantage (omega)."""
     epsilon: float = 1e-6
     """Added to standard deviations; with 0, equal scores still get advantage 0."""
+    episode_weight: float = 1.0
+    """Weight of the episode advantage in the joint advantage."""
+    step_invalid_penalty: float = -1.0
+    """The penalty in step scores where it differs from that in episode scores (invalid_penalty); -1: the same."""
+    lam: float = 0.8
+    """Decay of the TD residuals of later steps (lambda), with score td."""
+    success_reward: float = 10.0
+    """Value of the goal, with scores gain and distance. A trajectory with exactly this return has reached it (gain)."""
+    length_weight_alpha: float = 1.0
+    """Exponent of the weights of longer histories (HGPO)."""
+    entropy_scale: float = 1.0
+    """How fast uncertain steps lose weight (k of EMPG), with entropy."""
+    clarity_scale: float = 1.0
+    """How fast the bonus falls with the entropy of the following step (k_f of EMPG), with entropy."""
+    clarity_bonus: float = 0.05
+    """Largest bonus of a step whose following step is certain (zeta of EMPG), with entropy."""
 
     aggregation: Literal["none", "hard", "similar", "soft"] = static("soft")
     """Step baseline over no steps (none), equal (hard) or similar observations, or all steps by proximity (soft)."""
     episode_std: bool = static(False)
     """Divide the episode advantage by the unbiased standard deviation of the group."""
     step_std: bool = static(False)
-    """Divide the step advantage by the unbiased standard deviation of the matching steps; not with aggregation soft."""
-    episode_over: Literal["steps", "trajectories"] = static("steps")
-    """Samples of the episode statistics: steps, as in the official code, or trajectories."""
+    """Divide the step advantage by the standard deviation of the steps that are compared (soft: weighted, biased)."""
+    biased_std: bool = static(False)
+    """Divide the sum of squares of matching steps by their number instead of one less, with step_std."""
+    score: Literal["return", "td", "gain", "distance"] = static("return")
+    """Step score: discounted return, sum of TD residuals of state values (GAGPO), gain in state value (G2PO), or
+    distance to the goal in the graph of observations (GraphGPO)."""
+    history_length: int = static(0)
+    """Also compare steps by their last 2, .. history_length + 1 observations (HGPO); 0: by the present one alone."""
+    history_weights: Literal["paper", "official"] = static("paper")
+    """Mean over histories: weights 1, 2, .. over all, or official: 2, 3, .. over those that are not 0."""
+    base_group: bool = static(False)
+    """The episode advantage takes part in the mean over histories, with weight 1 (HGPO), and in nothing else."""
+    standardize: bool = static(True)
+    """Compare the sums of TD residuals with those of the group, with score td; False: they are the step advantage."""
+    values_over: Literal["group", "batch"] = static("group")
+    """Steps over which equal observations share a value, with score td: of the group, or batch, as in public code."""
+    path: Literal["paper", "official", "progress"] = static("paper")
+    """Discounted with score distance: the path from here, official: from the next observation, or the progress."""
+    entropy: bool = static(False)
+    """Scale episode advantages by the entropy of responses, add a bonus, and centre over the batch (EMPG)."""
+    episode_over: Literal["steps", "trajectories", "none"] = static("steps")
+    """Samples of the episode statistics: steps, as in the official code, or trajectories; none: no episode part."""
     leave_one_out: bool = static(False)
     """Leave the sample itself out of its episode baseline (RLOO)."""
     success_rate: Literal["trajectories", "official"] = static("trajectories")
@@ -211,11 +311,23 @@ class Settings:
     def __post_init__(self):
         _choice("kernel", self.kernel, ("dense", "blockwise", "pallas"))
         _choice("aggregation", self.aggregation, ("none", "hard", "soft", "similar"))
-        _choice("episode_over", self.episode_over, ("steps", "trajectories"))
+        _choice("episode_over", self.episode_over, ("steps", "trajectories", "none"))
         _choice("success_rate", self.success_rate, ("trajectories", "official"))
         _choice("lone_step", self.lone_step, ("zero", "official"))
-        if self.step_std and self.aggregation == "soft":
-            raise UserError('step_std: the soft baseline has no standard deviation; use aggregation="hard"')
+        for name in ("score", "history_weights", "values_over", "path"):
+            _choice(name, getattr(self, name), CHOICES[name])
+        if self.history_length < 0:
+            raise UserError(
+                f"history_length must be at least 0 (the present observation alone), got {self.history_length}"
+            )
+        uses = {"score": self.score != "return", "history_length": self.history_length > 0}
+        odd = next((name for name, used in uses.items() if used), None)
+        if self.aggregation == "none" and odd:
+            raise UserError(f"{odd} {getattr(self, odd)!r} compares observations; need an aggregation, got 'none'")
+        if self.entropy and self.base_group:
+            raise UserError("entropy scales the episode part, which base_group makes a part of the step advantage")
+        if self.values_over == "batch" and (self.score != "td" or self.aggregation == "soft"):
+            raise UserError("values_over 'batch' needs score 'td' and aggregation 'hard' or 'similar'")
         if self.max_features < 1:
             raise UserError(f"max_features must be at least 1, got {self.max_features}")
         for name in RANGES:
@@ -282,8 +394,10 @@ class Advantages:
         modulation: float32 [M, T], weight of the episode advantage.
         episode: float32 [M, T], modulated episode advantage.
         step: float32 [M, T], step advantage.
-        joint: float32 [M, T], episode + step_weight * step: the advantage of every response token of the turn.
+        joint: float32 [M, T], the advantage of every response token of the turn: episode_weight * episode +
+            step_weight * step, or what the entropy modulation makes of it.
         proximity: float32 [M * T, M * T], weights of the soft baseline if they were requested, else None.
+        parts: float32 [M, T] or [M, T, K], what the step advantage is made of, by name; which, depends on the settings.
     """
 
     returns: jax.Array
@@ -293,6 +407,7 @@ class Advantages:
     step: jax.Array
     joint: jax.Array
     proximity: jax.Array | None = None
+    parts: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def masked_mean(values: Array, mask: Array) -> jax.Array:

@@ -136,6 +136,22 @@ def token_mean(values: jax.Array, mask: jax.Array, total: jax.Array | None = Non
     return jnp.where(mask, values, 0.0).sum() / count
 
 
+def turn_mean(values: jax.Array, turn: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the tokens of each token's turn, as the log-ratio of a whole action (GSPO, arXiv 2507.18071; GAGPO).
+
+    Args:
+        values: float32 [B, A].
+        turn: int32 [B, A].
+        mask: bool [B, A].
+
+    Returns:
+        float32 [B, A], 0 where the mask is False.
+    """
+    same = (turn[:, :, None] == turn[:, None, :]) & mask[:, None, :]
+    mean = jnp.einsum("bij,bj->bi", same.astype(jnp.float32), values) / jnp.maximum(same.sum(-1), 1)
+    return jnp.where(mask, mean, 0.0)
+
+
 class PolicyLoss(NamedTuple):
     """The loss and its diagnostics, float32 scalars.
 
@@ -179,6 +195,8 @@ class LossSettings:
     """Weights of tokens and turns in the loss, one of `AGGREGATIONS`."""
     longest_response: int = 1
     """Tokens of the longest response, the divisor of turn_sum_over_length."""
+    importance_sampling_level: str = "token"
+    """Probability ratio of each token, or of each whole action, normalised by its length (sequence)."""
 
 
 def policy_loss(
@@ -192,6 +210,7 @@ def policy_loss(
     *,
     weight: jax.Array | None = None,
     total: jax.Array | None = None,
+    turn: jax.Array | None = None,
 ) -> PolicyLoss:
     """PPO loss of response tokens: sum of weight * (surrogate + kl_coef * KL - entropy_coef * entropy).
 
@@ -205,12 +224,16 @@ def policy_loss(
         settings: constants of the loss.
         weight: float32 [...], from `token_weights` (default: the token mean).
         total: as in `token_mean`.
+        turn: int32 [B, A], the turn of each token of a row; needed for importance_sampling_level "sequence".
 
     Returns:
         The loss and its diagnostics.
     """
     log_prob, entropy = token_log_probs(logits, tokens)
-    log_ratio = jnp.where(mask, log_prob - old, 0.0)
+    of_token = log_ratio = jnp.where(mask, log_prob - old, 0.0)
+    if settings.importance_sampling_level == "sequence":
+        assert turn is not None
+        log_ratio = turn_mean(log_ratio, turn, mask)
     if weight is None:
         weight = token_weights(mask, mask, "token_mean", 1)
 
@@ -229,6 +252,6 @@ def policy_loss(
         kl=kl,
         entropy=entropy,
         clip_fraction=token_mean(was_clipped(surrogate, log_ratio, advantage), mask, total),
-        approx_kl=token_mean(-log_ratio, mask, total),
-        sampler_mismatch=token_mean(jnp.abs(log_ratio), mask, total),
+        approx_kl=token_mean(-of_token, mask, total),
+        sampler_mismatch=token_mean(jnp.abs(of_token), mask, total),
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from proxmo_jax.estimator.batch import batch_advantages
+from proxmo_jax.estimator.states import at_next
 from proxmo_jax.estimator.types import Advantages, Batch, Settings
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy import adapters
@@ -163,8 +164,9 @@ def policy_step(
         logits = row_logits(adapters.join(frozen or {}, params), micro_batch, config) / temperature
         r = micro_batch
         terms = policy_loss(
-            logits, r.targets, r.mask, r.advantage, r.old_log_probs, r.reference, settings, weight=weight, total=total
-        )
+            logits, r.targets, r.mask, r.advantage, r.old_log_probs, r.reference, settings, weight=weight, total=total,
+            turn=jnp.take_along_axis(r.segments, r.places, axis=1),
+        )  # fmt: skip
         return terms.loss, terms
 
     weight = token_weights(rows.mask, rows.turn_tokens, settings.aggregation, settings.longest_response)
@@ -240,13 +242,14 @@ def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation,
 
 @partial(jax.jit, static_argnames="texts")
 def estimate(
-    buffer: Buffer, success: jax.Array, alphabetical: jax.Array, settings: Settings, *, texts: int
+    buffer: Buffer, success: jax.Array, ending: jax.Array, alphabetical: jax.Array, settings: Settings, *, texts: int
 ) -> Advantages:
     """Advantages of a rollout.
 
     Args:
         buffer: the rollout [E, T].
         success: bool [E].
+        ending: int32 [E], number of the observation after the last action, as `buffer.anchor`.
         alphabetical: int32 [V], as in `WordCounts`.
         settings: of the estimator.
         texts: at least the most distinct observations of a group.
@@ -259,6 +262,7 @@ def estimate(
     def grouped(x):
         return x.reshape(groups, episodes // groups, *x.shape[1:])
 
+    following = jax.vmap(at_next, (0, 0, 0))(grouped(buffer.anchor), grouped(buffer.mask), grouped(ending))
     return batch_advantages(
         Batch(
             reward=grouped(buffer.reward),
@@ -266,6 +270,7 @@ def estimate(
             success=grouped(success),
             action_valid=grouped(buffer.action_valid),
             anchor=grouped(buffer.anchor),
+            edge=jnp.stack([grouped(buffer.anchor), following], -1),
             words=WordCounts(buffer.word_ids[:, :texts], buffer.word_counts[:, :texts], alphabetical),
         ),
         settings,

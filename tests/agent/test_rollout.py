@@ -20,13 +20,14 @@ from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Goal
 from envs_bridge.worker import WORD
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
-from proxmo_jax.agent.loop import rollout_row
+from proxmo_jax.agent.loop import rollout_row, steps_of
 from proxmo_jax.agent.player import make_player
 from proxmo_jax.agent.report import progress_bar
 from proxmo_jax.agent.rollout import TRIES, Limits, Player, collect
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.presets import proxmo
+from proxmo_jax.estimator.presets import graphgpo, proxmo
+from proxmo_jax.estimator.steps_file import steps_advantages
 from proxmo_jax.policy.decoder import PolicyConfig, init_params
 from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh, replicate
@@ -185,6 +186,29 @@ def test_what_lost_attempts_saw_leaves_room_for_the_others(tmp_path):
     check_words(player, rollout, 2)
 
 
+def test_what_the_last_action_led_to(tmp_path):
+    """Two members end where a turn began and two somewhere new; the graph has one node for each text."""
+    player = small_player(tmp_path)
+
+    def script(slot, attempt, turn):
+        if turn < 3:
+            return say(f"room {turn}")
+        return say(("room 1", "the garden", "the garden", "the cellar")[slot], done=slot > 1, won=slot == 3)
+
+    rollout = play_script(player, script, groups=1, members=4)
+    assert rollout.endings == ["room 1", "the garden", "the garden", "the cellar"]
+    anchor = np.asarray(rollout.buffer.anchor)
+    assert rollout.ending_anchor.tolist() == [anchor[0, 1], 3, 3, 4]
+    assert steps_of(rollout, 4)["next_texts"][:3] == ["room 1", "room 2", "room 1"]
+    answer = estimate(
+        rollout.buffer, rollout.won, rollout.ending_anchor, player.vocabulary.alphabetical(), graphgpo(), texts=4
+    )
+    assert np.asarray(answer.parts["distance"])[0].tolist() == [[3, 2, 1]] * 4
+    assert np.asarray(answer.parts["next_distance"])[0, :, 2].tolist() == [2, 4, 4, 0]
+    direct = steps_advantages(steps_of(rollout, 4), graphgpo())["advantage"]
+    np.testing.assert_allclose(np.asarray(answer.joint).reshape(-1), direct, atol=1e-5)
+
+
 def test_lost_episodes_are_in_no_statistic(tmp_path):
     """Groups of two: one solved by a member, one whose other member is lost, one lost altogether."""
     player = small_player(tmp_path)
@@ -206,7 +230,9 @@ def test_lost_episodes_are_in_no_statistic(tmp_path):
     assert rollout.score[3:].tolist() == [0, 0, 0]
     mask = np.asarray(rollout.buffer.mask)
     assert mask.sum(1).tolist() == [2, 3, 2, 0, 0, 0]
-    answer = estimate(rollout.buffer, rollout.won, player.vocabulary.alphabetical(), proxmo(), texts=6)
+    answer = estimate(
+        rollout.buffer, rollout.won, rollout.ending_anchor, player.vocabulary.alphabetical(), proxmo(), texts=6
+    )
     np.testing.assert_allclose(np.asarray(answer.success_rate), [0.5, 1.0, 0.0])
     assert not np.asarray(answer.joint)[1:, 1].any()
 

@@ -16,8 +16,17 @@ from proxmo_jax.agent import train
 from proxmo_jax.agent.loop import learning_rate_share
 from proxmo_jax.agent.rollout import batch_bucket
 from proxmo_jax.agent.run_files import RECIPES, default, flat, open_folder, resumed, stored_config
-from proxmo_jax.agent.settings import Config, check, check_devices, micro_batches, small_policy
+from proxmo_jax.agent.settings import (
+    Config,
+    EnvSettings,
+    check,
+    check_devices,
+    check_estimator,
+    micro_batches,
+    small_policy,
+)
 from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.policy.decoder import init_params
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings
 
@@ -354,3 +363,22 @@ def test_recipes_that_are_wrong(tmp_path, text, message):
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.toml")))
 def test_every_recipe_is_read(recipe):
     default(["--config", recipe])
+
+
+@pytest.mark.parametrize(
+    ("preset", "knobs", "message"),
+    [
+        ("empg", {}, "--preset empg needs the entropy of each response"),
+        ("gagpo", {"values_over": "batch"}, "--estimator.values-over must be group"),
+        ("graphgpo", {"aggregation": "similar"}, "--estimator.aggregation must be hard or soft with score distance"),
+        ("g2po", {"success_reward": 1.0}, "--estimator.success-reward must be --env.reward-scale, 10"),
+    ],
+)
+def test_estimators_that_a_rollout_cannot_serve(preset, knobs, message):
+    with pytest.raises(UserError, match=message):
+        check_estimator(PRESETS[preset](**knobs), EnvSettings())
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"empg"}))
+def test_estimators_that_a_rollout_serves(preset):
+    check_estimator(PRESETS[preset](), EnvSettings())

@@ -34,8 +34,11 @@ def random_steps(seed: int, groups: int = 5, members: int = 3, turns: int = 4) -
                 text = str(rng.choice([f"You arrive at {place}. You see a {thing} 1.", "Nothing happens.", "!?", ""]))
                 reward = 10.0 * (won and t == length - 1) + float(rng.normal()) * 0.1
                 rows.append((f"g{g}", f"g{g}-{m}", 3 * t, reward, won, bool(rng.random() < 0.8), text))
+    led_to = [row[6] for row in rows[1:]] + ["the end"]  # the last turn of a trajectory leads anywhere
+    entropy = rng.random(len(rows))
+    rows = [(*row, *more) for row, *more in zip(rows, led_to, entropy, strict=True)]
     order = rng.permutation(len(rows))
-    names = ("group", "trajectory", "step", "reward", "success", "action_valid", "texts")
+    names = ("group", "trajectory", "step", "reward", "success", "action_valid", "texts", "next_texts", "entropy")
     return {name: np.array([rows[i][k] for i in order]) for k, name in enumerate(names)}
 
 
@@ -78,6 +81,9 @@ def test_padding_groups_turns_and_words_changes_nothing(seed, preset):
         action_valid=pad(group.action_valid, False, (2, 1, 3)),
         anchor=pad(group.anchor, 1, (2, 1, 3)),
         words=words and WordCounts(pad(words.ids, 2, (2, 3, 5)), pad(words.counts, 0, (2, 3, 5)), words.alphabetical),
+        edge=pad(group.edge, 1, (2, 1, 3)),
+        text=pad(group.text, 1, (2, 1, 3)),
+        entropy=pad(group.entropy, np.nan, (2, 1, 3)),
         anchored_by=group.anchored_by,
     )
     answer = BATCHED(wider, settings)

@@ -121,3 +121,25 @@ def test_weights_are_those_of_plain_loops(aggregation):
     tokens = np.vectorize(lambda t: counts.get(t, 0))(turn)
     weight = token_weights(jnp.asarray(turn >= 0), jnp.asarray(tokens), aggregation, 5)
     np.testing.assert_allclose((weight * values).sum(), expected, rtol=1e-5)
+
+
+def test_the_ratio_of_a_whole_action():
+    """Two turns in a row: every token has the mean log-ratio of its turn, and the gradient reaches all of them."""
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(1, 6, 5)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 5, (1, 6)))
+    mask, turn = jnp.array([[1, 1, 1, 1, 1, 0]], bool), jnp.array([[1, 1, 1, 2, 2, 0]])
+    log_prob, _ = token_log_probs(logits, tokens)
+    old = log_prob - jnp.asarray(rng.uniform(-0.1, 0.1, (1, 6)), jnp.float32)
+    settings = LossSettings(kl_coef=0.0, entropy_coef=0.0, importance_sampling_level="sequence")
+
+    def of(logits):
+        return policy_loss(logits, tokens, mask, jnp.ones((1, 6)), old, old, settings, turn=turn)
+
+    ratio = np.asarray(log_prob - old)[0]
+    means = np.exp([*[ratio[:3].mean()] * 3, *[ratio[3:5].mean()] * 2])
+    np.testing.assert_allclose(float(of(logits).policy), -means.mean(), rtol=1e-5)
+    np.testing.assert_allclose(float(of(logits).approx_kl), -ratio[:5].mean(), rtol=1e-5)
+    gradient = np.abs(np.asarray(jax.grad(lambda x: of(x).loss)(logits)))[0].sum(-1)
+    assert (gradient[:5] > 0).all()
+    assert gradient[5] == 0

@@ -218,7 +218,8 @@ def test_the_loop_learns_a_corridor(settings):
             }  # fmt: skip
             buffer = write(buffer, np.arange(episodes), jnp.int32(turn), rows)
         rates.append(done.mean())
-        answer = estimate(buffer, done, np.arange(16, dtype=np.int32), settings, texts=CORRIDOR + 1)
+        alphabetical, ending = np.arange(16, dtype=np.int32), place.astype(np.int32)
+        answer = estimate(buffer, done, ending, alphabetical, settings, texts=CORRIDOR + 1)
         lengths = (prompt_lengths + (prompt_lengths > 0)).reshape(-1)
         at, offsets = pack_turns(
             lengths, (lengths > 0).astype(int), np.flatnonzero(lengths), row_length=6, row_answers=2

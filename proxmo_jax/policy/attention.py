@@ -89,8 +89,8 @@ def _splash_prompts(query, key, value, start):
     length = query.shape[1]
     short = -length % BLOCK
     segments = (jnp.arange(-short, length) >= start[:, None]).astype(jnp.int32)
-    padded = (jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) for x in (query, key, value))
-    return splash(*padded, segments)[:, short:]
+    query, key, value = (jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) for x in (query, key, value))
+    return splash(query, key, value, segments)[:, short:]
 
 
 def _cudnn_takes(query: jax.Array) -> bool:
@@ -112,8 +112,9 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, 
         float [B, L, H, D].
     """
     roll = jax.vmap(partial(jnp.roll, axis=0))
-    moved = (roll(x, -start) for x in (query, key, value))
-    return roll(jax.nn.dot_product_attention(*moved, is_causal=True, implementation=implementation), start)
+    query, key, value = (roll(x, -start) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+    return roll(mixed, start)
 
 
 def blockwise(

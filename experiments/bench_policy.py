@@ -123,13 +123,20 @@ def time_ours(config: Config, shape: PolicyConfig, request: dict) -> dict:
     params = init_params(shape, jax.random.key(0))
     prompts = np.array(request["decode"]["prompts"], np.int32)
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
-    decoding = Decoding(config.decode_steps, (config.vocab_size - 1,), greedy=True)
-    decode = timed(
-        lambda: sample(params, prompts, lengths, jax.random.key(0), jnp.float32(0.0), config=shape, decoding=decoding),
-        config.repeat,
-    )
-    drawn = sample(params, prompts, lengths, jax.random.key(0), jnp.float32(0.0), config=shape, decoding=decoding)
-    timings = {"decode": {**decode, "tokens": int(drawn.lengths.sum())}, **time_queue(config, shape, params, prompts)}
+    arguments = prompts, lengths, jax.random.key(0), jnp.float32(0.0)
+
+    def draw(steps: int):
+        decoding = Decoding(steps, (config.vocab_size - 1,), greedy=True)
+        return sample(params, *arguments, config=shape, decoding=decoding)
+
+    timings = {
+        "prefill": {**timed(lambda: draw(1), config.repeat), "tokens": prompts.size},
+        "decode": {
+            **timed(lambda: draw(config.decode_steps), config.repeat),
+            "tokens": int(draw(config.decode_steps).lengths.sum()),
+        },
+        **time_queue(config, shape, params, prompts),
+    }
     prompt, response = (np.array([len(r) for r in request[name]]) for name in ("prompts", "responses"))
     whole = int(prompt.max() + response.max())
     for name, row_length, room in (("padded", whole, int(response.max())), ("packed", whole, whole // 2)):
@@ -226,10 +233,11 @@ def time_tunix(python: Path, request: dict) -> dict:
 def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> str:
     """The measurements as Markdown."""
     real = sum(map(len, request["prompts"])) + sum(map(len, request["responses"]))
-    rows = [(name, "proxmo-jax", ours[name], ours[name]["tokens"]) for name in ("decode", *QUEUED)]
+    rows = [(name, "proxmo-jax", ours[name], ours[name]["tokens"]) for name in ("prefill", "decode", *QUEUED)]
     rows += [(f"training step, {name}", "proxmo-jax", ours[name], real) for name in ("padded", "packed")]
     if theirs:
-        rows.insert(1, ("decode", "google-tunix", theirs["decode"], theirs["decode"]["tokens"]))
+        for place, what in ((1, "prefill"), (3, "decode")):
+            rows.insert(place, (what, "google-tunix", theirs[what], theirs[what]["tokens"]))
         rows.append(("training step", "google-tunix", theirs["train"], real))
     longest = max(len(p) + len(r) for p, r in zip(request["prompts"], request["responses"], strict=True))
     lines = [
@@ -237,10 +245,10 @@ def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> st
         "",
         f"{bench.host_and_devices()}. Qwen2 with {config.layers} layers, width {config.hidden_size},"
         f" {config.vocab_size} words, {config.dtype}. Training step: {config.turns} turns of"
-        f" {real / config.turns:.0f} tokens on average, the longest {longest}. Decoding: {config.decode_rows} prompts"
-        f" of 128 tokens, {config.decode_steps} steps, greedy; then four times as many prompts on {config.decode_rows}"
-        f" rows, with responses of about 40 tokens, at most 160. Medians of {config.repeat}. Tokens are real tokens,"
-        " without padding.",
+        f" {real / config.turns:.0f} tokens on average, the longest {longest}. Prefill: {config.decode_rows} prompts of"
+        f" 128 tokens and one step. Decoding: the same with {config.decode_steps} steps, greedy; then four times as"
+        f" many prompts on {config.decode_rows} rows, with responses of about 40 tokens, at most 160. Medians of"
+        f" {config.repeat}. Tokens are real tokens, without padding.",
         "",
         "| what | implementation | seconds | tokens / s | relative to google-tunix | first call, s |",
         "|---|---|---|---|---|---|",
@@ -248,7 +256,7 @@ def report(config: Config, request: dict, ours: dict, theirs: dict | None) -> st
     for what, implementation, timing, tokens in rows:
         rate, ratio = tokens / timing["seconds"], "-"
         if theirs and what not in QUEUED:
-            other = theirs["decode"] if what == "decode" else theirs["train"]
+            other = theirs.get(what, theirs["train"])
             ratio = f"{rate / ((other.get('tokens') or real) / other['seconds']):.2f}"
         lines.append(
             f"| {what} | {implementation} | {timing['seconds']:.3f} | {rate:,.0f} | {ratio} | {timing['first']:.1f} |"

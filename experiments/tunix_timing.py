@@ -1,7 +1,7 @@
 """Time google-tunix's Qwen2, sampler and GRPO loss; `bench_policy` runs this file in an environment that has it.
 
 Standard input: the request of `bench_policy`. Standard output, one JSON line: seconds of the first call and median
-seconds of the later ones, for decoding and for a training step, and the number of decoded tokens.
+seconds of the later ones, for prefill, decoding and a training step, and the number of tokens read or decoded.
 """
 
 import json
@@ -44,12 +44,13 @@ def main() -> None:
     sampler = Sampler(model, tokenizer, cache)
     produced = []
 
-    def generate():
+    def generate(steps=steps):
         out = sampler(list(texts), max_generation_steps=steps, max_prompt_length=width, temperature=0.0)
         produced.append(sum(len(tokens) for tokens in out.tokens))
         return out.tokens
 
-    timings = {"decode": timed(generate, request["repeat"])}
+    timings = {"prefill": {**timed(lambda: generate(1), request["repeat"]), "tokens": width * len(texts)}}
+    timings["decode"] = timed(generate, request["repeat"])
     timings["decode"]["tokens"] = produced[-1]
 
     longest = max(map(len, prompts)), max(map(len, responses))

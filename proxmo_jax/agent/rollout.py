@@ -19,7 +19,7 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import Vocabulary, bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.decoding import Samples, decoding_params, sample
 from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import split
 from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
@@ -101,6 +101,7 @@ class Player:
         limits: sizes of prompts, responses and episodes.
         mesh: the devices.
         decoding, stop_table, slots: how responses are sampled and end, and how many at a time (`decoding.sample`).
+        gather_weights: of `decoding.decoding_params`.
         vocabulary: words of all observations so far.
         start: begins the memory of an episode from its task and first observation; the memory writes the prompts.
         render: puts a prompt into the chat template.
@@ -119,6 +120,7 @@ class Player:
     decoding: Decoding
     stop_table: jax.Array | None = None
     slots: int = 0
+    gather_weights: bool = True
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     start: Callable[[str, Observation], Memory] = Notes.start
     render: Callable[[str], str] = str
@@ -176,14 +178,41 @@ class Player:
 
     def pad(self, rows: Sequence[list[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
-        longest = max(map(len, rows))
-        width = min(self.limits.prompt, -(-longest // 32) * 32)
+        width = min(self.limits.prompt, width_bucket(max(map(len, rows))))
         prompts = np.full((batch, width), self.decoding.pad_id, np.int32)
         lengths = np.zeros(batch, np.int32)
         for i, ids in enumerate(rows):
             prompts[i, width - len(ids) :] = ids
             lengths[i] = len(ids)
         return prompts, lengths
+
+    def sample(
+        self,
+        params,
+        policy: PolicyConfig,
+        prompts: np.ndarray,
+        lengths: np.ndarray,
+        key: jax.Array,
+        temperature: float,
+        *,
+        shared: bool,
+    ) -> Samples:
+        """Responses to padded prompts, by parameters of this shape; equal prompts are read once if `shared`."""
+        prompt_of = None
+        if shared:
+            prompts, lengths, prompt_of = share(prompts, lengths, self.mesh)
+        return sample(
+            params,
+            *split(self.mesh, (prompts, lengths)),
+            key,
+            jnp.float32(temperature),
+            self.stop_table,
+            prompt_of if prompt_of is None else split(self.mesh, prompt_of),
+            config=policy,
+            decoding=self.decoding,
+            slots=self.slots,
+            mesh=self.mesh,
+        )
 
     def observe(
         self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int, words: int
@@ -271,6 +300,7 @@ def collect(
         np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
     params, policy = adapters.without(params, player.config)
+    params = decoding_params(params, config=policy, mesh=player.mesh, gather=player.gather_weights)
     play = _Play(
         player, params, policy, pool, list(games), rollout, temperature, reward_scale, reward_score,
         penalise_inadmissible, length_penalty,
@@ -363,17 +393,8 @@ class _Play:
         player, rollout, active = self.player, self.rollout, self.active
         batch = batch_bucket(len(active), player.mesh)
         prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
-        samples = sample(
-            self.params,
-            *split(player.mesh, (prompts, lengths)),
-            key,
-            jnp.float32(self.temperature),
-            player.stop_table,
-            config=self.policy,
-            decoding=player.decoding,
-            slots=player.slots,
-            mesh=player.mesh,
-        )
+        # The members of a group begin with the same prompt.
+        samples = player.sample(self.params, self.policy, prompts, lengths, key, self.temperature, shared=turn == 0)
         overlong = unended(samples.tokens, samples.lengths, player.stop_table, decoding=player.decoding)
         tokens, answer_lengths, overlong = jax.device_get((samples.tokens, samples.lengths, overlong))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
@@ -485,3 +506,35 @@ def batch_bucket(size: int, mesh: Mesh) -> int:
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     return devices * bucket(-(-size // devices), bucket(-(-16 // devices), 1))
+
+
+def width_bucket(length: int) -> int:
+    """Round the width of prompts up such that few programs are compiled: 32, 64, 96, 128, 192, 256, 384, 512, ..."""
+    power = bucket(length, 32)
+    return power * 3 // 4 if power >= 128 and length <= power * 3 // 4 else power
+
+
+def share(prompts: np.ndarray, lengths: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Keep one of equal prompts, if a half of them or fewer are left.
+
+    Args:
+        prompts: int32 [N, P], padded.
+        lengths: int32 [N], 0 for batch padding.
+        mesh: the mesh.
+
+    Returns:
+        Prompts [U, P] and lengths [U]; `U` is a power of two for each device that batches are sharded over. And int32
+        [N], the prompt of each row, `U` for batch padding; or None, and the prompts as they were.
+    """
+    number: dict[tuple[int, bytes], int] = {}
+    rows = np.flatnonzero(lengths)
+    prompt_of = [number.setdefault((int(lengths[i]), prompts[i].tobytes()), len(number)) for i in rows]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = devices * bucket(-(-len(number) // devices), 1)
+    if 2 * size > len(prompts):
+        return prompts, lengths, None
+    texts, text_lengths = np.zeros((size, prompts.shape[1]), np.int32), np.zeros(size, np.int32)
+    of = np.full(len(prompts), size, np.int32)
+    of[rows] = prompt_of
+    texts[prompt_of], text_lengths[prompt_of] = prompts[rows], lengths[rows]
+    return texts, text_lengths, of

@@ -131,6 +131,9 @@ class RolloutSettings:
     max_num_seqs: int = 0
     """Responses decoded at the same time, which bounds the KV cache; the other prompts wait for a free row (continuous
     batching). 0: all."""
+    gather_weights: bool = True
+    """Sample with weights that are gathered over `--mesh.fsdp` once a rollout; off: gathered layer by layer for each
+    token, where a device has no room for the share that `--mesh.tensor` leaves it, in the dtype of computation."""
     penalise_inadmissible: bool = True
     """Count commands that the environment does not admit as invalid; published: only ill-formed responses are."""
     overlong: Literal["keep", "mask", "penalise"] = "keep"

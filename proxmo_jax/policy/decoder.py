@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+# A KV cache is read to a multiple of so many places, of which there are at most so many.
+READ_STEP, READ_LENGTHS = 128, 8
 # Uniform within 1 / sqrt(inputs), as in the code of LoRA's authors.
 LORA_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -215,27 +218,41 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: ja
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """As `dense_attention` with the layouts of the KV cache; the softmax is in float32.
+def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, at: jax.Array) -> jax.Array:
+    """Attention of one new token of each row to its places of the KV cache; the softmax is in float32.
+
+    A long cache is read to one of a few static lengths, the first that holds all that is written.
 
     Args:
-        query: float [B, L, H, D].
-        keys: float [B, K, D, S].
-        values: float [B, K, S, D].
-        mask: bool [B, L, S].
+        query: float [B, 1, H, D].
+        cache: of all layers; S places.
+        layer: int32 [], index of the layer.
+        start: int32 [B], the first place of each row.
+        at: int32 [] or [B], its last place.
 
     Returns:
-        float [B, L, H, D].
+        float [B, 1, H, D].
     """
-    batch, length, heads, head_dim = query.shape
-    groups = keys.shape[1]
-    query = query.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = query.reshape(batch, groups, -1, head_dim)
-    logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
-    logits = logits.reshape(*query.shape[:4], -1)
-    weight = jax.nn.softmax(jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)).astype(values.dtype)
-    mixed = jnp.matmul(weight.reshape(*rows.shape[:3], -1), values).reshape(query.shape)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    batch, _, heads, head_dim = query.shape
+    kv_heads, size = cache.keys.shape[2:5:2]
+    rows = query.reshape(batch, kv_heads, -1, head_dim)
+    last = jnp.broadcast_to(at, batch)
+
+    def read(length: int) -> jax.Array:
+        keys = jax.lax.dynamic_slice_in_dim(cache.keys, layer, 1)[0, ..., :length]
+        values = jax.lax.dynamic_slice_in_dim(cache.values, layer, 1)[0, :, :, :length]
+        places = jnp.arange(length)
+        seen = (places >= start[:, None]) & (places <= last[:, None])
+        logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+        weight = jax.nn.softmax(jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min))
+        return jnp.matmul(weight.astype(values.dtype), values).reshape(batch, 1, heads, head_dim)
+
+    step = max(READ_STEP, -(-size // READ_LENGTHS // READ_STEP) * READ_STEP)
+    lengths = [*range(step, size, step), size]
+    if len(lengths) == 1:
+        return read(size)
+    # Rows that have stopped may be past the end.
+    return jax.lax.switch(jnp.minimum(last.max() // step, len(lengths) - 1), [partial(read, n) for n in lengths])
 
 
 @jax.custom_vjp
@@ -360,7 +377,8 @@ class Layer(nn.Module):
         query, key = rotate(query, positions, c.rope), rotate(key, positions, c.rope)
         if cache is not None:
             cache = written(cache, key, value, layer, write_at)
-            mixed = cached_attention(query, cache.keys[layer], cache.values[layer], mask)
+        if cache is not None and query.shape[1] == 1:
+            mixed = cached_attention(query, cache, layer, mask, write_at)
         else:
             mixed = self.attend(query, key, value, mask)
         hidden = hidden + linear("output", c.hidden_size, mixed, axes=2)
@@ -417,8 +435,10 @@ class Policy(nn.Module):
         Args:
             tokens: int32 [B, L].
             positions: int32 [B, L].
-            mask: bool [B, L, S], token l may attend to slot s; without a cache S = L.
-            cache: keys and values of these tokens are written to it; S is its length.
+            mask: what `attend` takes: bool [B, L, L], token l may attend to token s. With a cache int32 [B], the
+                first slot of each row.
+            cache: keys and values of these tokens are written to it. One token of a row attends to all slots up to
+                its own, several tokens to one another.
             write_at: int [] or [B], first slot to write, for all rows or for each.
             places: int32 [B, A], tokens whose logits are computed (default: all).
 

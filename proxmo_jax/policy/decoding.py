@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from proxmo_jax.policy.attention import prompt_attention
 from proxmo_jax.policy.decoder import Cache, Policy, PolicyConfig
 from proxmo_jax.policy.sampling import Decoding, draw, stops
-from proxmo_jax.policy.sharding import cache_sharding
+from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings
+
+PREFILL_TOKENS = 8192  # of prompts that a device reads at once
 
 
 class Samples(NamedTuple):
@@ -31,13 +34,43 @@ class Samples(NamedTuple):
     lengths: jax.Array
 
 
+def decoding_params(params: Any, *, config: PolicyConfig, mesh: Mesh | None = None, gather: bool = True) -> Any:
+    """Parameters as decoding reads them, made once for many calls of `sample`: in the dtype of computation.
+
+    Args:
+        params: the policy's parameters.
+        config: the policy's shape.
+        mesh: the devices.
+        gather: replicate over `fsdp`, so that nothing is gathered for each token.
+
+    Returns:
+        The parameters; they are not copied if they are so already.
+    """
+    gather = gather and mesh is not None and mesh.shape["fsdp"] > 1
+    if not gather and all(x.dtype == jnp.dtype(config.dtype) for x in jax.tree.leaves(params)):
+        return params
+    return _converted(params, config, mesh, gather)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "gather"))
+def _converted(params: Any, config: PolicyConfig, mesh: Mesh | None, gather: bool) -> Any:
+    """`decoding_params`; first cast, then gathered."""
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    if mesh is None:
+        return params
+    for gathered in (False, gather):
+        params = jax.lax.with_sharding_constraint(params, parameter_shardings(mesh, config, gathered=gathered))
+    return params
+
+
 @dataclass(frozen=True)
 class _Job:
-    """Constants while responses to `N` prompts are sampled on `B` rows of the KV cache."""
+    """Constants while responses to `N` prompts, `U` texts, are sampled on `B` rows of the KV cache."""
 
     params: Any
-    prompts: jax.Array  # int32 [N, P], left-padded
-    prompt_lengths: jax.Array  # int32 [N]
+    texts: jax.Array  # int32 [U, P], left-padded
+    text_lengths: jax.Array  # int32 [U]
+    text_of: jax.Array | None  # int32 [N]; None: a text for each prompt
     keys: jax.Array  # [N]
     temperature: jax.Array
     stop_table: jax.Array | None
@@ -48,11 +81,16 @@ class _Job:
 
     @property
     def count(self) -> int:
-        return self.prompts.shape[0]
+        return (self.text_lengths if self.text_of is None else self.text_of).shape[0]
 
     @property
     def width(self) -> int:
-        return self.prompts.shape[1]
+        return self.texts.shape[1]
+
+    @property
+    def prompt_lengths(self) -> jax.Array:
+        """int32 [N]; 0: batch padding."""
+        return self.text_lengths if self.text_of is None else pick(self.text_lengths, self.text_of)
 
     @property
     def row_length(self) -> int:
@@ -73,9 +111,14 @@ class _Job:
         """The number of prompts; past it there is batch padding alone."""
         return jnp.max(jnp.where(self.prompt_lengths > 0, jnp.arange(1, self.count + 1), 0))
 
+    @property
+    def devices(self) -> int:
+        """Over which rows are split."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def place(self, cache: Cache) -> Cache:
         """The cache with its sharding."""
-        if self.mesh is None:
+        if self.mesh is None or cache.keys.shape[1] % self.devices:
             return cache
         return jax.lax.with_sharding_constraint(cache, cache_sharding(self.mesh))
 
@@ -85,16 +128,20 @@ class _Job:
         return draw(logits, key, self.temperature, self.decoding)
 
 
+def pick(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[index], 0 past the end."""
+    return jnp.take(values, index, axis=0, mode="fill", fill_value=0)
+
+
 class _State(NamedTuple):
-    """State of the rows: the prompt of each, its position, and its next token."""
+    """State of the rows: the prompt of each, its position, and its last token."""
 
     prompt: jax.Array  # int32 [B]; N: none
     start: jax.Array  # int32 [B], the prompt's first place in the row
-    step: jax.Array  # int32 [B], tokens of the response so far
+    step: jax.Array  # int32 [B], the last token's place in the response
     running: jax.Array  # bool [B]
     matched: jax.Array  # int16 [B], state of the stop strings' automaton
-    token: jax.Array  # int32 [B]
-    log_prob: jax.Array  # float32 [B]
+    token: jax.Array  # int32 [B], the last one, which is not in the cache yet
     cache: Cache
     waiting: jax.Array  # int32, the first prompt without a row
     samples: Samples
@@ -108,25 +155,28 @@ def sample(
     key: jax.Array,
     temperature: jax.Array,
     stop_table: jax.Array | None = None,
+    prompt_of: jax.Array | None = None,
     *,
     config: PolicyConfig,
     decoding: Decoding,
     slots: int = 0,
     mesh: Mesh | None = None,
 ) -> Samples:
-    """Sample a response to each prompt. Compiled once per (N, P).
+    """Sample a response to each prompt. Compiled once per (N, P), and per (N, U, P) where prompts are shared.
 
     With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that
     a long response delays no other. Random numbers belong to prompts and tokens: a response depends neither on `slots`
     nor on the other prompts of the batch.
 
     Args:
-        params: the policy's parameters.
-        prompts: int32 [N, P], left-padded.
-        prompt_lengths: int32 [N]; 0 for batch padding, which gets no response.
+        params: the policy's parameters; fastest from `decoding_params`.
+        prompts: int32 [N, P], left-padded; with `prompt_of` [U, P].
+        prompt_lengths: int32 [N] or [U]; 0 for batch padding, which gets no response.
         key: random key.
         temperature: float32 []; 0 takes the likeliest token.
         stop_table: int16 [states, V], `sampling.stop_table` of the stop strings, or None.
+        prompt_of: int32 [N], the prompt of each response, `U` for batch padding. Each prompt is then read once, if
+            `slots` gives each response a row.
         config: the policy's shape.
         decoding: limits of the response and how tokens are drawn.
         slots: rows decoded at the same time, which bounds the cache; 0: one per prompt.
@@ -136,10 +186,10 @@ def sample(
         The responses; their log-probs are those of `draw`, so that they can be the old log-probs of a policy update
         at the same temperature.
     """
-    count = prompts.shape[0]
+    count = len(prompts if prompt_of is None else prompt_of)
     rows = count if not 0 < slots < count else slots
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-    job = _Job(params, prompts, prompt_lengths, keys, temperature, stop_table, config, decoding, rows, mesh)
+    job = _Job(params, prompts, prompt_lengths, prompt_of, keys, temperature, stop_table, config, decoding, rows, mesh)
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)
     if job.row_for_each:
@@ -159,7 +209,6 @@ def _empty(job: _Job) -> _State:
         running=none > 0,
         matched=none.astype(jnp.int16),
         token=none,
-        log_prob=jnp.zeros(job.rows, jnp.float32),
         cache=job.place(Cache.empty(job.config, job.rows, job.row_length)),
         waiting=jnp.int32(0),
         samples=Samples(
@@ -170,45 +219,99 @@ def _empty(job: _Job) -> _State:
     )
 
 
-def _prefill(job: _Job, prompt: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-    """Read prompts [K] into the first places of a cache of `K` rows.
+def _read(job: _Job, text: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Read texts [K] into the first places of a cache of `K` rows, so many at once that temporaries stay small.
 
     Returns:
-        Logits float32 [K, V] of the first response token; start int32 [K], where each prompt begins; the cache.
+        Logits float32 [K, V] of the first response token, and the cache.
     """
-    read = jnp.minimum(prompt, job.count - 1)
-    start = job.width - jnp.where(prompt < job.count, job.prompt_lengths[read], 0)
-    places = jnp.arange(job.row_length)
-    length = job.row_length if job.row_for_each else job.width
-    real = places[None, :length] >= start[:, None]
-    mask = real[:, None, :] & (places[None, None, :length] <= places[None, : job.width, None])
-    positions = jnp.maximum(places[None, : job.width] - start[:, None], 0)
-    last = jnp.full((len(prompt), 1), job.width - 1)
-    model = Policy(job.config)
-    read_in: Any
-    logits, read_in = model.apply({"params": job.params}, job.prompts[read], positions, mask, cache, 0, last)
-    return logits[:, -1], start, read_in
+    devices = job.devices if len(text) % job.devices == 0 else 1
+    own = len(text) // devices  # rows of a device
+    parts = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * job.width <= PREFILL_TOKENS or n == own))
+    rows = len(text) // parts
+
+    def split(x, axis):
+        """Rows -> (devices, parts, rows of both)."""
+        return x.reshape(*x.shape[:axis], devices, parts, -1, *x.shape[axis + 1 :])
+
+    def read(carry, part):
+        cache, i = carry
+        logits, new = _read_part(job, part.reshape(rows))
+        new = jax.tree.map(lambda x: x.reshape(x.shape[0], devices, 1, -1, *x.shape[2:]), new)
+        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, i, 0, 0, 0, 0)), cache, new)
+        return (cache, i + 1), logits.reshape(devices, -1, logits.shape[-1])
+
+    cache = jax.tree.map(partial(split, axis=1), cache)
+    (cache, _), logits = jax.lax.scan(read, (cache, 0), split(text, 0).swapaxes(0, 1))
+    cache = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[4:]), cache)
+    return logits.swapaxes(0, 1).reshape(len(text), -1), job.place(cache)
+
+
+def _read_part(job: _Job, text: jax.Array) -> tuple[jax.Array, Cache]:
+    """`_read` all texts at once into a cache of their own."""
+    rows, mesh = len(text), job.mesh
+    start = job.width - pick(job.text_lengths, text)
+    positions = jnp.maximum(jnp.arange(job.width) - start[:, None], 0)
+    tokens, last = pick(job.texts, text), jnp.full((rows, 1), job.width - 1)
+    if mesh is not None and rows % job.devices == 0:
+        tokens = jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+    cache: Any = job.place(Cache.empty(job.config, rows, job.width))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if mesh else jax.sharding.get_abstract_mesh()):
+        model = Policy(job.config, prompt_attention)
+        logits, cache = model.apply({"params": job.params}, tokens, positions, start, cache, 0, last)
+    return logits[:, -1], job.place(cache)
 
 
 def _refill(job: _Job, s: _State) -> _State:
-    """The next prompts, each read into a row that has stopped."""
-    together = job.refilled_together
+    """The next prompts, each read into a row that has stopped, and the first token of each response."""
+    together, texts = job.refilled_together, len(job.texts)
     prompt = s.waiting + jnp.arange(together)
-    row = jnp.where(prompt < job.count, jnp.argsort(s.running, stable=True)[:together], job.rows)
-    # With a row for each prompt they are read in place, otherwise into a small cache that is copied.
-    own = job.place(s.cache) if job.row_for_each else Cache.empty(job.config, together, job.width)
-    logits, start, own = _prefill(job, prompt, own)
+    there = prompt < job.count
+    text = prompt if job.text_of is None else job.text_of[jnp.minimum(prompt, job.count - 1)]
+    text = jnp.where(there, text, texts)
     if not job.row_for_each:
-        own = Cache(
+        row = jnp.where(there, jnp.argsort(s.running, stable=True)[:together], job.rows)
+        logits, own = _read(job, text, Cache.empty(job.config, together, job.width))
+        cache = Cache(
             s.cache.keys.at[:, row, :, :, : job.width].set(own.keys, mode="drop"),
             s.cache.values.at[:, row, :, : job.width].set(own.values, mode="drop"),
         )
-    zero = jnp.zeros(together, jnp.int32)
-    token, log_prob = job.draw(logits, prompt, zero)
-    new = {"prompt": prompt, "start": start, "step": zero, "running": start < job.width, "matched": zero}
-    new |= {"token": token, "log_prob": log_prob}
+    elif job.text_of is None:
+        row = prompt
+        logits, cache = _read(job, text, s.cache)
+    else:
+        row = prompt
+        logits, own = _read(job, jnp.arange(texts), job.place(Cache.empty(job.config, texts, job.width)))
+        of = jnp.minimum(text, texts - 1)
+        logits, own = logits[of], job.place(jax.tree.map(lambda x: x[:, of], own))
+        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * 5), s.cache, own)
+    step = jnp.zeros(together, jnp.int32)
+    length = pick(job.text_lengths, text)
+    token, log_prob = job.draw(logits, prompt, step)
+    samples, running, matched = _said(job, s.samples, length > 0, prompt, step, step, token, log_prob)
+    new = {"prompt": prompt, "start": job.width - length, "step": step, "token": token}
+    new |= {"running": running, "matched": matched}
     fields = {k: getattr(s, k).at[row].set(v.astype(getattr(s, k).dtype), mode="drop") for k, v in new.items()}
-    return s._replace(**fields, cache=job.place(own), waiting=s.waiting + together)
+    return s._replace(**fields, cache=job.place(cache), waiting=s.waiting + together, samples=samples)
+
+
+def _said(job: _Job, samples: Samples, running, prompt, step, matched, token, log_prob) -> tuple:
+    """Write a token of each running response down.
+
+    Returns:
+        Samples, and for each response whether it goes on, and the state of the stop strings' automaton.
+    """
+    to = jnp.where(running, prompt, job.count), step
+    samples = Samples(
+        samples.tokens.at[to].set(token, mode="drop"),
+        samples.log_probs.at[to].set(log_prob, mode="drop"),
+        samples.lengths.at[to[0]].add(1, mode="drop"),
+    )
+    running = running & ~stops(token, job.decoding) & (step + 1 < job.decoding.max_tokens)
+    if job.stop_table is not None:
+        matched = job.stop_table[matched, token]
+        running = running & (matched < job.stop_table.shape[0] - 1)
+    return samples, running, matched
 
 
 def _goes_on(job: _Job, s: _State) -> jax.Array:
@@ -219,27 +322,14 @@ def _goes_on(job: _Job, s: _State) -> jax.Array:
 
 
 def _decode(job: _Job, s: _State) -> _State:
-    """One more token of every row: written down, read, and the next one drawn."""
-    to = jnp.where(s.running, s.prompt, job.count), s.step
-    samples = Samples(
-        s.samples.tokens.at[to].set(s.token, mode="drop"),
-        s.samples.log_probs.at[to].set(s.log_prob, mode="drop"),
-        s.samples.lengths.at[to[0]].add(1, mode="drop"),
-    )
-    running = s.running & ~stops(s.token, job.decoding) & (s.step + 1 < job.decoding.max_tokens)
-    matched = s.matched
-    if job.stop_table is not None:
-        matched = job.stop_table[matched, s.token]
-        running = running & (matched < job.stop_table.shape[0] - 1)
-    at, places = job.width + s.step, jnp.arange(job.row_length)
-    mask = (places >= s.start[:, None]) & (places <= at[:, None])
-    positions = (at - s.start)[:, None]
+    """One more token of every row: the last one is read, the next one drawn."""
+    at = job.width + s.step
     write_at = at[0] if job.row_for_each else at  # rows that began together are at the same place
     cache: Any
     logits, cache = Policy(job.config).apply(
-        {"params": job.params}, s.token[:, None], positions, mask[:, None, :], job.place(s.cache), write_at
+        {"params": job.params}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
     )
-    token, log_prob = job.draw(logits[:, 0], s.prompt, s.step + 1)
-    return s._replace(
-        step=s.step + 1, running=running, matched=matched, token=token, log_prob=log_prob, cache=cache, samples=samples
-    )
+    step = s.step + 1
+    token, log_prob = job.draw(logits[:, 0], s.prompt, step)
+    samples, running, matched = _said(job, s.samples, s.running, s.prompt, step, s.matched, token, log_prob)
+    return s._replace(step=step, running=running, matched=matched, token=token, cache=cache, samples=samples)

@@ -96,12 +96,13 @@ def cache_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["kv_heads"], None, None))
 
 
-def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
+def parameter_shardings(mesh: Mesh, config: PolicyConfig, *, gathered: bool = False) -> Any:
     """Sharding of each parameter, by `LOGICAL_AXES` and `RULES`.
 
     Args:
         mesh: the mesh.
         config: shape of the policy.
+        gathered: replicate over `fsdp`.
 
     Returns:
         A tree of NamedSharding.
@@ -117,7 +118,8 @@ def parameter_shardings(mesh: Mesh, config: PolicyConfig) -> Any:
             axis = RULES[name]
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 wrong.add(f"{name} {size} by {axis} {mesh.shape[axis]}")
-        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+        axes = (RULES[name] for name in names)
+        return NamedSharding(mesh, PartitionSpec(*(None if gathered and axis == "fsdp" else axis for axis in axes)))
 
     tree = jax.tree_util.tree_map_with_path(place, parameter_shapes(config))
     if wrong:

@@ -23,7 +23,7 @@ from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demon
 from proxmo_jax.agent.loop import rollout_row, steps_of
 from proxmo_jax.agent.player import make_player
 from proxmo_jax.agent.report import progress_bar
-from proxmo_jax.agent.rollout import TRIES, Limits, Player, collect
+from proxmo_jax.agent.rollout import TRIES, Limits, Player, collect, share, width_bucket
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import graphgpo, proxmo
@@ -346,3 +346,24 @@ def test_demonstrated_commands_that_are_too_long_are_left_out(tmp_path):
     ]
     with pytest.raises(UserError, match="every command has 81 tokens or more, need at most 3"):
         demonstration_buffer(player, examples[1:2])
+
+
+def test_widths_of_prompts_fall_into_few_buckets():
+    widths = [width_bucket(n) for n in range(1, 4097)]
+    assert all(n <= w <= max(-(-n // 32) * 32, 1.5 * n) for n, w in enumerate(widths, start=1))
+    assert len(set(widths)) == 14
+
+
+def test_equal_prompts_are_read_once():
+    prompts = np.zeros((16, 4), np.int32)
+    lengths = np.array([4] * 4 + [3] * 4 + [4] * 3 + [0] * 5, np.int32)
+    prompts[:4], prompts[4:8, 1:], prompts[8:11] = 7, 7, 8
+    mesh = make_mesh(devices=jax.devices()[:1])
+    texts, text_lengths, of = share(prompts, lengths, mesh)
+    assert len(texts) == 4
+    assert of.tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [4] * 5
+    np.testing.assert_array_equal(texts[of[:11]], prompts[:11])
+    np.testing.assert_array_equal(text_lengths[of[:11]], lengths[:11])
+    assert len(share(prompts, lengths, make_mesh(devices=jax.devices()[:8]))[0]) == 8  # one for each device
+    prompts[np.arange(11), 3] = np.arange(11)
+    assert share(prompts, lengths, mesh)[2] is None

@@ -1,6 +1,7 @@
 """The splash kernel (interpreted here) against masked attention on packed rows."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from fresh import fresh
 from tpu_compiler import compile_for_tpu
 
+from proxmo_jax.policy import attention
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, split
 from proxmo_jax.training.rows import Rows
@@ -58,6 +60,80 @@ def test_rows_and_heads_are_split_over_devices(shape):
     with jax.set_mesh(mesh):
         found = row_log_probs((params,), split(mesh, packed(8)), jnp.float32(1.0), config=SPLASH)[0]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [20, 96, 200])
+def test_prompts_attend_causally_and_not_to_padding(length):
+    """Blocks, the TPU's kernel (interpreted) and what is given to cuDNN, against masked attention."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(3, length, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    start = np.array([0, 7, length - 1], np.int32)
+    places = np.arange(length)
+    real = places >= start[:, None]
+    mask = real[:, None, :] & (places <= places[:, None])
+    expected = np.asarray(jax.nn.dot_product_attention(query, key, value, mask=mask[:, None]))
+    kernels = {
+        "blocks": partial(attention.blockwise, block=16),
+        "one block": attention.prompt_attention,
+        "cudnn": partial(attention.cudnn, implementation="xla"),
+    }
+    if length == 200:
+        kernels["splash"] = attention._splash_prompts
+    for name, kernel in kernels.items():
+        found = np.asarray(kernel(query, key, value, start))
+        np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.isfinite(found).all(), name
+
+
+def test_a_gpu_takes_cudnn_where_it_has_a_kernel(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "cudnn", lambda query, *others: "cudnn")
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **by_platform: "blocks")
+
+    def taken(head_dim, dtype):
+        shape = [jnp.zeros((1, 512, heads, head_dim), dtype) for heads in (2, 1, 1)]
+        return attention.prompt_attention(*shape, jnp.zeros(1, jnp.int32))
+
+    assert taken(128, jnp.bfloat16) == "cudnn"
+    assert taken(128, jnp.float32) == taken(256, jnp.bfloat16) == taken(12, jnp.bfloat16) == "blocks"
+
+
+def test_a_long_rollout_fits_a_tpu():
+    """Sampling on a 2 x 2 slice: dense scores of a prompt alone would take 1 GiB a row."""
+    program = """
+import jax, jax.numpy as jnp
+from functools import partial
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
+from proxmo_jax.policy.decoding import decoding_params, sample
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import RULES, make_mesh, parameter_shardings
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+mesh = make_mesh(1, 2, 2, devices=devices)
+config = PolicyConfig(
+    vocab_size=512, hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=6, dtype="bfloat16",
+)
+like = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+params = jax.tree.map(like, parameter_shapes(config), parameter_shardings(mesh, config))
+made = jax.jit(partial(decoding_params, config=config, mesh=mesh)).lower(params).compile()
+shapes = jax.eval_shape(partial(decoding_params, config=config, mesh=mesh), params)
+params = jax.tree.map(like, shapes, made.output_shardings)
+rows, whole = NamedSharding(mesh, PartitionSpec(RULES["batch"])), NamedSharding(mesh, PartitionSpec())
+key = like(jax.eval_shape(lambda: jax.random.key(0)), whole)
+arguments = (
+    params, jax.ShapeDtypeStruct((16, 8192), jnp.int32, sharding=rows),
+    jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows), key, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+)
+options = {"config": config, "decoding": Decoding(64, (1,)), "mesh": mesh}
+program = sample.lower(*arguments, **options).compile()
+assert "tpu_custom_call" in program.as_text()
+cache = 2 * 6 * 16 * 2 * 64 * 8256 * 2 / 4
+temporaries = program.memory_analysis().temp_size_in_bytes
+assert temporaries < 3 * cache + 2**27, (temporaries, cache)
+print("compiled")
+"""
+    compile_for_tpu(program)
 
 
 def test_compiles_for_a_tpu():

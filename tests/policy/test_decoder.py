@@ -1,5 +1,7 @@
 """The decoder against a plain NumPy one, and the sampler against the decoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ from fresh import fresh
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxmo_jax.policy.decoder import Policy, PolicyConfig
-from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.attention import PROMPT_BLOCK
+from proxmo_jax.policy.decoder import READ_STEP, Policy, PolicyConfig, init_params
+from proxmo_jax.policy.decoding import PREFILL_TOKENS, decoding_params, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sampling import draw as draw_token
 
@@ -149,6 +152,75 @@ def test_rows_given_out_again_answer_as_rows_of_their_own(slots, temperature):
         sample(params, prompts, lengths, *arguments, table, config=CONFIG, decoding=decoding, slots=n) for n in (0, 5)
     ]
     same_answers(told[1], told[0], key=key, vocab_size=40, atol=TIE)
+
+
+def long_logits(tokens: np.ndarray) -> np.ndarray:
+    """Logits of sequences [B, L] of one length through the decoder without a cache."""
+    length = tokens.shape[1]
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    return np.asarray(Policy(CONFIG).apply({"params": fresh(CONFIG)}, tokens, jnp.arange(length)[None], mask)[0])
+
+
+def test_long_prompts_are_read_in_parts_and_a_long_cache_as_far_as_it_is_filled():
+    """Parts of `PREFILL_TOKENS`, blocks of `PROMPT_BLOCK` and reads of `READ_STEP` places."""
+    rng, width, count = np.random.default_rng(0), 1000, 12
+    lengths = rng.integers(1, width + 1, count).astype(np.int32)
+    lengths[:2], lengths[-1] = width, 0
+    prompts = np.where(np.arange(width) >= width - lengths[:, None], rng.integers(4, 40, (count, width)), 0)
+    assert count * width > PREFILL_TOKENS
+    assert width > 3 * PROMPT_BLOCK
+    assert width // READ_STEP < 1040 // READ_STEP
+    drawn = sample(
+        fresh(CONFIG), prompts.astype(np.int32), lengths, jax.random.key(0), jnp.float32(1.0), config=CONFIG,
+        decoding=Decoding(40, ()),
+    )  # fmt: skip
+    assert np.asarray(drawn.lengths).tolist() == [40] * 11 + [0]
+    for row in (0, 1, 5, 10):
+        whole = np.concatenate([prompts[row, width - lengths[row] :], drawn.tokens[row]])
+        log_probs = jax.nn.log_softmax(long_logits(whole[None])[0, -41:-1])[np.arange(40), drawn.tokens[row]]
+        limit = 2 * roundings(CONFIG, 1040) * EPS
+        np.testing.assert_allclose(drawn.log_probs[row], log_probs, rtol=0, atol=limit)
+
+
+def test_a_response_reads_a_filled_part_of_the_cache():
+    """Greedy responses that grow past several static lengths are those of the decoder without a cache."""
+    tokens, lengths = np.array([[5, 9, 2, 8], [0, 7, 1, 30]], np.int32), np.array([4, 3], np.int32)
+    decoding = Decoding(2 * READ_STEP + 20, (), greedy=True)
+    drawn = sample(fresh(CONFIG), tokens, lengths, jax.random.key(0), jnp.float32(0), config=CONFIG, decoding=decoding)
+    limit = 2 * roundings(CONFIG, 280) * EPS
+    for prompt, length, answer in zip(tokens, lengths, np.asarray(drawn.tokens), strict=True):
+        logits = long_logits(np.concatenate([prompt[-length:], answer])[None])[0, length - 1 : -1]
+        assert (logits[np.arange(len(answer)), answer] >= logits.max(-1) - limit).all()
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+def test_prompts_that_are_read_once_answer_as_if_read_for_each(slots):
+    rng = np.random.default_rng(0)
+    lengths = np.array([8, 3, 5, 0], np.int32)
+    texts = np.where(np.arange(8) >= 8 - lengths[:, None], rng.integers(4, 40, (4, 8)), 0).astype(np.int32)
+    prompt_of = np.array([0, 0, 1, 2, 1, 0, 2, 4, 2, 4], np.int32)
+    arguments = (jax.random.key(3), jnp.float32(1.0), None)
+    options = {"config": CONFIG, "decoding": Decoding(12, tuple(range(0, 40, 4)))}
+    shared = sample(fresh(CONFIG), texts, lengths, *arguments, prompt_of, **options, slots=slots)
+    each = np.minimum(prompt_of, 3)
+    alone = sample(fresh(CONFIG), texts[each], lengths[each], *arguments, **options)
+    assert np.asarray(shared.lengths)[[7, 9]].tolist() == [0, 0]
+    assert len({tuple(row) for row in np.asarray(shared.tokens)[:7].tolist()}) == 7  # each has its own random numbers
+    same_answers(shared, alone, key=jax.random.key(3), vocab_size=40, atol=TIE)
+
+
+def test_parameters_are_cast_once_for_many_calls():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", lora_rank=2, num_hidden_layers=1)
+    params = init_params(config, jax.random.key(0))
+    cast = decoding_params(params, config=config)
+    assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+    assert decoding_params(cast, config=config) is cast
+    options = {"config": config, "decoding": Decoding(6, ())}
+    prompts, lengths = np.array([[5, 9, 2, 8], [0, 7, 1, 30]], np.int32), np.array([4, 3], np.int32)
+    one, other = (sample(p, prompts, lengths, jax.random.key(0), jnp.float32(0), **options) for p in (params, cast))
+    # Equal operations on equal numbers, but XLA may fuse a cast into a product and keep what it would round.
+    np.testing.assert_array_equal(one.lengths, other.lengths)
+    np.testing.assert_allclose(one.log_probs[:, 0], other.log_probs[:, 0], rtol=0, atol=0.05)
 
 
 def probabilities(decoding, temperature=1.0, count=4000):

@@ -10,7 +10,7 @@ from close import EPS, roundings, same_answers, same_gradient
 from fresh import fresh
 
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.decoding import sample
+from proxmo_jax.policy.decoding import decoding_params, sample
 from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, place_optimizer, split
 from proxmo_jax.training.losses import LossSettings
@@ -123,6 +123,25 @@ def test_every_mesh_samples_the_same(greedy_alone, shape):
         # Rounding of a logit, and of the sum of all.
         same_answers(answer, expected, atol=2 * roundings(CONFIG, 22) * EPS)
     assert temporaries[0] < alone[0] / 3
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_long_shared_prompts_and_gathered_weights_on_every_mesh(shape):
+    """Two parts of a prefill for each device; a device has all it needs of the weights."""
+    rng, mesh = np.random.default_rng(0), make_mesh(*shape)
+    texts = rng.integers(4, 64, (16, 4128)).astype(np.int32)
+    lengths = rng.integers(1, 40, 16).astype(np.int32)
+    prompt_of = rng.integers(0, 16, 32).astype(np.int32)
+    greedy, options = jnp.float32(0.0), {"config": CONFIG, "decoding": Decoding(4, (), greedy=True)}
+    each = texts[prompt_of, -40:], lengths[prompt_of]
+    expected = jax.device_get(sample(fresh(CONFIG), *each, jax.random.key(0), greedy, **options))
+    params = jax.device_put(fresh(CONFIG), parameter_shardings(mesh, CONFIG))
+    params = decoding_params(params, config=CONFIG, mesh=mesh)
+    gate = params["layers"]["gate"]["kernel"]
+    assert gate.sharding.shard_shape(gate.shape) == (3, 32, 64 // mesh.shape["tensor"])
+    arguments = *split(mesh, (texts, lengths)), jax.random.key(0), greedy, None, split(mesh, prompt_of)
+    found = jax.device_get(sample(params, *arguments, **options, mesh=mesh))
+    same_answers(found, expected, atol=2 * roundings(CONFIG, 44) * EPS)
 
 
 def test_meshes_that_cannot_be_are_refused():

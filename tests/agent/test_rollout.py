@@ -335,7 +335,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_played(tmp_path)
 
 def test_demonstrated_commands_that_are_too_long_are_left_out(tmp_path):
     player, said = small_player(tmp_path, response=3), []
-    player.say = said.append
+    player.say, player.answer_start = said.append, ANSWER_START
     notes = Notes.start("task", say("a room"))
     examples = [Example(notes, command) for command in ("look", "look at the table " * 20, "look at")]
     rollout = demonstration_buffer(player, examples)

@@ -15,6 +15,8 @@ RUN_BY = {
     "eval": "tests/agent/test_train.py",
     "export": "tests/agent/test_language_model.py",
     "check-model": "tests/agent/test_model_files.py",
+    "convert-gguf": "tests/policy/test_gguf.py",
+    "fetch-model": "tests/agent/test_fetch_model.py",
     "advantages": "tests/estimator/test_steps_file.py",
     "ablate estimator": "tests/ablation/test_grid.py",
     "ablate train": "tests/ablation/test_runner.py",

@@ -22,8 +22,10 @@ from proxmo_jax.agent.settings import (
     check,
     check_devices,
     check_estimator,
+    has_warm_start,
     micro_batches,
     small_policy,
+    warm_steps,
 )
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import PRESETS
@@ -94,7 +96,8 @@ FLOATS = [name for name, value in flat(Config()).items() if isinstance(value, fl
         ({"rollout__stop": ("x",)}, "--rollout.stop needs a --model"),
         ({"model__dtype": "bfloat16"}, "--model.dtype needs a --model"),
         ({"model__remat": "full"}, "--model.remat needs a --model"),
-        ({"model__path": "x", "warm_start__from_run": Path("y")}, "--warm-start.from-run is for small policies"),
+        ({"model__path": "x", "warm_start__from_run": Path("/nowhere")}, "/nowhere holds no warm start"),
+        ({"warm_start__steps": 0}, "--warm-start.steps 0 needs a --model"),
         ({"warm_start__from_run": Path("/nowhere")}, "--warm-start.from-run: /nowhere holds no warm start"),
         *(({name.replace(".", "__"): value}, "got") for name in FLOATS for value in (float("nan"), float("inf"))),
     ],
@@ -382,3 +385,19 @@ def test_estimators_that_a_rollout_cannot_serve(preset, knobs, message):
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"empg"}))
 def test_estimators_that_a_rollout_serves(preset):
     check_estimator(PRESETS[preset](), EnvSettings())
+
+
+def test_a_warm_start_of_another_rank_is_refused(tmp_path):
+    (tmp_path / "warm_start").mkdir()
+    (tmp_path / "warm_start" / "config.json").write_text('{"lora_rank": 8}')
+    config = config_with(model__path="x", model__lora_rank=16, warm_start__from_run=tmp_path)
+    with pytest.raises(UserError, match="--model.lora-rank must be 8, as in --warm-start.from-run, got 16"):
+        check(config)
+
+
+def test_a_small_policy_begins_with_a_warm_start_and_a_language_model_may():
+    assert (warm_steps(config_with()), has_warm_start(config_with())) == (2000, True)
+    model = {"model__path": "x"}
+    assert (warm_steps(config_with(**model)), has_warm_start(config_with(**model))) == (0, False)
+    assert warm_steps(config_with(**model, warm_start__steps=7)) == 7
+    assert has_warm_start(config_with(**model, warm_start__from_run=Path("y")))

@@ -6,7 +6,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.packing import SIMILAR, column, finite, is_flag, shape_of, shown
 from proxmo_jax.estimator.types import Group, Settings
-from proxmo_jax.estimator.words import spread
 
 NEEDED = ("group", "trajectory", "step", "reward", "success", "action_valid")
 RESULTS = {
@@ -106,8 +104,6 @@ def steps_advantages(
         max_features=settings.max_features,
         count_words=settings.aggregation == "soft",
     )
-    if batch.words is not None:
-        batch = replace(batch, words=spread(batch.words))
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
     advantages = _compiled(batch, settings, chunk=chunk)
     result = {name: packing.unpack(getattr(advantages, ours)) for name, ours in RESULTS.items()}

@@ -60,6 +60,9 @@ def advantages_of_file(
             result = _per_token(result, steps["response_mask"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if target.suffix == ".jsonl" and "level_advantage" in result:  # NaN where there is no such level
+        rows = result["level_advantage"].tolist()
+        result["level_advantage"] = [[None if value != value else value for value in row] for row in rows]
     write_steps(target, result)
     return len(result["advantage"])
 
@@ -181,7 +184,10 @@ _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
     """The results times each step's response mask, [N, L] or N arrays [L]; the return and parts stay per step."""
-    count, once = len(result["advantage"]), {name: result[name] for name in RESULTS if name != "discounted_return"}
+    count, once = (
+        len(result["advantage"]),
+        {name: v for name, v in result.items() if name in RESULTS and name != "discounted_return"},
+    )
     masks = column(response_mask)
     if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
         raise UserError(f"response_mask: got shape {shape_of(masks)}, need ({count}, L), one row per step")
@@ -312,11 +318,8 @@ def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON takes it; null where there is none (NaN)."""
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+    """A value as JSON takes it."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _umask() -> int:

@@ -50,11 +50,11 @@ def batch_advantages(
     words, batch = batch.words, replace(batch, words=None)
     if settings.aggregation != "soft" or batch.embedding is not None:
         words = None
-    counted: tuple = ()
+    sparse: tuple = ()
     if words is not None:
-        repeats = text_repeats(batch, words.counts.shape[1])
+        repeats = text_repeats(batch, words.ids.shape[1])
         corpus = documents(words, repeats, max_features=settings.max_features, axis_name=axis_name)
-        counted = (words.ids, words.counts)
+        sparse = (words.ids, words.counts)
     of_settings = replace(settings, entropy=False)
     values = batch_values(batch, settings, axis_name) if settings.values_over == "batch" else None
 
@@ -66,9 +66,9 @@ def batch_advantages(
         return advantages(group, of_settings, with_proximity=with_proximity, values=values)
 
     if chunk is None:
-        result = jax.vmap(of_group)((batch, values, *counted))
+        result = jax.vmap(of_group)((batch, values, *sparse))
     else:
-        result = jax.lax.map(of_group, (batch, values, *counted), batch_size=chunk)
+        result = jax.lax.map(of_group, (batch, values, *sparse), batch_size=chunk)
     if not settings.entropy:
         return result
     if batch.entropy is None:
@@ -134,8 +134,7 @@ def _with_groups(change: Callable, batch: Batch) -> Batch:
     words = batch.words
     if words is None:
         return jax.tree.map(change, batch)
-    ids = None if words.ids is None else change(words.ids)
-    changed = words._replace(ids=ids, counts=change(words.counts))
+    changed = words._replace(ids=change(words.ids), counts=change(words.counts))
     return replace(jax.tree.map(change, replace(batch, words=None)), words=changed)
 
 

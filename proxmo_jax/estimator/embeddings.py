@@ -50,19 +50,16 @@ def documents(
     """
     size = words.alphabetical.shape[0]
     columns = min(size, max_features)
+    ids = words.ids.reshape(-1, words.ids.shape[-1])
     repeats = repeats.reshape(-1, 1).astype(jnp.float32)
-    counts = words.counts.reshape(-1, words.counts.shape[-1]).astype(jnp.float32)
+    counts = words.counts.reshape(ids.shape).astype(jnp.float32)
 
     def total(x):
         return jax.lax.psum(x, axis_name) if axis_name else x
 
     # One scatter for both sums: it is the slow part on a CPU.
     both = jnp.stack([counts * repeats, (counts > 0) * repeats], axis=-1)
-    if words.ids is None:
-        frequency, df = total(both.sum(axis=0)).T
-    else:
-        ids = words.ids.reshape(counts.shape)
-        frequency, df = total(jnp.zeros((size, 2), jnp.float32).at[ids].add(both)).T
+    frequency, df = total(jnp.zeros((size, 2), jnp.float32).at[ids].add(both)).T
     count = total(repeats.sum())
     column = jnp.arange(size, dtype=jnp.int32)
     if columns < size:
@@ -81,13 +78,8 @@ def unit_vectors(words: WordCounts, corpus: Documents) -> jax.Array:
         corpus: statistics of the batch.
 
     Returns:
-        float32 [..., D]; a text without a feature, or padding, is a zero row. Counts of all words give [..., V] in
-        the order of the ids, with zeros for words beyond the cut: their inner products are the same.
+        float32 [..., D]; a text without a feature, or padding, is a zero row.
     """
-    if words.ids is None:
-        value = words.counts * corpus.idf.at[corpus.column].get(mode="fill", fill_value=0.0)
-        norm = jnp.sqrt(jnp.square(value).sum(axis=-1, keepdims=True))
-        return value / jnp.where(norm > 0, norm, 1.0)
     columns = corpus.idf.shape[0]
     ids = words.ids.reshape(-1, words.ids.shape[-1])
     counts = words.counts.reshape(ids.shape).astype(jnp.float32)

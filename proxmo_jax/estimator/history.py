@@ -49,11 +49,11 @@ def history_part(
 def _has_others(group: Group, settings: Settings) -> jax.Array:
     """Whether a step has another one to be compared with, bool [M, T]."""
     if settings.aggregation == "soft":
-        return group.mask & (group.mask.sum() > 1)
+        return jnp.asarray(group.mask) & (group.mask.sum() > 1)
     assert group.anchor is not None
     mask = group.mask.reshape(-1)
     _, count = hard_mean(mask, places(group.anchor.reshape(-1)), mask)
-    return group.mask & (count > 1).reshape(group.mask.shape)
+    return (count > 1).reshape(group.mask.shape) & group.mask
 
 
 def _of_depths(group: Group, settings: Settings):
@@ -63,7 +63,7 @@ def _of_depths(group: Group, settings: Settings):
     soft = settings.aggregation == "soft"
     if soft:
         vectors, row = state_vectors(group)
-        own = (vectors if row is None else vectors[row]).reshape(*group.mask.shape, -1)
+        own = jnp.asarray(vectors if row is None else vectors[row]).reshape(*group.mask.shape, -1)
     else:
         assert group.anchor is not None
         own = places(group.anchor.reshape(-1)).reshape(group.anchor.shape)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.estimator.words import bucket
 
 SIMILAR = 0.95  # difflib ratio from which on two texts share an anchor in GiGPO's `similar` variant
 
@@ -402,8 +401,8 @@ class Packing:
             name: of the array, for messages.
 
         Returns:
-            row int32 [N] and table int64 [G, U], where table[g, row] is the number of the step. U is a power of two;
-            unused entries are -1.
+            row int32 [N] and table int64 [G, U], where table[g, row] is the number of the step. U is 16 or a multiple
+            of 32: the work of a soft baseline is quadratic in it. Unused entries are -1.
 
         Raises:
             UserError: for another number of rows.
@@ -414,6 +413,7 @@ class Packing:
         both, which = np.unique(group * size + numbers, return_inverse=True)
         owner = both // size
         row = np.arange(len(both)) - np.searchsorted(owner, np.arange(self.shape[0]))[owner]
-        table = np.full((self.shape[0], bucket(int(row.max()) + 1)), -1, np.int64)
+        most = int(row.max()) + 1
+        table = np.full((self.shape[0], 16 if most <= 16 else -(-most // 32) * 32), -1, np.int64)
         table[owner, row] = both - owner * size
         return row[which].astype(np.int32), table

@@ -75,7 +75,7 @@ def soft_mean(
             jnp.where(shared, others, 0.0),
             jnp.where(shared, total[own] - values, 0.0),
         )
-    found = mask & (sums.weight > 0)
+    found = jnp.asarray(mask) & (sums.weight > 0)
     return centre + sums.score / jnp.where(sums.weight > 0, sums.weight, 1.0), found
 
 

@@ -4,6 +4,8 @@ The state of a step is its observation. Its value is a mean over the group's vis
 or over all steps by proximity (soft). docs/method.md has the equations.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -105,7 +107,7 @@ def compared(score: Array, group: Group, settings: Settings) -> jax.Array:
         float32 [M, T], 0 on padding.
     """
     flat, mask = score.reshape(-1), group.mask.reshape(-1)
-    std = {"std": settings.step_std, "epsilon": settings.epsilon}
+    std: dict[str, Any] = {"std": settings.step_std, "epsilon": settings.epsilon}
     if settings.aggregation == "soft":
         vectors, row = state_vectors(group)
         step = soft_advantage(flat, vectors, mask, row=row, **std, **_how(settings))
@@ -155,8 +157,7 @@ def residual_part(
         float32 [M, T], and its parts.
     """
     mask = group.mask
-    if values is None:
-        values = state_values(returns, group, settings)
+    values = state_values(returns, group, settings) if values is None else jnp.asarray(values)
     following = at_next(values, mask, jnp.zeros_like(values[:, 0]))
     delta = jnp.where(mask, reward + settings.discount * following - values, 0.0)
     residual = discounted_returns(delta, mask, settings.discount * settings.lam)
@@ -243,8 +244,11 @@ def goal_distances(edge: Array, reached: Array, mask: Array) -> tuple[jax.Array,
     nothing = jnp.where(edge.reshape(-1) == edge.reshape(-1), jnp.inf, 0.0).astype(jnp.float32)
     _, distance = jax.lax.while_loop(lambda state: state[0], shorten, (mask.any(), nothing))
     far = jnp.where(jnp.isfinite(distance), distance, 0.0).max() + 1.0
-    here_to_goal, there_to_goal = distance[here], ahead(distance)
-    return tuple(jnp.where(mask, jnp.where(jnp.isfinite(d), d, far), 0.0) for d in (here_to_goal, there_to_goal))
+
+    def whole(length):
+        return jnp.where(mask, jnp.where(jnp.isfinite(length), length, far), 0.0)
+
+    return whole(distance[here]), whole(ahead(distance))
 
 
 def path_part(total: Array, penalty: Array, group: Group, settings: Settings) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,7 +6,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.packing import SIMILAR, column, finite, is_flag, shape_of, shown
 from proxmo_jax.estimator.types import Group, Settings
-from proxmo_jax.estimator.words import spread
 
 NEEDED = ("group", "trajectory", "step", "reward", "success", "action_valid")
 RESULTS = {
@@ -62,6 +60,9 @@ def advantages_of_file(
             result = _per_token(result, steps["response_mask"])
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if target.suffix == ".jsonl" and "level_advantage" in result:  # NaN where there is no such level
+        rows = result["level_advantage"].tolist()
+        result["level_advantage"] = [[None if value != value else value for value in row] for row in rows]
     write_steps(target, result)
     return len(result["advantage"])
 
@@ -106,8 +107,6 @@ def steps_advantages(
         max_features=settings.max_features,
         count_words=settings.aggregation == "soft",
     )
-    if batch.words is not None:
-        batch = replace(batch, words=spread(batch.words))
     chunk = None if chunk is None or len(batch.reward) <= chunk else chunk
     advantages = _compiled(batch, settings, chunk=chunk)
     result = {name: packing.unpack(getattr(advantages, ours)) for name, ours in RESULTS.items()}
@@ -185,7 +184,10 @@ _compiled = jax.jit(batch_advantages, static_argnames="chunk")
 
 def _per_token(result: dict[str, np.ndarray], response_mask: Any) -> dict[str, Any]:
     """The results times each step's response mask, [N, L] or N arrays [L]; the return and parts stay per step."""
-    count, once = len(result["advantage"]), {name: result[name] for name in RESULTS if name != "discounted_return"}
+    count, once = (
+        len(result["advantage"]),
+        {name: v for name, v in result.items() if name in RESULTS and name != "discounted_return"},
+    )
     masks = column(response_mask)
     if shape_of(masks)[:1] != (count,) or (isinstance(masks, np.ndarray) and masks.ndim != 2):
         raise UserError(f"response_mask: got shape {shape_of(masks)}, need ({count}, L), one row per step")
@@ -316,11 +318,8 @@ def _stored(name: str, values: Any) -> tuple[str, np.ndarray]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON takes it; null where there is none (NaN)."""
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+    """A value as JSON takes it."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _umask() -> int:

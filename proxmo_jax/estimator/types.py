@@ -110,8 +110,8 @@ class Group:
             count_words: whether the words of texts are counted, which the aggregation soft needs and no other.
 
         Returns:
-            The batch, and the packing: `packing.unpack(advantages.joint)` restores the order of the steps. The numbers
-            of words and distinct texts are padded to powers of two.
+            The batch, and the packing: `packing.unpack(advantages.joint)` restores the order of the steps. Numbers of
+            words are padded to powers of two, of distinct texts to multiples of 32.
 
         Raises:
             UserError: naming the array and the row, for ids and steps that `Packing` refuses, rewards that are not

@@ -24,37 +24,14 @@ class WordCounts(NamedTuple):
     """Sparse word counts of texts `[...]`, with at most `K` distinct words each.
 
     Attributes:
-        ids: int32 [..., K]; an id occurs once in a row. None: the counts are those of all words, [..., V].
+        ids: int32 [..., K]; an id occurs once in a row.
         counts: float32 [..., K]; 0 in unused entries.
         alphabetical: int32 [V], rank of each word id in alphabetical order, for ties.
     """
 
-    ids: "jax.Array | np.ndarray | None"
+    ids: "jax.Array | np.ndarray"
     counts: "jax.Array | np.ndarray"
     alphabetical: "jax.Array | np.ndarray"
-
-
-def spread(words: WordCounts, most: int = 1 << 24) -> WordCounts:
-    """Counts of all words, [..., V], on the host, where that is cheaper than scattering them on the device.
-
-    A scatter on a CPU takes as long for an entry as other work for some sixteen.
-
-    Args:
-        words: counts [..., K].
-        most: counts of all words to hold, at most.
-
-    Returns:
-        The counts with `ids` None; the counts as they are if there are too many words.
-    """
-    assert words.ids is not None
-    *shape, width = words.ids.shape
-    size = words.alphabetical.shape[0]
-    if size > 16 * width or np.prod(shape, dtype=np.int64) * size > most:
-        return words
-    every = np.zeros((*shape, size), np.float32)
-    at = np.nonzero(words.counts)
-    every[(*at[:-1], np.asarray(words.ids)[at])] = np.asarray(words.counts)[at]
-    return WordCounts(None, every, words.alphabetical)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

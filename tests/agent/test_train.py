@@ -560,6 +560,7 @@ def played() -> Rollout:
     return Rollout(
         buffer, lengths, lengths, won=np.array([True, False, False, True]), score=np.zeros(4),
         transcripts=[[(text, "look") for text in texts] for texts in seen], tasks=[""] * 4,
+        endings=["You won.", "The end.", "", "The end."],
     )  # fmt: skip
 
 
@@ -571,6 +572,12 @@ def test_steps_of_a_rollout_are_those_that_happened(tmp_path):
     write_steps(tmp_path / "rollout.npz", steps)
     assert read_steps(tmp_path / "rollout.npz")["texts"] == [
         seen for turns in played().transcripts for seen, _ in turns
+    ]
+    assert steps["next_texts"] == [
+        played().transcripts[0][1][0],
+        "You won.",
+        played().transcripts[1][1][0],
+        *["The end."] * 2,
     ]
     assert len(steps_advantages(read_steps(tmp_path / "rollout.npz"), dr_grpo())["advantage"]) == 5
 

@@ -357,3 +357,13 @@ def test_statistics_of_a_batch_are_not_those_of_a_group():
     for estimator in (PRESETS["empg"](), gagpo(values_over="batch")):
         with pytest.raises(ValueError, match="use batch_advantages"):
             jax.vmap(advantages, (0, None))(group, estimator)
+
+
+def test_parts_as_lines(tmp_path):
+    """A level that a step does not have is null."""
+    source, target = GOLDEN / "hgpo_uniform.npz", tmp_path / "out.jsonl"
+    case = str(GOLDEN / "cases.json")
+    assert main(["advantages", str(source), str(target), "--case", case, "--parts"]) == 0
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    levels = np.array([row["level_advantage"] for row in rows], np.float64)
+    np.testing.assert_allclose(levels, np.load(source)["level_advantage"], atol=1e-5)

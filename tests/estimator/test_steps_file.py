@@ -22,6 +22,8 @@ def steps() -> dict:
         "reward": np.array([10.0, 0, 0, 0]), "success": np.array([True, False, False, True]),
         "action_valid": np.array([True, True, False, True]),
         "texts": np.array(["You see a desk.", "You see a shelf.", "Nothing happens.", "You see a desk and a shelf."]),
+        "next_texts": np.array(["You won.", "The end.", "The end.", "You see a desk."]),
+        "entropy": np.array([0.5, 0.25, 1.0, 0.0]),
     }  # fmt: skip
 
 

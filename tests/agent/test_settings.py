@@ -391,7 +391,7 @@ def test_a_warm_start_of_another_rank_is_refused(tmp_path):
     (tmp_path / "warm_start").mkdir()
     (tmp_path / "warm_start" / "config.json").write_text('{"lora_rank": 8}')
     config = config_with(model__path="x", model__lora_rank=16, warm_start__from_run=tmp_path)
-    with pytest.raises(UserError, match="--model.lora-rank must be 8, as in --warm-start.from-run, got 16"):
+    with pytest.raises(UserError, match=r"lora-rank must be 8, as in --warm-start\.from-run, got 16"):
         check(config)
 
 

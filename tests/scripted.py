@@ -3,7 +3,7 @@
 import jax
 
 from envs_bridge.turn import Observation
-from proxmo_jax.agent.rollout import Limits, Player
+from proxmo_jax.agent.player import Limits, Player
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.sampling import Decoding
 from proxmo_jax.policy.sharding import make_mesh

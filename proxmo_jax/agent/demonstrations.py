@@ -10,7 +10,8 @@ import numpy as np
 from envs_bridge.environments import Episode
 from envs_bridge.prompts import Memory, Notes, readable
 from envs_bridge.turn import Observation
-from proxmo_jax.agent.rollout import Player, Rollout
+from proxmo_jax.agent.player import Player
+from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.errors import UserError
 from proxmo_jax.training.buffers import Buffer
 

@@ -28,7 +28,7 @@ from envs_bridge.errors import UserError as EnvironmentUserError
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
-from proxmo_jax.agent.player import (
+from proxmo_jax.agent.make_player import (
     fresh_params,
     make_player,
     new_state,
@@ -37,8 +37,9 @@ from proxmo_jax.agent.player import (
     untrained_params,
     warm_params,
 )
+from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
-from proxmo_jax.agent.rollout import Player, collect
+from proxmo_jax.agent.rollout import collect
 from proxmo_jax.agent.run_files import stored_config
 from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import check, has_warm_start

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from proxmo_jax.agent import evaluate
-from proxmo_jax.agent.player import make_player
+from proxmo_jax.agent.make_player import make_player
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import plain_path

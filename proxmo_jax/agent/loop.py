@@ -15,7 +15,8 @@ from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.dynamic_sampling import Draws
 from proxmo_jax.agent.overlong import length_penalty
-from proxmo_jax.agent.rollout import Player, Rollout, collect
+from proxmo_jax.agent.player import Player
+from proxmo_jax.agent.rollout import Rollout, collect
 from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
 from proxmo_jax.agent.tasks import environment
 from proxmo_jax.agent.throughput import Work, throughput_row

@@ -1,215 +1,243 @@
-"""The policy of a run: a small one made for it, or a language model, and how it reads and answers."""
+"""The policy as the loop uses it: prompts cut to their limit and padded, responses sampled, observations numbered."""
 
-import dataclasses
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from envs_bridge.actions import TAGS, spelled
-from envs_bridge.prompts import ANSWER_START, readable
-from proxmo_jax.agent.chat import answer_start, chat, template_arguments, turn_end
-from proxmo_jax.agent.demonstrations import Example
-from proxmo_jax.agent.rollout import Limits, Player
-from proxmo_jax.agent.settings import Config, small_policy
-from proxmo_jax.agent.tasks import environment, memory_of
+from envs_bridge.actions import ALFWORLD_TAIL
+from envs_bridge.prompts import Cut, Memory, Notes, piece_ends, readable
+from envs_bridge.turn import Observation
 from proxmo_jax.errors import UserError
-from proxmo_jax.policy import adapters
-from proxmo_jax.policy.attention import BLOCK
-from proxmo_jax.policy.decoder import init_params
-from proxmo_jax.policy.model_config import read_config, read_json
-from proxmo_jax.policy.sampling import Decoding, stop_table
-from proxmo_jax.policy.sharding import parameter_shardings, place_optimizer, replicate
-from proxmo_jax.policy.tokenizer import (
-    build_word_tokenizer,
-    load_model_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    token_count,
-)
-from proxmo_jax.policy.weights import find_model, load_weights, weight_files
-from proxmo_jax.training.checkpoint import load_params
-from proxmo_jax.training.update import TrainState, make_optimizer
+from proxmo_jax.estimator.words import Vocabulary, bucket
+from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.decoding import Samples, sample
+from proxmo_jax.policy.sampling import Decoding
+from proxmo_jax.policy.sharding import split
 
-WARM_START = "warm_start"  # what it has trained, in the run's folder
+MOST_WORDS = 2048  # different words of an observation that are compared, at most
 
 
-def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
-    """The run's policy. A small one's tokenizer is read from the run's folder, or built from demonstrations there.
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that make shapes static.
 
-    Raises UserError for a model that is not there, is not supported, or does not fit the run.
+    Attributes:
+        turns: turns of an episode.
+        prompt: tokens of a prompt.
+        response: tokens of a response.
+        words: distinct words per observation that a buffer has room for at first; it grows when more are observed.
     """
-    player = language_player(config, mesh) if config.model.path else small_player(config, mesh, demonstrations)
-    player.check_room()
-    return player
+
+    turns: int = 16
+    prompt: int = 128
+    response: int = 8
+    words: int = 128
 
 
-def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) -> Player:
-    """A word-level policy; its thought is closed for it, so that it answers with a command alone."""
-    tokenizer = make_tokenizer(config, demonstrations)
-    policy = small_policy(config, len(tokenizer))
-    return Player(
-        tokenizer,
-        policy,
-        limits_of(config),
-        mesh,
-        Decoding(
-            config.rollout.max_response_length,
-            (tokenizer.eos_token_id,),
-            tokenizer.pad_token_id,
-            config.rollout.top_k,
-            config.rollout.top_p,
-        ),
-        slots=config.rollout.max_num_seqs,
-        gather_weights=config.rollout.gather_weights,
-        start=memory_of(config),
-        render=lambda prompt: prompt + ANSWER_START,
-        answer_start=ANSWER_START,
-        spell=spelled,
-        tail=environment(config).tail,
-    )
+@dataclass
+class Player:
+    """The policy as the loop uses it: prompts in, sampled tokens out.
 
-
-def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
-    """The run's tokenizer; built the first time from the demonstrations' prompts, and names or numbers they lack."""
-    folder = config.output.dir / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(folder)
-    if config.warm_start.from_run:
-        tokenizer = load_tokenizer(config.warm_start.from_run / "tokenizer")
-        save_tokenizer(tokenizer, folder)
-        return tokenizer
-    texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
-    return build_word_tokenizer(map(readable, [*texts, environment(config).words]), folder)
-
-
-def language_player(config: Config, mesh: Mesh) -> Player:
-    """A Llama, Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
-    folder = find_model(config.model.path)
-    names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "splash" if jax.default_backend() == "tpu" and config.optimizer.row_length % BLOCK == 0 else "dense"
-    policy = read_config(folder, attention=attention, **{name: getattr(config.model, name) for name in names})
-    weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
-    parameter_shardings(mesh, policy)
-    tokenizer = load_model_tokenizer(folder, policy.vocab_size)
-    arguments = template_arguments(config.model.chat_template_args)
-    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-    if longest > policy.max_position_embeddings:
-        raise UserError(
-            f"--rollout.max-prompt-length and --rollout.max-response-length add up to {longest}, need at most the"
-            f" model's {policy.max_position_embeddings}"
-        )
-    begun = answer_start(tokenizer, **arguments)
-    stops, end = stop_ids(folder, tokenizer, **arguments), turn_end(tokenizer, **arguments)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    table = None
-    if config.rollout.stop:
-        # Ids past the tokenizer's, which pad the embedding, say nothing.
-        texts = tokenizer.batch_decode([[i] for i in range(token_count(tokenizer))], skip_special_tokens=False)
-        table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.rollout.stop))
-    known = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # some tokenizers call the tags of an answer special
-    return Player(
-        tokenizer,
-        policy,
-        limits_of(config),
-        mesh,
-        Decoding(config.rollout.max_response_length, stops, pad, config.rollout.top_k, config.rollout.top_p),
-        table,
-        config.rollout.max_num_seqs,
-        config.rollout.gather_weights,
-        start=memory_of(config),
-        render=partial(chat, tokenizer, **arguments),
-        answer_start=begun,
-        answer_end=(next(i for i in (end, tokenizer.eos_token_id, stops[0]) if i is not None),),
-        skip_special_tokens=not any(added.special and added.content in TAGS for added in known.values()),
-        tail=environment(config).tail,
-    )
-
-
-def stop_ids(folder: Path, tokenizer, **arguments: Any) -> tuple[int, ...]:
-    """Tokens that end an answer.
-
-    The tokenizer's, the one that the chat template (rendered with `arguments`) ends a turn with, and those of
-    `generation_config.json`, or of `config.json` where that names none. Raises UserError if there are none, naming the
-    file if it has ids that are none.
+    Attributes:
+        tokenizer, config: of the policy.
+        limits: sizes of prompts, responses and episodes.
+        mesh: the devices.
+        decoding, stop_table, slots: how responses are sampled and end, and how many at a time (`decoding.sample`).
+        gather_weights: of `decoding.decoding_params`.
+        vocabulary: words of all observations so far.
+        start: begins the memory of an episode from its task and first observation; the memory writes the prompts.
+        render: puts a prompt into the chat template.
+        answer_start: text that the rendered prompt ends with and that counts as part of the response.
+        answer_end: tokens after the text of a demonstrated response, which end it.
+        skip_special_tokens: decode responses without special tokens.
+        spell: corrects the spelling of a command by the admissible ones.
+        tail: characters of a response without action tags that are taken for its command.
+        say: receives a sentence about what had to be cut; the same one may come often.
     """
-    found = {tokenizer.eos_token_id, turn_end(tokenizer, **arguments)} - {None}
-    size = read_json(folder / "config.json")["vocab_size"]
-    named = _named_stops(folder / "generation_config.json", size) or _named_stops(folder / "config.json", size)
-    if not found.union(named):
-        raise UserError(
-            f"{folder}: neither tokenizer, chat template, generation_config.json nor config.json ends a text"
+
+    tokenizer: PreTrainedTokenizerFast
+    config: PolicyConfig
+    limits: Limits
+    mesh: Mesh
+    decoding: Decoding
+    stop_table: jax.Array | None = None
+    slots: int = 0
+    gather_weights: bool = True
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    start: Callable[[str, Observation], Memory] = Notes.start
+    render: Callable[[str], str] = str
+    answer_start: str = ""
+    answer_end: tuple[int, ...] = ()
+    skip_special_tokens: bool = False
+    spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
+    tail: int = ALFWORLD_TAIL
+    say: Callable[[str], None] = lambda sentence: None
+
+    def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
+        """Token ids of each prompt, cut to the limit. Raises UserError if not even an empty prompt fits."""
+        rows = self._read([memory.prompt() for memory in memories])
+        for i, ids in enumerate(rows):
+            if len(ids) > self.limits.prompt:
+                rows[i] = self._shortened(memories[i])
+        return rows
+
+    def check_room(self) -> None:
+        """Raise UserError if a prompt without task and observation is too long."""
+        length = len(self._read([self.start("", Observation("", ())).prompt()])[0])
+        if length > self.limits.prompt:
+            raise UserError(
+                f"prompt: without task and observation it has {length} tokens, need at most {self.limits.prompt}"
+                " (--rollout.max-prompt-length)"
+            )
+
+    def _read(self, prompts: Sequence[str]) -> list[list[int]]:
+        texts = [readable(self.render(prompt)) for prompt in prompts]
+        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def _shortened(self, memory: Memory) -> list[int]:
+        """The longest prompt of the first cut that can make it fit."""
+        for cut in _cuts(memory):
+            if ids := self._longest(cut):
+                if cut.what == "task":
+                    self.say(f"A task is too long for prompts of {self.limits.prompt} tokens: its end is left out.")
+                return ids
+        raise UserError(f"prompt: an empty one has more than {self.limits.prompt} tokens (--rollout.max-prompt-length)")
+
+    def _longest(self, cut: Cut) -> list[int]:
+        """The longest prompt of a cut that fits, by bisection; [] if none does."""
+        (ids,) = self._read([cut.write(0)])
+        if len(ids) > self.limits.prompt:
+            return []
+        low, high = 0, cut.size  # all of it is known to be too long
+        while high - low > 1:
+            middle = (low + high) // 2
+            (longer,) = self._read([cut.write(middle)])
+            if len(longer) <= self.limits.prompt:
+                low, ids = middle, longer
+            else:
+                high = middle
+        return ids
+
+    def pad(self, rows: Sequence[list[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded [batch, width] and lengths; the width is a bucket, so that few shapes are compiled."""
+        width = min(self.limits.prompt, width_bucket(max(map(len, rows))))
+        prompts = np.full((batch, width), self.decoding.pad_id, np.int32)
+        lengths = np.zeros(batch, np.int32)
+        for i, ids in enumerate(rows):
+            prompts[i, width - len(ids) :] = ids
+            lengths[i] = len(ids)
+        return prompts, lengths
+
+    def sample(
+        self,
+        params,
+        policy: PolicyConfig,
+        prompts: np.ndarray,
+        lengths: np.ndarray,
+        key: jax.Array,
+        temperature: float,
+        *,
+        shared: bool,
+    ) -> Samples:
+        """Responses to padded prompts, by parameters of this shape; equal prompts are read once if `shared`."""
+        prompt_of = None
+        if shared:
+            prompts, lengths, prompt_of = share(prompts, lengths, self.mesh)
+        return sample(
+            params,
+            *split(self.mesh, (prompts, lengths)),
+            key,
+            jnp.float32(temperature),
+            self.stop_table,
+            prompt_of if prompt_of is None else split(self.mesh, prompt_of),
+            config=policy,
+            decoding=self.decoding,
+            slots=self.slots,
+            mesh=self.mesh,
         )
-    return tuple(sorted(found.union(named)))
+
+    def observe(
+        self, worlds: Sequence[Observation], seen: Sequence[dict[str, int]], batch: int, words: int
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Word counts of a turn's observations and their numbers in their groups, padded to `batch` rows.
+
+        seen: for each observation the numbers given so far in its group; new texts get the next ones. The workers have
+        counted the words; here they only become arrays, `words` wide or wider where an observation has more.
+        """
+        texts = [world.text for world in worlds]
+        rows = self.vocabulary.rows(texts, [world.words for world in worlds])
+        most = self.vocabulary.longest(rows)
+        if most > MOST_WORDS:
+            self.say(f"An observation has more than {MOST_WORDS} different words: its commonest are compared.")
+        counts = self.vocabulary.gather(rows, max(words, min(bucket(most), MOST_WORDS)))
+        padding = ((0, batch - len(texts)), (0, 0))
+        anchor = np.zeros(batch, np.int32)
+        anchor[: len(texts)] = [
+            numbers.setdefault(text, len(numbers)) for text, numbers in zip(texts, seen, strict=True)
+        ]
+        return {
+            "word_ids": np.pad(counts.ids, padding),
+            "word_counts": np.pad(counts.counts, padding),
+            "anchor": anchor,
+        }
 
 
-def _named_stops(path: Path, vocab_size: int) -> list[int]:
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise UserError(f"{path}: has the eos_token_id {token!r}, need token ids below its vocab_size {vocab_size}")
-    return ids
+def _cuts(memory: Memory) -> Iterator[Cut]:
+    """A memory's cuts, and a last one of all the text it then writes: names and commands can be long, too."""
+    cut = Cut("task", 0, lambda _: memory.prompt())
+    for cut in memory.shortened():
+        yield cut
+    text = cut.write(0)
+    ends = piece_ends(text)
+    yield Cut("task", len(ends) - 1, lambda n: text[: ends[n]])
 
 
-def limits_of(config: Config) -> Limits:
-    return Limits(config.rollout.max_turns, config.rollout.max_prompt_length, config.rollout.max_response_length)
+def batch_bucket(size: int, mesh: Mesh) -> int:
+    """Round a batch size up such that few programs are compiled and `split` applies.
+
+    Args:
+        size: rows.
+        mesh: the mesh.
+
+    Returns:
+        A power of two for each device that batches are sharded over, at least 16 in all.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return devices * bucket(-(-size // devices), bucket(-(-16 // devices), 1))
 
 
-def fresh_params(player: Player, key: jax.Array) -> Any:
-    """Parameters that have learned nothing, where they are to lie."""
-    shardings = parameter_shardings(player.mesh, player.config)
-    return jax.jit(partial(init_params, player.config), out_shardings=shardings)(key)
+def width_bucket(length: int) -> int:
+    """Round the width of prompts up such that few programs are compiled: 32, 64, 96, 128, 192, 256, 384, 512, ..."""
+    power = bucket(length, 32)
+    return power * 3 // 4 if power >= 128 and length <= power * 3 // 4 else power
 
 
-def pretrained_params(config: Config, player: Player) -> Any:
-    """The parameters of --model, where they are to lie, with fresh adapters if it has some."""
-    plain = dataclasses.replace(player.config, lora_rank=0)
-    params = load_weights(find_model(config.model.path), plain, parameter_shardings(player.mesh, plain))
-    if not player.config.lora_rank:
-        return params
-    _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
-    fresh = jax.jit(lambda key: adapters.split(init_params(player.config, key))[1], out_shardings=shardings)
-    return adapters.join(params, fresh(jax.random.key(config.seed)))
+def share(prompts: np.ndarray, lengths: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Keep one of equal prompts, if a half of them or fewer are left.
 
+    Args:
+        prompts: int32 [N, P], padded.
+        lengths: int32 [N], 0 for batch padding.
+        mesh: the mesh.
 
-def untrained_params(config: Config, player: Player, key: jax.Array) -> Any:
-    """The parameters before any training: those of --model, or fresh ones."""
-    return pretrained_params(config, player) if config.model.path else fresh_params(player, key)
-
-
-def warm_params(folder: Path, untrained: Any) -> Any:
-    """The parameters after the warm start of a run's folder. Raises UserError if they cannot be read."""
-    frozen, learned = adapters.split(untrained)
-    return adapters.join(frozen, load_params(folder / WARM_START, learned))
-
-
-def holds_warm_start(folder: Path) -> bool:
-    """Whether a run's folder holds a finished warm start."""
-    return (folder / WARM_START / "config.json").is_file()
-
-
-def run_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimiser of a run's reinforcement."""
-    return make_optimizer(
-        config.optimizer.learning_rate,
-        config.optimizer.weight_decay,
-        config.optimizer.max_grad_norm,
-        warmup=5,
-        moments_dtype=config.optimizer.moments_dtype,
-    )
-
-
-def new_state(player: Player, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The start of learning from these parameters; what is learned is copied."""
-    own = jax.tree.map(jnp.copy, adapters.split(params)[1])
-    _, shardings = adapters.split(parameter_shardings(player.mesh, player.config))
-    return TrainState(own, place_optimizer(optimizer, own, shardings))
+    Returns:
+        Prompts [U, P] and lengths [U]; `U` is a power of two for each device that batches are sharded over. And int32
+        [N], the prompt of each row, `U` for batch padding; or None, and the prompts as they were.
+    """
+    number: dict[tuple[int, bytes], int] = {}
+    rows = np.flatnonzero(lengths)
+    prompt_of = [number.setdefault((int(lengths[i]), prompts[i].tobytes()), len(number)) for i in rows]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = devices * bucket(-(-len(number) // devices), 1)
+    if 2 * size > len(prompts):
+        return prompts, lengths, None
+    texts, text_lengths = np.zeros((size, prompts.shape[1]), np.int32), np.zeros(size, np.int32)
+    of = np.full(len(prompts), size, np.int32)
+    of[rows] = prompt_of
+    texts[prompt_of], text_lengths[prompt_of] = prompts[rows], lengths[rows]
+    return texts, text_lengths, of

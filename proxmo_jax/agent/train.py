@@ -23,7 +23,8 @@ from rich.progress import Progress
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent.loop import Loop, note, steps_of
-from proxmo_jax.agent.player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
     Metrics,
@@ -34,7 +35,7 @@ from proxmo_jax.agent.report import (
     wilson,
     write_episodes,
 )
-from proxmo_jax.agent.rollout import Player, collect
+from proxmo_jax.agent.rollout import collect
 from proxmo_jax.agent.run_files import default as default  # the command line's
 from proxmo_jax.agent.run_files import open_folder, resumed
 from proxmo_jax.agent.settings import Config, check, has_warm_start

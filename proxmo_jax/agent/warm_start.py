@@ -10,9 +10,9 @@ from rich.console import Console
 from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
-from proxmo_jax.agent.player import WARM_START, holds_warm_start, new_state, untrained_params, warm_params
+from proxmo_jax.agent.make_player import WARM_START, holds_warm_start, new_state, untrained_params, warm_params
+from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import progress_bar, watched
-from proxmo_jax.agent.rollout import Player
 from proxmo_jax.agent.settings import Config, has_warm_start, micro_batches, warm_steps
 from proxmo_jax.agent.stop import StopOnSignal
 from proxmo_jax.agent.tasks import demonstrated, memory_of

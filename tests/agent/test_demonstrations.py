@@ -21,7 +21,7 @@ from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.expert import demonstrate as shop
 from envs_bridge.shop.generate import generate_catalogue
 from proxmo_jax.agent.demonstrations import Example, answer, demonstration_buffer
-from proxmo_jax.agent.player import language_player
+from proxmo_jax.agent.make_player import language_player
 from proxmo_jax.policy.sharding import make_mesh
 
 WORDS = st.text(st.characters(codec="ascii", categories=["L", "N", "Zs"]), min_size=1, max_size=30)

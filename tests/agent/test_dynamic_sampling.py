@@ -12,7 +12,7 @@ from test_rollout import check_words
 from envs_bridge.turn import Goal
 from proxmo_jax.agent.dynamic_sampling import without_spread
 from proxmo_jax.agent.loop import Loop
-from proxmo_jax.agent.player import new_state, run_optimizer
+from proxmo_jax.agent.make_player import new_state, run_optimizer
 from proxmo_jax.agent.rollout import collect
 from proxmo_jax.agent.settings import RolloutSettings
 from proxmo_jax.errors import UserError

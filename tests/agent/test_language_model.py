@@ -12,7 +12,7 @@ from test_train import proxmo
 from tiny_model import write_tiny_model
 
 from proxmo_jax import cli
-from proxmo_jax.agent.player import chat, language_player, make_player
+from proxmo_jax.agent.make_player import chat, language_player, make_player
 from proxmo_jax.agent.report import read_metrics
 from proxmo_jax.agent.run_files import default
 from proxmo_jax.agent.settings import check

@@ -15,7 +15,7 @@ from tiny_model import TEMPLATE, write_tiny_model
 from envs_bridge.actions import project
 from proxmo_jax.agent import check_model
 from proxmo_jax.agent.chat import chat, settings_of, template_arguments
-from proxmo_jax.agent.player import language_player
+from proxmo_jax.agent.make_player import language_player
 from proxmo_jax.agent.run_files import default
 from proxmo_jax.agent.settings import check
 from proxmo_jax.policy import weights

@@ -21,9 +21,10 @@ from envs_bridge.turn import Goal
 from envs_bridge.worker import WORD
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
 from proxmo_jax.agent.loop import rollout_row, steps_of
-from proxmo_jax.agent.player import make_player
+from proxmo_jax.agent.make_player import make_player
+from proxmo_jax.agent.player import Limits, Player, share, width_bucket
 from proxmo_jax.agent.report import progress_bar
-from proxmo_jax.agent.rollout import TRIES, Limits, Player, collect, share, width_bucket
+from proxmo_jax.agent.rollout import TRIES, collect
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import graphgpo, proxmo
@@ -158,7 +159,7 @@ def test_room_for_words_grows_with_what_is_seen(tmp_path):
 
 
 def test_an_observation_with_too_many_words_keeps_its_commonest(tmp_path, monkeypatch):
-    monkeypatch.setattr("proxmo_jax.agent.rollout.MOST_WORDS", 32)
+    monkeypatch.setattr("proxmo_jax.agent.player.MOST_WORDS", 32)
     player, said = small_player(tmp_path), []
     player.say = said.append
     text = " ".join(f"w{i:02d}" for i in range(60)) + " w59 w59 w30"

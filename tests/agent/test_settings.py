@@ -14,7 +14,7 @@ from nested import config_with
 from proxmo_jax import cli
 from proxmo_jax.agent import train
 from proxmo_jax.agent.loop import learning_rate_share
-from proxmo_jax.agent.rollout import batch_bucket
+from proxmo_jax.agent.player import batch_bucket
 from proxmo_jax.agent.run_files import RECIPES, default, flat, open_folder, resumed, stored_config
 from proxmo_jax.agent.settings import (
     Config,

@@ -534,7 +534,10 @@ def test_a_shop_is_trained_in_and_evaluated(tmp_path):
     ("options", "message"),
     [
         (["--env", "webshop"], "--env webshop needs --env.webshop DIR, a checkout of WebShop"),
-        (["--env", "webshop", "--env.webshop", "x"], "--env webshop has no demonstrations for a warm start; need a --model"),
+        (
+            ["--env", "webshop", "--env.webshop", "x"],
+            "--env webshop has no demonstrations for a warm start; need a --model",
+        ),
         (["--env", "shop", "--data", "tests/golden"], "tests/golden: holds no items_shuffle*.json"),
         (["--env", "shop", "--env.goals", "few"], "invalid choice 'few' for argument '--env.goals'"),
         (["--env", "shop", "--env.reward", "joy"], "invalid choice 'joy' for argument '--env.reward'"),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from test_weights import LENGTHS, batch_logits
 
 from proxmo_jax.agent.chat import chat
-from proxmo_jax.agent.player import stop_ids
+from proxmo_jax.agent.make_player import stop_ids
 from proxmo_jax.cli import main
 from proxmo_jax.policy import gguf_tokenizer
 from proxmo_jax.policy.decoder import Rope

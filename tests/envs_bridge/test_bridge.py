@@ -363,7 +363,7 @@ def unnamed_encodings(path: Path) -> list[str]:
         words = [a.value for a in [*node.args, *given.values()] if isinstance(a, ast.Constant)]
         binary = any(isinstance(word, str) and re.fullmatch("[rwxa]b[+]?", word) for word in words)
         opens = name in ("read_text", "write_text", "fdopen", "TextIOWrapper") or name == "open"
-        text = "text" in given or "universal_newlines" in given
+        text = name in ("run", "Popen", "check_output", "check_call") and given.keys() & {"text", "universal_newlines"}
         if (text or (opens and not binary)) and "encoding" not in given:
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
     return found

@@ -160,7 +160,8 @@ class Rollout(NamedTuple):
 def bag_of(text: jax.Array, pieces: int) -> jax.Array:
     """Counts of each piece in texts.
 
-    Every position is compared with every piece: a scatter would be a loop on a CPU.
+    Every position is compared with every piece, one position after the other: a scatter is slow on a CPU, and so is a
+    sum over the positions of long texts in one step (hard houses: 33 and 265 ms a rollout; this takes 11).
 
     Args:
         text: int32 [..., L]; piece 0 is padding.
@@ -169,7 +170,13 @@ def bag_of(text: jax.Array, pieces: int) -> jax.Array:
     Returns:
         float32 [..., P].
     """
-    return ((text[..., None] == jnp.arange(pieces)) & (text[..., None] > 0)).sum(-2).astype(jnp.float32)
+    number = jnp.arange(pieces)
+
+    def count(total, piece):
+        return total + (piece[..., None] == number), None
+
+    total, _ = jax.lax.scan(count, jnp.zeros((*text.shape[:-1], pieces)), jnp.moveaxis(text, -1, 0))
+    return jnp.where(number > 0, total, 0.0)
 
 
 def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:

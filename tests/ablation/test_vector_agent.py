@@ -99,6 +99,15 @@ def test_advantages_are_those_of_the_texts(name, cut, houses):
     assert np.abs(expected).max() > 0.1
 
 
+def test_bags_count_pieces_and_no_padding():
+    text = np.random.default_rng(0).integers(0, 7, (3, 2, 11))
+    found = jax.jit(lambda x: bag_of(x, 9))(jnp.asarray(text))
+    for at in np.ndindex(3, 2):
+        expected = np.bincount(text[at], minlength=9)
+        expected[0] = 0
+        np.testing.assert_array_equal(found[at], expected)
+
+
 def test_an_ending_is_the_text_after_the_last_command(played, houses):
     """A win ends with the text of the winning command, and no later command changes it."""
     train, _, texts = houses

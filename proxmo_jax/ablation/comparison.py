@@ -157,15 +157,17 @@ def write_table(path: Path, rows: list[dict[str, float | str]]) -> None:
 
 
 def draw_profiles(path: Path, scores: Mapping[str, np.ndarray], title: str) -> None:
-    """Draw the performance profile of each method with its 95% interval."""
+    """Draw the performance profile of each method with its 95% interval; a soft variant is dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawn, axis = plt.subplots(figsize=(8, 5))
-    for i, (name, own) in enumerate(scores.items()):
-        colour, style = plt.get_cmap("tab20")(i % 20), ("-", "--")[name.startswith("soft")]
+    families = list(dict.fromkeys(name.removeprefix("soft ") for name in scores))
+    for name, own in scores.items():
+        colour = plt.get_cmap("tab10")(families.index(name.removeprefix("soft ")) % 10)
+        style = "--" if name.startswith("soft ") else "-"
         many = profile(resampled(own, np.random.default_rng(0), 500))
         low, high = np.percentile(many, [2.5, 97.5], axis=0)
         axis.plot(THRESHOLDS, profile(own), style, color=colour, label=name, lw=1.6)
@@ -201,8 +203,8 @@ def section(rows: list[dict[str, float | str]], reference: str) -> list[str]:
             if float(row["p corrected"]) < 0.05:
                 verdict = "significantly better than" if chance > 0.5 else "significantly worse than"
             words = WORDS[str(row["measure"])]
-            sentence = f"- {row['method']}: {verdict} {reference} {words} ({better}, corrected p {p})."
-            sentences.append((chance, sentence))
+            pairs = f"better in {better} of pairs of runs, corrected p {p}"
+            sentences.append((chance, f"- {row['method']}: {verdict} {reference} {words} ({pairs})."))
         lines.append(f"| {row['method']} | {row['measure']} | {middle} | {better} | {p} |")
     lines += ["", "![performance profiles](profiles.png)", "", "## Findings", ""]
     return lines + [sentence for _, sentence in sorted(sentences)]

@@ -211,13 +211,15 @@ def page(
 ) -> str:  # fmt: skip
     """The report as Markdown; its sentences follow from the numbers. conclusion: lines on what they say."""
     seeds = results.eval.shape[1]
+    uncorrected = " (here without a correction for their number)" if study.reference else ""
     lines = [
         f"# {study.name}", "", study.question, "",
         f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses for training and {houses[1]}"
         " held-out houses for evaluation, where commands are sampled as in training. The policy is a small network that"
         " scores the admissible commands (`proxmo_jax/ablation/vector_agent.py` lists its limits). Intervals are 95%"
         " bootstrap intervals over seeds; differences are between runs of the same seed. A difference is significant"
-        " if its interval excludes 0. `end`: mean of the last three evaluations; `mean`: mean over the whole run;"
+        f" if its interval excludes 0{uncorrected}. `end`: mean of the last three evaluations; `mean`: mean over the"
+        " whole run;"
         " `to 80%`: iterations until an evaluation first reaches 80%.", "",
         "| setting | end | mean | to 80% | compared with | difference of the means |", "|---|---|---|---|---|---|",
     ]  # fmt: skip

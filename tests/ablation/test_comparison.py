@@ -144,9 +144,10 @@ def test_a_page_over_cases_says_what_the_numbers_say(tmp_path):
     study, results = made()
     write(tmp_path, study, results, houses=(240, 128), quick=False, seconds=1.0)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "- b: significantly better than a over the whole run (100% (100% to 100%), corrected p " in text
-    assert "- soft c: significantly worse than a at the end (0% (0% to 0%), corrected p " in text
-    assert "- d: not significantly different from a at the end (50% (" in text
+    better, worse = "significantly better than a over the whole run", "significantly worse than a at the end"
+    assert f"- b: {better} (better in 100% (100% to 100%) of pairs of runs, corrected p " in text
+    assert f"- soft c: {worse} (better in 0% (0% to 0%) of pairs of runs, corrected p " in text
+    assert "- d: not significantly different from a at the end (better in 50% (" in text
     assert text.index("- soft c:") < text.index("- d:") < text.index("- b:")
     assert "for 6 comparisons" in text
     assert (tmp_path / "profiles.png").stat().st_size > 0

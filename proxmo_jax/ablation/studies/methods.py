@@ -17,7 +17,7 @@ METHODS = {
     "GAGPO": gagpo(), "soft HGPO": hgpo(aggregation="soft"), "soft GraphGPO": graphgpo(aggregation="soft"),
     "soft G2PO": g2po(aggregation="soft"), "soft GAGPO": gagpo(aggregation="soft"),
 }  # fmt: skip
-TURNS = {"easy": 20, "medium": 30, "hard": 40}
+TURNS = {"easy": 20, "medium": 30, "hard": 60}
 TUNED = "groups of 8"  # of a level, without paraphrases
 SIZES = {4: 16, 8: 8}  # trajectories per group: groups
 PARAPHRASED = {"": 0.0, ", paraphrased": 0.5}

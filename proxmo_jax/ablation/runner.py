@@ -30,6 +30,7 @@ from envs_bridge.household.game import TASK_TYPES, build_game
 from envs_bridge.household.generate import LEVELS, make_game
 from proxmo_jax.ablation import vector_household as vh
 from proxmo_jax.ablation.study import CURVES, Cell, Results, Study, write
+from proxmo_jax.ablation.tuning import seeds_of, trials, tuned, write_rates
 from proxmo_jax.ablation.vector_agent import Knobs, Spec, make_run
 from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.errors import UserError
@@ -40,8 +41,10 @@ SOURCES = (
     "proxmo_jax.ablation.vector_agent",
     "proxmo_jax.ablation.vector_household",
     "proxmo_jax.estimator.estimator",
+    "proxmo_jax.estimator.history",
     "proxmo_jax.estimator.partial_sums",
     "proxmo_jax.estimator.proximity",
+    "proxmo_jax.estimator.states",
     "proxmo_jax.estimator.types",
     "proxmo_jax.training.losses",
     "envs_bridge.household.engine",
@@ -49,7 +52,7 @@ SOURCES = (
     "envs_bridge.household.generate",
     "envs_bridge.household.lexicon",
 )
-STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise")
+STUDIES = ("components", "temperature", "modulation", "success_rate", "difficulty", "noise", "methods")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Config:
     """Train every setting of a study from many seeds."""
 
     study: str = "components"
-    """components, temperature, modulation, success_rate, difficulty or noise."""
-    seeds: int = 16
+    """components, temperature, modulation, success_rate, difficulty, noise or methods."""
+    seeds: int | None = None
+    """Default: 32 for methods, 16 for the others."""
     quick: bool = False
     """Two seeds, few iterations and houses: a test that the study runs."""
     out: Path = Path("runs/ablations")
@@ -68,6 +72,7 @@ class Config:
     houses: int = 240
     """Houses for training; about half as many held-out houses are added for evaluation."""
     learning_rate: float = 0.01
+    """Of the studies that do not tune it (methods does)."""
     entropy: float = 0.01
 
 
@@ -79,6 +84,10 @@ def main(config: Config, study: Study | None = None, console: Console | None = N
     began, folder = time.time(), config.out / (study.name + ("_quick" if config.quick else ""))
     folder.mkdir(parents=True, exist_ok=True)
     remember_programs(folder)
+    if study.learning_rates:
+        found = train_all(config, trials(study), folder, console, seeds_of(study, quick=config.quick))
+        study, rates = tuned(study, found)
+        write_rates(folder / "tuning.csv", rates)
     results = train_all(config, study, folder, console)
     houses = house_count(config), held_out_count(house_count(config))
     write(folder, study, results, houses=houses, quick=config.quick, seconds=time.time() - began)
@@ -95,18 +104,38 @@ def load(name: str) -> Study:
 
 def check(config: Config, study: Study) -> None:
     """Raise UserError for options and studies that cannot be run."""
-    for name in ("seeds", "chunk"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    for name, count in (("seeds", config.seeds), ("chunk", config.chunk)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
     if config.houses < 30:
         raise UserError(f"--houses must be at least 30, got {config.houses}: each task type needs some")
     if not 0.0 < config.learning_rate < np.inf:
         raise UserError(f"--learning-rate must be above 0, got {config.learning_rate:g}")
     if not 0.0 <= config.entropy < np.inf:
         raise UserError(f"--entropy must be at least 0, got {config.entropy:g}")
+    check_study(study)
+
+
+def check_study(study: Study) -> None:
+    """Raise UserError for cells that cannot be trained, told apart or compared."""
     labels = [cell.label for cell in study.cells]
     if len(set(labels)) < len(labels) or not labels:
         raise UserError(f"study {study.name}: needs cells of different labels, got {', '.join(labels) or 'none'}")
+    for cell in study.cells:
+        of = cell.settings
+        if of.aggregation == "similar" or of.entropy or of.values_over == "batch":
+            raise UserError(
+                f"study {study.name}: {cell.label} needs similar texts, entropies or values over the batch; agents"
+                " trained as arrays have none of them"
+            )
+    if study.reference:
+        of_methods: dict[str, list[str]] = {study.reference: []}
+        for cell in study.cells:
+            of_methods.setdefault(cell.method, []).append(cell.case)
+        if len({tuple(sorted(set(cases))) for cases in of_methods.values()}) > 1 or any(
+            len(set(cases)) < len(cases) for cases in of_methods.values()
+        ):
+            raise UserError(f"study {study.name}: each method needs one cell in each case, {study.reference} included")
 
 
 def use_every_core() -> None:
@@ -184,21 +213,23 @@ def make_houses(level: str, count: int, *, paraphrases: bool = True) -> tuple[vh
     return jax.tree.map(lambda x: x[:count], houses), jax.tree.map(lambda x: x[count:], houses), texts
 
 
-def train_all(config: Config, study: Study, folder: Path, console: Console) -> Results:
-    """Train every cell from every seed; finished chunks are read from disk."""
-    seeds = 2 if config.quick else config.seeds
+def train_all(
+    config: Config, study: Study, folder: Path, console: Console, seeds: Sequence[int] | None = None
+) -> Results:
+    """Train every cell from every seed (by default those from 0); finished chunks are read from disk."""
+    seeds = range(2 if config.quick else config.seeds or study.seeds) if seeds is None else seeds
     programs: dict[tuple[str, Spec], dict[Settings, list[int]]] = {}
     for number, cell in enumerate(study.cells):
         kinds = programs.setdefault((cell.level, spec_of(config, study, cell)), {})
         kinds.setdefault(choices_of(cell.settings), []).append(number)
     found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     with progress_bar(console) as bar:
-        task = bar.add_task(study.name, total=len(study.cells) * seeds, note="")
+        task = bar.add_task(study.name, total=len(study.cells) * len(seeds), note="")
         for (level, spec), kinds in programs.items():
-            size = chunk_size([len(cells) * seeds for cells in kinds.values()], config.chunk)
+            size = chunk_size([len(cells) * len(seeds) for cells in kinds.values()], config.chunk)
             program = None
             for kind, cells in enumerate(kinds.values()):
-                pairs = [(cell, seed) for cell in cells for seed in range(seeds)]
+                pairs = [(cell, seed) for cell in cells for seed in seeds]
                 for start in range(0, len(pairs), size):
                     part = pairs[start : start + size]
                     path = folder / "chunks" / f"{fingerprint(config, study, spec, part)}.npz"
@@ -211,7 +242,7 @@ def train_all(config: Config, study: Study, folder: Path, console: Console) -> R
     every = spec_of(config, study, study.cells[0]).eval_every
 
     def stacked(name: str) -> np.ndarray:
-        return np.stack([[found[c, s][name] for s in range(seeds)] for c in range(len(study.cells))])
+        return np.stack([[found[c, s][name] for s in seeds] for c in range(len(study.cells))])
 
     evaluated = stacked("eval")
     return Results(
@@ -258,7 +289,7 @@ def run_chunk(
     """The curves of (cell, seed) pairs of one kind; the last pair is repeated to pad the chunk."""
     filled = part + part[-1:] * (size - len(part))
     knobs = [
-        Knobs(numbers_of(cell.settings), config.learning_rate, config.entropy, cell.paraphrase)
+        Knobs(numbers_of(cell.settings), cell.learning_rate or config.learning_rate, config.entropy, cell.paraphrase)
         for cell in (study.cells[c] for c, _ in filled)
     ]
     stacked = jax.tree.map(lambda *x: jnp.asarray(x, jnp.float32), *knobs)
@@ -271,7 +302,8 @@ def fingerprint(config: Config, study: Study, spec: Spec, part: list[tuple[int, 
 
     Other modules and JAX itself are not included: delete `chunks` after they change.
     """
-    cells = [(dataclasses.asdict(study.cells[c]) | {"label": "", "baseline": ""}, s) for c, s in part]
+    words = dict.fromkeys(("label", "baseline", "tuned_with", "method", "case"), "")
+    cells = [(dataclasses.asdict(study.cells[c]) | words, s) for c, s in part]
     what = [str(spec), cells, config.houses, config.learning_rate, config.entropy, config.quick, source()]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

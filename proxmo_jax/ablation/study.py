@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from envs_bridge.household.game import TASK_TYPES
+from proxmo_jax.ablation.comparison import compare_all, draw_profiles, section, write_table
 from proxmo_jax.agent.report import bootstrap
 from proxmo_jax.estimator.types import Settings
 
@@ -30,17 +31,34 @@ class Cell:
     paraphrase: float = 0.0
     baseline: str = ""
     """Label of the cell that this one is compared with; default: the study's first cell."""
+    learning_rate: float | None = None
+    """Default: that of the command line."""
+    tuned_with: str = ""
+    """Label of the cell whose learning rate it gets where a study tunes it; default: its own."""
+    method: str = ""
+    """Name of its estimator, where the study compares methods over cases (`Study.reference`)."""
+    case: str = ""
+    """Name of its houses, group size and texts there; each method has one cell in each case."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A question and the settings that answer it. A cell is compared with its `baseline` or with the first cell."""
+    """A question and the settings that answer it. A cell is compared with its `baseline` or with the first cell.
+
+    seeds: their number unless the command line gives one. reference: the method that others are compared with over all
+    cases; "" for no such comparison. learning_rates: the grid for tuning (`tuning.py`), each from `tuning_seeds` seeds;
+    empty for no tuning.
+    """
 
     name: str
     question: str
     cells: Sequence[Cell]
     iterations: int = 160
     remark: str = ""
+    seeds: int = 16
+    reference: str = ""
+    learning_rates: tuple[float, ...] = ()
+    tuning_seeds: int = 8
 
 
 @dataclass
@@ -71,13 +89,26 @@ def measures(results: Results) -> dict[str, np.ndarray]:
     }
 
 
+def over_cases(study: Study, results: Results) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
+    """(cases, scores [cases, seeds] of each method by measure): the mean over the run, and the end."""
+    cases = list(dict.fromkeys(cell.case for cell in study.cells))
+    row = {(cell.method, cell.case): c for c, cell in enumerate(study.cells)}
+    methods = list(dict.fromkeys(cell.method for cell in study.cells))
+    found = measures(results)
+    return cases, {
+        name: {method: found[name][[row[method, case] for case in cases]] for method in methods}
+        for name in ("mean", "end")
+    }
+
+
 def write(
     folder: Path, study: Study, results: Results, *, houses: tuple[int, int], quick: bool, seconds: float
 ) -> None:
     """Write tables, figure and report.
 
     results.csv has every evaluation of every run, and the means of its training rollouts since the previous one;
-    summary.csv has the metrics of each cell and their differences from the cell it is compared with.
+    summary.csv has the metrics of each cell and their differences from the cell it is compared with. A study with a
+    reference has comparison.csv and profiles.png, too: its methods over all cases, and in each.
 
     Args:
         folder: where to write; it must exist.
@@ -110,7 +141,15 @@ def write(
         writer.writeheader()
         writer.writerows(rows)
     figure(folder / "curves.png", study, results)
-    (folder / "report.md").write_text(page(study, results, rows, houses, quick, seconds), encoding="utf-8")
+    conclusion = ["## Findings", "", *(f"- {sentence}" for sentence in findings(rows))]
+    if study.reference:
+        cases, scores = over_cases(study, results)
+        compared = compare_all(scores, cases, study.reference)
+        write_table(folder / "comparison.csv", compared)
+        draw_profiles(folder / "profiles.png", scores["end"], f"{study.name}: at the end, all cases")
+        conclusion = section(compared, study.reference)
+    text = page(study, results, rows, houses, quick, seconds, conclusion)
+    (folder / "report.md").write_text(text, encoding="utf-8")
 
 
 def number(value: float) -> str:
@@ -167,17 +206,20 @@ def figure(path: Path, study: Study, results: Results) -> None:
 
 
 def page(
-    study: Study, results: Results, rows: list[dict[str, str]], houses: tuple[int, int], quick: bool, seconds: float
-) -> str:
-    """The report as Markdown; its sentences follow from the numbers."""
+    study: Study, results: Results, rows: list[dict[str, str]], houses: tuple[int, int], quick: bool, seconds: float,
+    conclusion: list[str],
+) -> str:  # fmt: skip
+    """The report as Markdown; its sentences follow from the numbers. conclusion: lines on what they say."""
     seeds = results.eval.shape[1]
+    uncorrected = " (here without a correction for their number)" if study.reference else ""
     lines = [
         f"# {study.name}", "", study.question, "",
         f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses for training and {houses[1]}"
         " held-out houses for evaluation, where commands are sampled as in training. The policy is a small network that"
         " scores the admissible commands (`proxmo_jax/ablation/vector_agent.py` lists its limits). Intervals are 95%"
         " bootstrap intervals over seeds; differences are between runs of the same seed. A difference is significant"
-        " if its interval excludes 0. `end`: mean of the last three evaluations; `mean`: mean over the whole run;"
+        f" if its interval excludes 0{uncorrected}. `end`: mean of the last three evaluations; `mean`: mean over the"
+        " whole run;"
         " `to 80%`: iterations until an evaluation first reaches 80%.", "",
         "| setting | end | mean | to 80% | compared with | difference of the means |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -194,8 +236,7 @@ def page(
             else ""
         )
         lines.append(f"| {row['cell']} | {end} | {mean} | {float(row['to_80']):.0f} | {other} | {difference} |")
-    lines += ["", "![learning curves](curves.png)", "", "## Findings", ""]
-    lines += [f"- {sentence}" for sentence in findings(rows)]
+    lines += ["", "![learning curves](curves.png)", "", *conclusion]
     kinds = ["| setting | " + " | ".join(TASK_TYPES) + " |", "|---" * 7 + "|"]
     for label, rates in zip(results.labels, results.by_kind.mean(1), strict=True):
         kinds.append(f"| {label} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |")

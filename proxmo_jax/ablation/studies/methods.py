@@ -1,0 +1,44 @@
+"""The estimators of the field and their soft variants, in easy, medium and hard houses.
+
+    proxmo ablate train --study methods
+
+Every run has the same budget: 160 iterations of 64 episodes, with as many turns for all methods in houses of a level.
+The learning rate is tuned for each method at each level: three rates from eight seeds that the study does not use, in
+groups of 8 without paraphrases, with the budget of a run of the study. The rate with the highest success over the whole
+run is used for this method in all cases of the level. Advantages are brought to similar sizes first (in standard
+deviations, or divided by the reward of a win), and Adam is indifferent to their scale except beside the entropy bonus.
+"""
+
+from proxmo_jax.ablation.study import Cell, Study
+from proxmo_jax.estimator.presets import g2po, gagpo, gigpo, graphgpo, grpo, hgpo, proxmo
+
+METHODS = {
+    "ProxMO": proxmo(), "GRPO": grpo(), "GiGPO": gigpo(), "HGPO": hgpo(), "GraphGPO": graphgpo(), "G2PO": g2po(),
+    "GAGPO": gagpo(), "soft HGPO": hgpo(aggregation="soft"), "soft GraphGPO": graphgpo(aggregation="soft"),
+    "soft G2PO": g2po(aggregation="soft"), "soft GAGPO": gagpo(aggregation="soft"),
+}  # fmt: skip
+TURNS = {"easy": 20, "medium": 30, "hard": 60}
+TUNED = "groups of 8"  # of a level, without paraphrases
+SIZES = {4: 16, 8: 8}  # trajectories per group: groups
+PARAPHRASED = {"": 0.0, ", paraphrased": 0.5}
+
+STUDY = Study(
+    "methods",
+    "Which estimator trains agents best from equal budgets, and what do soft variants gain?",
+    [
+        Cell(
+            f"{name}, {level}, groups of {members}{said}", settings, level=level, groups=groups, members=members,
+            turns=turns, paraphrase=chance, baseline=f"ProxMO, {level}, groups of {members}{said}", method=name,
+            case=f"{level}, groups of {members}{said}", tuned_with=f"{name}, {level}, {TUNED}",
+        )
+        for level, turns in TURNS.items()
+        for said, chance in PARAPHRASED.items()
+        for members, groups in SIZES.items()
+        for name, settings in METHODS.items()
+    ],
+    remark="Each phrase that has paraphrases is replaced with a chance of 50% where texts are paraphrased. GRPO divides"
+    " by the standard deviation of the group. No command of these agents is invalid.",
+    seeds=32,
+    reference="ProxMO",
+    learning_rates=(0.003, 0.01, 0.03),
+)  # fmt: skip

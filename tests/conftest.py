@@ -31,8 +31,8 @@ ALFWORLD = REFERENCE / "alfworld"
 
 SLOWEST = (
     "train language_model update runner batch sharding decoder rollout weights grid attention estimator bench golden"
-    " model_files proximity bench_estimator methods dynamic_sampling settings importance throughput vector_agent adapters"
-    " bench_ablation vector_household embeddings steps_file"
+    " model_files proximity bench_estimator methods dynamic_sampling settings importance throughput vector_agent"
+    " adapters bench_ablation vector_household embeddings steps_file"
 ).split()
 
 

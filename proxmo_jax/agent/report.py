@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
@@ -174,6 +175,7 @@ def learning_curve(path: Path, runs: Sequence[tuple[str, list[dict]]], title: st
             axes.plot(x, y, color=colour, marker="o", markersize=4, label=f"{label}: held-out games")
             axes.fill_between(x, [b[0] for b in bounds], [b[1] for b in bounds], color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="iteration", ylabel="success rate", ylim=(0, 1), title=title)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(alpha=0.3)
     if len(runs) == 1:
         axes.legend(loc="lower right", fontsize=8)

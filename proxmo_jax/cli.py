@@ -1,7 +1,7 @@
 """`proxmo`: the table of commands. tyro parses their options, prints help and writes shell completion.
 
 A command's module has a dataclass `Config` and `main(config)`, which returns False for exit status 1. It may have
-`default(arguments)`, the Config that the options start from, and `before_jax_starts()`. Only
+`default(arguments)`, the Config that the options start from, and `before_jax_starts(config)`. Only
 the module of the command that runs is imported, so that `proxmo --help` does not wait for JAX.
 """
 
@@ -102,7 +102,7 @@ def run(module: Any, config: Any) -> Any:
 
     keep_freed_memory()
     if hasattr(module, "before_jax_starts"):
-        module.before_jax_starts()
+        module.before_jax_starts(config)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform without its plugin is an AssertionError in JAX

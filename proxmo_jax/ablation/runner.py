@@ -147,7 +147,9 @@ def use_every_core() -> None:
         )
 
 
-before_jax_starts = use_every_core  # called by the command line
+def before_jax_starts(_: object) -> None:
+    """Called by the command line with the command's settings."""
+    use_every_core()
 
 
 def remember_programs(folder: Path) -> None:

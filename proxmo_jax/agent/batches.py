@@ -4,7 +4,7 @@ import numpy as np
 
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
-from proxmo_jax.policy.sharding import split
+from proxmo_jax.policy.sharding import split, split_by_host
 from proxmo_jax.training.rows import gather_rows, pack_turns
 
 
@@ -35,10 +35,13 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
     size = config.optimizer.rows_per_batch
     for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
         short = ((0, size - len(chosen)), (0, 0))
-        part = split(mesh, (np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)))
-        yield gather_rows(
-            rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage, *part, row_answers=room
-        )
+        part = np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)
+        by_host = split_by_host(rollout.buffer.mask)
+        rows = gather_rows(
+            rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage,
+            *(part if by_host else split(mesh, part)), row_answers=room,
+        )  # fmt: skip
+        yield split(mesh, rows) if by_host else rows
 
 
 def trained_turns(config: Config, rollout: Rollout) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from envs_bridge.turn import Game
+from proxmo_jax.agent import hosts
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
 
@@ -56,30 +57,35 @@ class Draws:
         self.latest = np.arange(len(chosen))  # groups that have been played since the last call
         self.won = self.finished = self.rounds = self.redrawn = 0
 
-    def __call__(self, rollout: Rollout) -> dict[int, Game]:
-        """Count what has been played, and draw games for the groups without spread.
+    def __call__(self, rollout: Rollout) -> dict[int, Game] | None:
+        """Count what has been played on all hosts, and draw games for the groups without spread.
 
         Args:
-            rollout: every episode has ended.
+            rollout: this host's; every episode has ended.
 
         Returns:
-            New games by the number of the group; none after `rollout.dynamic_sampling` rounds.
+            New games by the number of the group on this host; None if no host has any, as after
+            `rollout.dynamic_sampling` rounds.
         """
         members = self.config.rollout.group_size
+        every = hosts.concatenate("episodes", won=rollout.won, finished=rollout.finished, score=rollout.score)
         won, finished = (
-            x.reshape(-1, members).sum(1)[self.latest] for x in (rollout.won & rollout.finished, rollout.finished)
+            x.reshape(-1, members).sum(1)[self.latest] for x in (every["won"] & every["finished"], every["finished"])
         )
         self.won, self.finished = self.won + int(won.sum()), self.finished + int(finished.sum())
         self.note_success(self.chosen[self.latest], won, finished)
         self.latest = np.zeros(0, int)
         if self.rounds < self.config.rollout.dynamic_sampling:
-            outcome = rollout.score if self.config.env.reward == "score" else rollout.won
-            self.latest = np.flatnonzero(without_spread(outcome, rollout.finished, members))
+            outcome = every["score" if self.config.env.reward == "score" else "won"]
+            self.latest = np.flatnonzero(without_spread(outcome, every["finished"], members))
         if len(self.latest):
             self.chosen[self.latest] = self.draw(len(self.latest), self.played)
             self.played = np.concatenate([self.played, self.chosen[self.latest]])
             self.rounds, self.redrawn = self.rounds + 1, self.redrawn + len(self.latest)
-        return {int(g): self.games[self.chosen[g]] for g in self.latest}
+        else:
+            return None
+        own = hosts.share(len(self.chosen))
+        return {int(g) - own.start: self.games[self.chosen[g]] for g in self.latest if own.start <= g < own.stop}
 
     def row(self, batch: dict[str, float]) -> dict[str, float]:
         """Metrics: success of all episodes played, and with dynamic sampling of those that are trained on.

@@ -17,7 +17,7 @@ from proxmo_jax.estimator.words import Vocabulary, bucket
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import Samples, sample
 from proxmo_jax.policy.sampling import Decoding
-from proxmo_jax.policy.sharding import split
+from proxmo_jax.policy.sharding import local_mesh, split
 
 MOST_WORDS = 2048  # different words of an observation that are compared, at most
 
@@ -46,7 +46,7 @@ class Player:
     Attributes:
         tokenizer, config: of the policy.
         limits: sizes of prompts, responses and episodes.
-        mesh: the devices.
+        mesh: the devices on which the policy is trained.
         decoding, stop_table, slots: how responses are sampled and end, and how many at a time (`decoding.sample`).
         gather_weights: of `decoding.decoding_params`.
         vocabulary: words of all observations so far.
@@ -77,6 +77,11 @@ class Player:
     spell: Callable[[str, Sequence[str]], str] = lambda command, admissible: command
     tail: int = ALFWORLD_TAIL
     say: Callable[[str], None] = lambda sentence: None
+
+    @property
+    def local_mesh(self) -> Mesh:
+        """The devices that sample this host's responses."""
+        return local_mesh(self.mesh)
 
     def encode(self, memories: Sequence[Memory]) -> list[list[int]]:
         """Token ids of each prompt, cut to the limit. Raises UserError if not even an empty prompt fits."""
@@ -140,25 +145,27 @@ class Player:
         prompts: np.ndarray,
         lengths: np.ndarray,
         key: jax.Array,
+        numbers: np.ndarray,
         temperature: float,
         *,
         shared: bool,
     ) -> Samples:
         """Responses to padded prompts, by parameters of this shape; equal prompts are read once if `shared`."""
-        prompt_of = None
+        prompt_of, mesh = None, self.local_mesh
         if shared:
-            prompts, lengths, prompt_of = share(prompts, lengths, self.mesh)
+            prompts, lengths, prompt_of = share(prompts, lengths, mesh)
         return sample(
             params,
-            *split(self.mesh, (prompts, lengths)),
+            *split(mesh, (prompts, lengths)),
             key,
             jnp.float32(temperature),
             self.stop_table,
-            prompt_of if prompt_of is None else split(self.mesh, prompt_of),
+            prompt_of if prompt_of is None else split(mesh, prompt_of),
+            numbers,
             config=policy,
             decoding=self.decoding,
             slots=self.slots,
-            mesh=self.mesh,
+            mesh=mesh,
         )
 
     def observe(

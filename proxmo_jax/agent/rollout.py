@@ -83,8 +83,9 @@ def collect(
     reward_score: bool = False,
     penalise_inadmissible: bool = False,
     length_penalty: Callable[[np.ndarray], np.ndarray] | None = None,
-    redraw: Callable[[Rollout], dict[int, Game]] | None = None,
+    redraw: Callable[[Rollout], dict[int, Game] | None] | None = None,
     on_turn: Callable[[int, int], None] | None = None,
+    first: int = 0,
 ) -> Rollout:
     """Play one episode of every task to its end or the turn limit, all in parallel.
 
@@ -104,8 +105,9 @@ def collect(
         penalise_inadmissible: commands that the environment does not admit count as invalid.
         length_penalty: what is subtracted from a turn's reward, from the tokens of its response; None: nothing.
         redraw: called when all have ended; names groups to play anew in the same places, with their new games, until it
-            names none. What they were before is forgotten. None: no group is.
+            answers None. What they were before is forgotten. None: no group is.
         on_turn: called with the turn and the number of active episodes.
+        first: number of the first episode, by which random numbers are drawn.
 
     Returns:
         The episodes, with the buffer.
@@ -123,16 +125,17 @@ def collect(
     params = decoding_params(params, config=policy, mesh=player.mesh, gather=player.gather_weights)
     play = _Play(
         player, params, policy, pool, list(games), rollout, temperature, reward_scale, reward_score,
-        penalise_inadmissible, length_penalty,
+        penalise_inadmissible, length_penalty, first,
     )  # fmt: skip
     if buffer is not None:
         play.buffer = clear(buffer)
         play.seen_in_group = [{} for _ in range(buffer.word_ids.shape[0])]
     play.to_the_end(key, 0, on_turn)
     drawn = 1
-    while redraw and (new := redraw(rollout)):
-        play.replace(new)
-        play.to_the_end(key, drawn, on_turn)
+    while redraw and (new := redraw(rollout)) is not None:
+        if new:
+            play.replace(new)
+            play.to_the_end(key, drawn, on_turn)
         drawn += 1
     turns = max(int((rollout.prompt_lengths > 0).sum()), 1)
     rollout.valid, rollout.admissible = (float(x.sum()) / turns for x in (play.valid, play.admissible_turns))
@@ -157,6 +160,7 @@ class _Play:
     reward_score: bool
     penalise_inadmissible: bool
     length_penalty: Callable[[np.ndarray], np.ndarray] | None
+    first: int  # number of the first episode
     buffer: Buffer | None = None
     seen_in_group: list[dict[str, int]] = field(default_factory=list)  # the number of each text a group saw
 
@@ -193,7 +197,7 @@ class _Play:
     def replace(self, games: dict[int, Game]) -> None:
         """Put new games in the places of these groups' episodes."""
         members = len(self.games) // len(self.seen_in_group)
-        episodes = np.concatenate([np.arange(g * members, (g + 1) * members) for g in games])
+        episodes = np.array([e for g in games for e in range(g * members, (g + 1) * members)], int)
         for e in episodes:
             self.games[e] = games[e // members]
         self.rollout.finished[episodes] = False
@@ -211,10 +215,13 @@ class _Play:
     def turn(self, turn: int, key: jax.Array) -> None:
         """One turn of every active episode: prompts, answers, the worlds' answers, all written down."""
         player, rollout, active = self.player, self.rollout, self.active
-        batch = batch_bucket(len(active), player.mesh)
+        batch = batch_bucket(len(active), player.local_mesh)
         prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
         # The members of a group begin with the same prompt.
-        samples = player.sample(self.params, self.policy, prompts, lengths, key, self.temperature, shared=turn == 0)
+        numbers = np.pad(self.first + active, (0, batch - len(active))).astype(np.int32)
+        samples = player.sample(
+            self.params, self.policy, prompts, lengths, key, numbers, self.temperature, shared=turn == 0
+        )
         overlong = unended(samples.tokens, samples.lengths, player.stop_table, decoding=player.decoding)
         tokens, answer_lengths, overlong = jax.device_get((samples.tokens, samples.lengths, overlong))
         answers = player.tokenizer.backend_tokenizer.decode_batch(

@@ -173,7 +173,7 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
     Raises:
         UserError: for a longer run that would learn nothing.
     """
-    stored = stored_config(asked.output.dir)
+    stored = dataclasses.replace(stored_config(asked.output.dir), hosts=asked.hosts)
     config, taken = stored, {"resume", "output.dir", "config"}
     if asked.iterations > stored.iterations:
         taken.add("iterations")
@@ -218,5 +218,6 @@ def open_folder(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     values = {**dataclasses.asdict(config), "resume": False}
+    del values["hosts"]  # a run may go on on others
     temporary.write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
     temporary.replace(path)

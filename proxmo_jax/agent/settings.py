@@ -332,6 +332,40 @@ class MeshSettings:
 
 
 @dataclass(frozen=True)
+class HostSettings:
+    """The hosts (processes) of a run. On a TPU pod, under Slurm and in a Kubernetes Job they find each other."""
+
+    coordinator: str = ""
+    """Address and port of host 0, such as 10.0.0.1:8476, at which the hosts meet. All of them get the same."""
+    count: int = 0
+    """Number of hosts; 0: found by itself, and one host without a --hosts.coordinator."""
+    index: int | None = None
+    """Number of this host, from 0. Host 0 reports and writes the run's files. Default: found by itself."""
+    timeout: int = 300
+    """Seconds to wait for all hosts at the start."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a host is given up, and the run with it."""
+
+    def __post_init__(self) -> None:
+        at_least(0, "hosts", self, "count")
+        at_least(1, "hosts", self, "timeout", "heartbeat")
+        if not self.coordinator:
+            need(self.index is None, "--hosts.index needs a --hosts.coordinator")
+            need(self.count <= 1, "--hosts.count needs a --hosts.coordinator; without one the hosts find each other")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        need(
+            bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16,
+            f"--hosts.coordinator must be an address and a port, such as 10.0.0.1:8476, got {self.coordinator!r}",
+        )
+        need(self.count > 0, f"--hosts.coordinator {self.coordinator} needs --hosts.count, the number of hosts")
+        need(
+            self.index is not None and 0 <= self.index < self.count,
+            f"--hosts.index must lie between 0 and {self.count - 1} (--hosts.count - 1), got {self.index}",
+        )
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """What is written, and when."""
 
@@ -376,6 +410,7 @@ class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    hosts: HostSettings = field(default_factory=HostSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
 
     def __post_init__(self) -> None:
@@ -434,6 +469,7 @@ def check(config: Config) -> None:
     find(config.env.name).check(config.env)
     check_estimator(config.estimator, config.env)
     check_devices(config, jax.device_count())
+    check_hosts(config, jax.process_count())
     check_from_run(config)
     if not config.model.path:
         check_small_policy(config)
@@ -450,6 +486,13 @@ def check_devices(config: Config, count: int) -> None:
         together % devices == 0,
         f"--rollout.max-num-seqs must be a multiple of the {devices} devices, or 0 for all at once; got {together}",
     )
+
+
+def check_hosts(config: Config, count: int) -> None:
+    """Refuse groups that `count` hosts do not divide, and games that do not suffice for all of them."""
+    groups, games = config.rollout.num_groups, config.env.eval_games
+    need(groups % count == 0, f"--rollout.num-groups must be a multiple of the {count} hosts, got {groups}")
+    need(games >= count, f"--env.eval-games must be at least the {count} hosts, got {games}")
 
 
 def warm_steps(config: Config) -> int:

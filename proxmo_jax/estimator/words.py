@@ -85,6 +85,21 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self._ids.words)
 
+    def words(self, start: int = 0) -> list[str]:
+        """The words with ids from `start` on, in the order of their ids."""
+        return self._ids.words[start:]
+
+    def ids(self, words: Sequence[str]) -> np.ndarray:
+        """Word ids; words that are new get the next ones.
+
+        Args:
+            words: V words, as `words` gives them.
+
+        Returns:
+            int32 [V].
+        """
+        return np.array([self._ids[word] for word in words], np.int32)
+
     def _forget(self) -> None:
         # Counts of all texts, concatenated; those of text i are at [_starts[i], _starts[i + 1]). The arrays have spare
         # capacity, so that appending is amortised.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from proxmo_jax.policy.attention import prompt_attention
 from proxmo_jax.policy.decoder import Cache, Policy, PolicyConfig
 from proxmo_jax.policy.sampling import Decoding, draw, stops
-from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings
+from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings, to_host
 
 PREFILL_TOKENS = 8192  # of prompts that a device reads at once
 
@@ -40,12 +40,14 @@ def decoding_params(params: Any, *, config: PolicyConfig, mesh: Mesh | None = No
     Args:
         params: the policy's parameters.
         config: the policy's shape.
-        mesh: the devices.
+        mesh: the devices; where they are several hosts', each host gets all parameters onto its `local_mesh`.
         gather: replicate over `fsdp`, so that nothing is gathered for each token.
 
     Returns:
         The parameters; they are not copied if they are so already.
     """
+    if mesh is not None and mesh.is_multi_process:
+        return to_host(mesh, _converted(params, config, mesh, False), config, gathered=gather)
     gather = gather and mesh is not None and mesh.shape["fsdp"] > 1
     if not gather and all(x.dtype == jnp.dtype(config.dtype) for x in jax.tree.leaves(params)):
         return params
@@ -156,6 +158,7 @@ def sample(
     temperature: jax.Array,
     stop_table: jax.Array | None = None,
     prompt_of: jax.Array | None = None,
+    numbers: jax.Array | None = None,
     *,
     config: PolicyConfig,
     decoding: Decoding,
@@ -165,7 +168,7 @@ def sample(
     """Sample a response to each prompt. Compiled once per (N, P), and per (N, U, P) where prompts are shared.
 
     With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that
-    a long response delays no other. Random numbers belong to prompts and tokens: a response depends neither on `slots`
+    a long response delays no other. Random numbers belong to `numbers` and tokens: a response depends neither on `slots`
     nor on the other prompts of the batch.
 
     Args:
@@ -177,6 +180,8 @@ def sample(
         stop_table: int16 [states, V], `sampling.stop_table` of the stop strings, or None.
         prompt_of: int32 [N], the prompt of each response, `U` for batch padding. Each prompt is then read once, if
             `slots` gives each response a row.
+        numbers: int32 [N], what the random numbers of each response are drawn for, such as its episode (default: its
+            place in the batch).
         config: the policy's shape.
         decoding: limits of the response and how tokens are drawn.
         slots: rows decoded at the same time, which bounds the cache; 0: one per prompt.
@@ -188,7 +193,7 @@ def sample(
     """
     count = len(prompts if prompt_of is None else prompt_of)
     rows = count if not 0 < slots < count else slots
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count) if numbers is None else numbers)
     job = _Job(params, prompts, prompt_lengths, prompt_of, keys, temperature, stop_table, config, decoding, rows, mesh)
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)

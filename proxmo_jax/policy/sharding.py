@@ -2,14 +2,20 @@
 
 Mesh axes: `data` (batches sharded, parameters replicated), `fsdp` (batches sharded, and parameters along `embed`) and
 `tensor` (heads, MLP width and vocabulary sharded).
+
+With several hosts (JAX processes) there are three meshes of the same devices: the training mesh over all of them,
+`local_mesh` over those of this host, on which it samples without the others, and `by_host`, which splits arrays by the
+host that made them.
 """
 
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -65,17 +71,39 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+@cache
+def by_host(mesh: Mesh) -> Mesh:
+    """The devices of a mesh with an axis `host` before those of each host's `local_mesh`.
+
+    A host's `tensor` and `fsdp` are the parts of the mesh's that its devices hold.
+    """
+    devices = sorted(mesh.devices.flat, key=lambda device: (device.process_index, device.id))
+    hosts = len({device.process_index for device in devices})
+    tensor = math.gcd(mesh.shape["tensor"], len(devices) // hosts)
+    fsdp = math.gcd(mesh.shape["fsdp"], len(devices) // hosts // tensor)
+    return Mesh(np.array(devices).reshape(hosts, -1, fsdp, tensor), ("host", *AXES), axis_types=(AxisType.Auto,) * 4)
+
+
+@cache
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The mesh of this host's devices; the mesh itself if there is one host."""
+    if not mesh.is_multi_process:
+        return mesh
+    own = by_host(mesh).devices[jax.process_index()]
+    return Mesh(own, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def split(mesh: Mesh, tree: Any) -> Any:
     """Shard the first axis of arrays over the batch axes of the mesh.
 
     Args:
         mesh: the mesh.
-        tree: pytree of arrays [B, ...]; B is a multiple of data x fsdp.
+        tree: pytree of arrays [B, ...], equal on all hosts; B is a multiple of data x fsdp.
 
     Returns:
         The tree on the mesh.
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+    return _place(NamedSharding(mesh, PartitionSpec(RULES["batch"])), tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -83,12 +111,74 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
     Args:
         mesh: the mesh.
-        tree: pytree of arrays.
+        tree: pytree of arrays, equal on all hosts.
 
     Returns:
         The tree on the mesh.
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _place(NamedSharding(mesh, PartitionSpec()), tree)
+
+
+def _place(sharding: NamedSharding, tree: Any) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def place(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        whole = np.asarray(x)  # `device_put` would compare it between the hosts first
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree)
+
+
+def join_hosts(mesh: Mesh, tree: Any) -> Any:
+    """Concatenate arrays of all hosts along their first axis; nothing is copied between hosts.
+
+    Args:
+        mesh: the training mesh.
+        tree: pytree of arrays [N / hosts, ...] on this host's `local_mesh`, of the same shapes on all hosts.
+
+    Returns:
+        The tree of arrays [N, ...], each host's part replicated over its devices; the tree itself if there is one host.
+    """
+    if not mesh.is_multi_process:
+        return tree
+    over = NamedSharding(by_host(mesh), PartitionSpec("host"))
+    whole = NamedSharding(local_mesh(mesh), PartitionSpec())
+
+    def join(x):
+        shape = (over.mesh.shape["host"] * x.shape[0], *x.shape[1:])
+        parts = [shard.data for shard in jax.device_put(x, whole).addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, over, parts)
+
+    return jax.tree.map(join, tree)
+
+
+def split_by_host(x: jax.Array) -> bool:
+    """Whether an array is one of `join_hosts`."""
+    return isinstance(x.sharding, NamedSharding) and "host" in x.sharding.mesh.axis_names
+
+
+def to_host(mesh: Mesh, params: Any, config: PolicyConfig, *, gathered: bool) -> Any:
+    """Copy parameters to every host's own devices, so that the host can compute without the others.
+
+    Args:
+        mesh: the training mesh, over several hosts.
+        params: the parameters on it.
+        config: their shape.
+        gathered: as in `parameter_shardings`.
+
+    Returns:
+        The parameters on this host's `local_mesh`.
+    """
+    local = parameter_shardings(local_mesh(mesh), config, gathered=gathered)
+    everywhere = jax.tree.map(lambda sharding: NamedSharding(by_host(mesh), sharding.spec), local)
+
+    def own(x, sharding):
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    return jax.tree.map(own, jax.device_put(params, everywhere), local)
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:

@@ -2,8 +2,8 @@
 
 Every host runs the same program on its share of the groups. What the hosts must agree on (errors, words, numbers of a
 rollout, whether to stop) is exchanged as bytes through JAX's coordination service, which host 0 runs: that compiles
-nothing, does not wait for the devices, and has no time limit of its own, however long one host's environments take. With
-one host every function here returns what it is given.
+nothing, does not wait for the devices, and has no time limit, however long one host's environments take. With one host
+every function here returns what it is given.
 """
 
 import contextlib
@@ -23,16 +23,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordination service's client has no public name; Orbax uses it as well
+from jax._src import cloud_tpu_init, distributed  # what is used has no public name; Orbax uses it, too
 
+from envs_bridge.errors import UserError as EnvironmentUserError
 from proxmo_jax.agent.settings import HostSettings
 from proxmo_jax.errors import UserError
 
 PART = 1 << 20  # bytes of a message of the coordination service
 NOTICE = 60  # seconds of waiting for a host after which it is named
 SHUTDOWN = 60  # seconds that a host waits for the others at its end
+ERROR = "error"  # in the place of a value: a sentence of the host that cannot go on
 _numbers = itertools.count()
 _sent: list[str] = []  # keys of this host that are still in the coordination service
+
+
+class OtherHostError(UserError):
+    """The sentence of a host that cannot go on, which ends all of them."""
 
 
 def index() -> int:
@@ -67,8 +73,8 @@ def start(settings: HostSettings) -> None:
     if settings.index == 0:
         _check_port(settings.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    if "cpu" in (jax.config.jax_platforms or ""):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _explain_abort(where)
     too_late = threading.Timer(settings.timeout, _give_up, (settings, where))  # JAX itself would abort with a C++ trace
     too_late.daemon = True
     too_late.start()
@@ -85,8 +91,6 @@ def start(settings: HostSettings) -> None:
         raise UserError(f"--hosts: this host cannot join the others at {where} ({str(error)[:300]})") from error
     finally:
         too_late.cancel()
-    if count() > 1:
-        _explain_abort()
 
 
 def _cluster() -> str:
@@ -98,10 +102,8 @@ def _cluster() -> str:
         return "GKE"
     if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
         return "Kubernetes"
-    on_tpu = environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and any(
-        Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")
-    )
-    return "the TPU pod" if on_tpu and jax._src.cloud_tpu_init.running_in_cloud_tpu_vm else ""
+    on_tpu = cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
+    return "the TPU pod" if on_tpu else ""
 
 
 def _check_port(address: str) -> None:
@@ -113,7 +115,8 @@ def _check_port(address: str) -> None:
             trial.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"--hosts.coordinator {address}: host 0 cannot listen on port {port} ({error.strerror}); need a free one"
+                f"--hosts.coordinator {address}: host 0 cannot listen on port {port} ({error.strerror}); need one"
+                " that is free"
             ) from error
 
 
@@ -143,21 +146,23 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _explain_abort() -> None:
+def _explain_abort(where: str) -> None:
     """Say in a sentence what has happened when JAX's client aborts the process, since a host does not live any more.
 
     The client calls `abort` in a thread of its own. A C handler that does not return is the only way to have a word.
     """
 
     def handler(_: int) -> None:
-        address = distributed.global_state.coordinator_address or ""
-        lost = "another host" if index() == 0 or _answers(address) else f"the coordinator (host 0, {address})"
-        print(
-            f"proxmo: host {index()} of {count()} stops, since it has lost {lost}; what is saved stays:"
-            " go on with --resume on all hosts",
-            file=sys.stderr,
-            flush=True,
-        )
+        if not jax.distributed.is_initialized() or count() == 1:
+            problem = f"this host cannot join the others at {where}; need one process for each --hosts.index"
+        else:
+            address = distributed.global_state.coordinator_address or ""
+            lost = "another host" if is_first() or _answers(address) else f"the coordinator (host 0, {address})"
+            problem = (
+                f"host {index()} of {count()} stops, since it has lost {lost}; checkpoints stay: go on with --resume"
+                " on all hosts"
+            )
+        print(f"proxmo: {problem}", file=sys.stderr, flush=True)
         os._exit(3)
 
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -176,30 +181,44 @@ def exchange(what: str, value: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         The values of all hosts, in their order.
+
+    Raises:
+        OtherHostError: the sentence of a host that cannot go on.
     """
     if count() == 1:
         return [dict(value)]
+    number, keys = _post(value)
+    found = []
+    for host in range(count()):
+        first = _wait(f"proxmo/{number}/{host}/0", host, what)
+        parts = int.from_bytes(first[:4], "big")
+        more = (_wait(f"proxmo/{number}/{host}/{i}", host, what) for i in range(1, parts))
+        found.append(_unpack(first[4:] + b"".join(more)))
+        if ERROR in found[-1]:
+            raise OtherHostError(f"host {host}: {found[-1][ERROR]}")
+    for key in _sent:  # all hosts have begun this exchange, so they have ended the one before
+        distributed.global_state.client.key_value_delete(key)  # type: ignore[union-attr]
+    _sent[:] = keys
+    return found
+
+
+def _post(value: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """This host's part of an exchange: its number, and the keys under which the value now is."""
     client, number = distributed.global_state.client, next(_numbers)
     assert client is not None
     data = _pack(value)
     parts = [data[i : i + PART] for i in range(0, len(data), PART)]
-    mine = [f"proxmo/{number}/{index()}/{i}" for i in range(len(parts))]
-    for key, part in zip(reversed(mine), reversed(parts), strict=True):  # the first part, with their number, is last
-        head = len(parts).to_bytes(4) if key is mine[0] else b""
-        client.key_value_set_bytes(key, head + part)
-    found = []
-    for host in range(count()):
-        first = _wait(client, f"proxmo/{number}/{host}/0", host, what)
-        more = (_wait(client, f"proxmo/{number}/{host}/{i}", host, what) for i in range(1, int.from_bytes(first[:4])))
-        found.append(_unpack(first[4:] + b"".join(more)))
-    for key in _sent:  # all hosts have begun this exchange, so they have ended the one before
-        client.key_value_delete(key)
-    _sent[:] = mine
-    return found
+    keys = [f"proxmo/{number}/{index()}/{i}" for i in range(len(parts))]
+    parts[0] = len(parts).to_bytes(4, "big") + parts[0]
+    for key, part in zip(keys, parts, strict=True):
+        client.key_value_set_bytes(key, part)
+    return number, keys
 
 
-def _wait(client: Any, key: str, host: int, what: str) -> bytes:
+def _wait(key: str, host: int, what: str) -> bytes:
     """A host's bytes. A host that does not live any more ends this process, too (`_explain_abort`)."""
+    client = distributed.global_state.client
+    assert client is not None
     for waited in itertools.count(0, NOTICE):
         if waited:
             print(f"Host {index()} has waited {waited} s for host {host}: {what}", file=sys.stderr, flush=True)
@@ -255,19 +274,14 @@ def together(what: str) -> Iterator[None]:
         return
     try:
         yield
+    except OtherHostError:
+        raise
     except Exception as error:
-        if not _is_sentence(error):
+        if not isinstance(error, (UserError, EnvironmentUserError, OSError)):
             raise  # a bug: this host ends with its traceback, and the others when it does not live any more
-        exchange(what, {"error": str(error)})
-        raise UserError(f"host {index()}: {error}") from error
-    for host, value in enumerate(exchange(what, {"error": None})):
-        if value["error"] is not None:
-            raise UserError(f"host {host}: {value['error']}")
-
-
-def _is_sentence(error: Exception) -> bool:
-    """Whether an error is a user's mistake; the environments have a class of their own for those."""
-    return any(kind.__name__ == "UserError" for kind in type(error).__mro__) or isinstance(error, OSError)
+        _post({ERROR: str(error)})
+        raise OtherHostError(f"host {index()}: {error}") from error
+    exchange(what, {})
 
 
 @contextlib.contextmanager
@@ -293,7 +307,7 @@ def check_same(settings: Mapping[str, Any]) -> None:
     own |= {f"--{name.replace('_', '-')}": str(value) for name, value in settings.items()}
     every = [value["own"] for value in exchange("settings", {"own": own})]
     for host, other in enumerate(every):
-        for name in every[0].keys() | other.keys():
+        for name in every[0] | other:
             if other.get(name) != every[0].get(name):
                 raise UserError(
                     f"host {host} has {name} {other.get(name)}, host 0 has {every[0].get(name)}; need the same on"

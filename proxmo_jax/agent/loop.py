@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
+from proxmo_jax.agent import hosts
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.dynamic_sampling import Draws
+from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes, join_texts
 from proxmo_jax.agent.overlong import length_penalty
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.rollout import Rollout, collect
@@ -47,11 +50,13 @@ class Loop:
         self.micro_batches = micro_batches(config)
         self.settings, self.loss = config.estimator, loss_settings(config)
         limits = player.limits
+        self.own = hosts.share(config.rollout.num_groups)  # the groups that this host plays
+        self.words = SharedWords(player.vocabulary)
         empty = Buffer.empty(
-            config.rollout.num_groups, config.rollout.group_size, limits.turns,
+            self.own.stop - self.own.start, config.rollout.group_size, limits.turns,
             prompt=limits.prompt, response=limits.response, words=limits.words,
         )  # fmt: skip
-        self.buffer = replicate(mesh, empty)
+        self.buffer = replicate(player.local_mesh, empty)  # this host's
         self.played: Rollout | None = None  # the last one
         self.work = Work.of(player.config)
 
@@ -80,7 +85,7 @@ class Loop:
         params = adapters.join(self.frozen, state.params)
         draw_others = partial(self.draw, np.random.default_rng([self.config.seed, iteration, 1]))
         draws = Draws(self.config, self.games, chosen, draw_others, self.note_success)
-        with jax.profiler.TraceAnnotation("rollout"):
+        with jax.profiler.TraceAnnotation("rollout"), hosts.together(f"rollout of iteration {iteration}"):
             rollout = self.collect(params, chosen, draws, key)
         times.append(time.time())
         with jax.profiler.TraceAnnotation("estimator"):
@@ -89,11 +94,14 @@ class Loop:
         with jax.profiler.TraceAnnotation("update"):
             state, losses = self.update(state, params, rollout, advantage, iteration, rng)
         times.append(time.time())
-        self.buffer, self.played = rollout.buffer, rollout
+        self.played = rollout
         return state, self.report(rollout, draws, advantage, losses, times)
 
     def collect(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array) -> Rollout:
-        """Play the chosen tasks, and those drawn in their place, `group_size` times each, into the buffer."""
+        """Play the chosen tasks, and those drawn in their place, `group_size` times each, into the buffer.
+
+        Each host plays its share of the groups; the rollout is that of all hosts, with this host's texts.
+        """
         config = self.config
         penalty = partial(
             length_penalty, limit=config.rollout.max_response_length, buffer=config.rollout.overlong_buffer,
@@ -103,7 +111,7 @@ class Loop:
             self.player,
             params,
             self.pool,
-            [self.games[i] for i in chosen for _ in range(config.rollout.group_size)],
+            [self.games[i] for i in chosen[self.own] for _ in range(config.rollout.group_size)],
             key,
             temperature=config.rollout.temperature,
             buffer=self.buffer,
@@ -112,17 +120,21 @@ class Loop:
             penalise_inadmissible=config.rollout.penalise_inadmissible,
             length_penalty=penalty if config.rollout.overlong == "penalise" else None,
             redraw=draws,
+            first=self.own.start * config.rollout.group_size,
         )
         jax.block_until_ready(rollout.buffer)
-        return rollout
-
-    def estimate(self, rollout: Rollout) -> jax.Array:
-        """Joint advantages of a rollout: float32 [E, T]."""
         if self.settings.aggregation == "similar":
             self.number_similar_texts(rollout)
         assert rollout.buffer is not None
+        self.buffer = rollout.buffer
+        join_buffers(rollout, self.words, self.mesh)
+        return join_episodes(rollout)
+
+    def estimate(self, rollout: Rollout) -> jax.Array:
+        """Joint advantages of a rollout: float32 [E, T]."""
+        assert rollout.buffer is not None
         texts = min(bucket(rollout.texts), rollout.buffer.word_ids.shape[1])
-        alphabetical = self.player.vocabulary.alphabetical()
+        alphabetical = self.words.every.alphabetical()
         result = estimate(rollout.buffer, rollout.won, rollout.ending_anchor, alphabetical, self.settings, texts=texts)
         return jax.block_until_ready(result.joint).reshape(rollout.prompt_lengths.shape)
 
@@ -231,7 +243,7 @@ class Loop:
         group = np.array([e // self.config.rollout.group_size for e, _ in at])
         anchor = np.zeros(rollout.prompt_lengths.shape, np.int32)
         anchor[tuple(np.array(at, int).reshape(-1, 2).T)] = similar_anchors(texts, group)
-        rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.mesh, anchor))
+        rollout.buffer = dataclasses.replace(rollout.buffer, anchor=replicate(self.player.local_mesh, anchor))
 
 
 def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
@@ -256,9 +268,10 @@ def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
 
 
 def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
-    """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them."""
+    """A rollout's steps, of all hosts, as `proxmo advantages` and `proxmo ablate estimator` read them."""
     assert rollout.buffer is not None
-    reward, valid = jax.device_get((rollout.buffer.reward, rollout.buffer.action_valid))
+    reward, valid = process_allgather((rollout.buffer.reward, rollout.buffer.action_valid), tiled=True)
+    rollout = join_texts(rollout)
     at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
     episode, turn = np.array(at, int).reshape(-1, 2).T
 

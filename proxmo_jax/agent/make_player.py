@@ -25,7 +25,7 @@ from proxmo_jax.policy.attention import BLOCK
 from proxmo_jax.policy.decoder import init_params
 from proxmo_jax.policy.model_config import read_config, read_json
 from proxmo_jax.policy.sampling import Decoding, stop_table
-from proxmo_jax.policy.sharding import parameter_shardings, place_optimizer, replicate
+from proxmo_jax.policy.sharding import local_mesh, parameter_shardings, place_optimizer, replicate
 from proxmo_jax.policy.tokenizer import (
     build_word_tokenizer,
     load_model_tokenizer,
@@ -114,7 +114,9 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     if config.rollout.stop:
         # Ids past the tokenizer's, which pad the embedding, say nothing.
         texts = tokenizer.batch_decode([[i] for i in range(token_count(tokenizer))], skip_special_tokens=False)
-        table = replicate(mesh, stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.rollout.stop))
+        table = replicate(
+            local_mesh(mesh), stop_table([*texts, *[""] * (policy.vocab_size - len(texts))], config.rollout.stop)
+        )
     known = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # some tokenizers call the tags of an answer special
     return Player(
         tokenizer,

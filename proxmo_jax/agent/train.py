@@ -22,6 +22,8 @@ from rich.progress import Progress
 
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
+from proxmo_jax.agent import hosts
+from proxmo_jax.agent.join import join_episodes, join_texts
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
 from proxmo_jax.agent.player import Player
@@ -37,8 +39,8 @@ from proxmo_jax.agent.report import (
 )
 from proxmo_jax.agent.rollout import collect
 from proxmo_jax.agent.run_files import default as default  # the command line's
-from proxmo_jax.agent.run_files import open_folder, resumed
-from proxmo_jax.agent.settings import Config, check, has_warm_start
+from proxmo_jax.agent.run_files import flat, open_folder, resumed
+from proxmo_jax.agent.settings import Config, check, has_warm_start, need
 from proxmo_jax.agent.stop import StopOnSignal
 from proxmo_jax.agent.tasks import environment, make_pool, make_tasks
 from proxmo_jax.agent.warm_start import careful_and_careless, needs_demonstrations, starting_point
@@ -62,27 +64,33 @@ def main(config: Config, console: Console | None = None) -> Path:
     Raises:
         UserError: for settings, data or a folder that cannot be used; nothing is written then.
     """
-    console = console or terminal()
+    console = (console or terminal()) if hosts.is_first() else Console(quiet=True)
     began = time.time()
-    if config.resume:
-        config, ignored = resumed(config)
-        if ignored:
-            console.print(
-                f"--resume goes on with the run's own settings; ignored: {', '.join(ignored)}", soft_wrap=True
+    hosts.check_same({name: value for name, value in flat(config).items() if name != "hosts.index"})
+    with hosts.together("settings"):
+        if config.resume:
+            config, ignored = resumed(config)
+            if ignored:
+                console.print(
+                    f"--resume goes on with the run's own settings; ignored: {', '.join(ignored)}", soft_wrap=True
+                )
+        check(config)
+        if needs_demonstrations(config) and environment(config).demonstrations is None:
+            raise UserError(
+                f"--env {config.env.name} has no demonstrations for a warm start; need a --model and"
+                " --warm-start.steps 0"
             )
-    check(config)
-    if needs_demonstrations(config) and environment(config).demonstrations is None:
-        raise UserError(
-            f"--env {config.env.name} has no demonstrations for a warm start; need a --model and --warm-start.steps 0"
-        )
-    mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
-    # A model or data set that cannot be read is refused before a folder is made.
-    language_model = make_player(config, mesh) if config.model.path else None
-    tasks = make_tasks(config, console) if config.env.data is not None else None
-    open_folder(config)
+        mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
+        # A model or data set that cannot be read is refused before a folder is made.
+        language_model = make_player(config, mesh) if config.model.path else None
+        tasks = make_tasks(config, console) if config.env.data is not None else None
+    with hosts.first_before_others("the run's folder"):
+        open_run(config)
     with StopOnSignal(console) as stop:
-        train_games, eval_games = tasks or make_tasks(config, console)
+        with hosts.first_before_others("tasks"):
+            train_games, eval_games = tasks or make_tasks(config, console)
         finished = run(config, mesh, train_games, eval_games, language_model, console, stop)
+    hosts.finish()
     seconds = f"{time.time() - began:.0f} s"
     folder = config.output.dir
     if finished:
@@ -94,6 +102,21 @@ def main(config: Config, console: Console | None = None) -> Path:
     else:
         console.print(f"Stopped and saved after {seconds}. To go on: proxmo train --out {folder} --resume")
     return folder
+
+
+def before_jax_starts(config: Config) -> None:
+    """Join the other hosts; called by the command line."""
+    hosts.start(config.hosts)
+
+
+def open_run(config: Config) -> None:
+    """Make the run's folder on host 0; the other hosts find it. Raises UserError if they do not."""
+    folder = config.output.dir
+    if hosts.is_first():
+        open_folder(config)
+    else:
+        found = (folder / "config.json").is_file()
+        need(found, f"--out: {folder} is not the folder that host 0 has made; need one that all hosts share")
 
 
 def run(
@@ -110,51 +133,59 @@ def run(
     title = f"{config.env.level} household" if config.env.name == "household" else environment(config).title
     announce(config, title, len(train_games), len(eval_games), console)
     demos = careful_and_careless(config, train_games, console) if needs_demonstrations(config) else []
-    player = language_model or make_player(config, mesh, [example for part in demos for example in part])
+    with hosts.first_before_others("the tokenizer"):
+        player = language_model or make_player(config, mesh, [example for part in demos for example in part])
     player.say = functools.cache(partial(console.print, markup=False, highlight=False, soft_wrap=True))  # each once
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 
     with make_pool(config) as pool, jax.set_mesh(mesh):
         reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, stop)
-        if stop:
+        if hosts.any_host(stop):
             return False
         state = new_state(player, reference, optimizer)
         checkpoints = Checkpoints(folder / "checkpoints")
-        first = checkpoints.latest() or 0
+        first = hosts.of_first("checkpoints", checkpoints.latest() or 0)
         if first:
-            state, _ = checkpoints.restore(state)
-        metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None)
+            state, _ = checkpoints.restore(state, first)
+        metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None) if hosts.is_first() else None
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
             label = "warm start" if has_warm_start(config) else "before training"
             with progress_bar(console) as bar:
-                metrics.write({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
-        last_row = [{}, *read_metrics(folder / "metrics.jsonl")][-1]
+                row = {"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")}
+            if metrics:
+                metrics.write(row)
+        last_row = hosts.of_first("metrics", [{}, *read_metrics(folder / "metrics.jsonl")][-1])
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         warn_if_over(folder, config.output.profile, first, console)
         with progress_bar(console) as bar:
             task = bar.add_task("training", total=config.iterations, completed=first, note="")
             for iteration in range(first + 1, config.iterations + 1):
-                with profiled(folder, iteration == config.output.profile, console):
+                with profiled(folder, iteration == config.output.profile and hosts.is_first(), console):
                     state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
                 last = iteration == config.iterations
                 if iteration % config.output.eval_every == 0 or last:
                     params = adapters.join(loop.frozen, state.params)
                     episodes = "episodes_after.txt" if last else None
                     row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
-                metrics.write({"iteration": iteration, **row})
+                if metrics:
+                    metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
-                if iteration % config.output.save_every == 0 or last or stop:
+                stopped = hosts.any_host(stop)
+                if iteration % config.output.save_every == 0 or last or stopped:
                     checkpoints.save(iteration, state, {"iteration": iteration})
-                if stop:
+                if stopped:
                     break
         checkpoints.close()
         if loop.played:
-            write_steps(folder / "rollout.npz", steps_of(loop.played, config.rollout.group_size))
+            steps = steps_of(loop.played, config.rollout.group_size)
+            if hosts.is_first():
+                write_steps(folder / "rollout.npz", steps)
 
     rows = read_metrics(folder / "metrics.jsonl")
-    learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
+    if hosts.is_first():
+        learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
     return bool(rows) and rows[-1]["iteration"] >= config.iterations
 
 
@@ -186,12 +217,16 @@ class Evaluation:
 
     def run(self, params, bar: Progress, label: str, episodes: str | None = None) -> dict:
         began = time.time()
-        key = jax.random.key(self.config.seed + 1)
-        task = bar.add_task("held-out games", total=len(self.games), note="")
-        rollout = collect(
-            self.player, params, self.pool, self.games, key, temperature=self.config.output.eval_temperature,
-            on_turn=lambda turn, active: bar.update(task, completed=len(self.games) - active, note=f"turn {turn + 1}"),
-        )  # fmt: skip
+        key, own = jax.random.key(self.config.seed + 1), hosts.share(len(self.games))
+        games = self.games[own]
+        task = bar.add_task("held-out games", total=len(games), note="")
+        with hosts.together(label):
+            rollout = collect(
+                self.player, params, self.pool, games, key, temperature=self.config.output.eval_temperature,
+                on_turn=lambda turn, active: bar.update(task, completed=len(games) - active, note=f"turn {turn + 1}"),
+                first=own.start,
+            )  # fmt: skip
+        rollout = join_episodes(rollout)
         bar.remove_task(task)
         wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
@@ -211,6 +246,8 @@ class Evaluation:
             f"{label}: {wins} of {count} held-out games solved ({wins / count:.0%}, 95% {low:.0%} to {high:.0%}){score}"
         )
         if episodes:
+            rollout = join_texts(rollout)
+        if episodes and hosts.is_first():
             played = np.flatnonzero(rollout.finished)
             shown = played[np.unique([0, count // 3, 2 * count // 3])]
             write_episodes(

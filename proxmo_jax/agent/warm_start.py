@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from envs_bridge.turn import Game
+from proxmo_jax.agent import hosts
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
 from proxmo_jax.agent.make_player import WARM_START, holds_warm_start, new_state, untrained_params, warm_params
@@ -50,12 +50,12 @@ def starting_point(config: Config, player: Player, demos: list[list[Example]], k
     untrained = untrained_params(config, player, key)
     if not has_warm_start(config):
         return untrained
-    if not holds_warm_start(config.output.dir):
+    if not hosts.of_first("the warm start", holds_warm_start(config.output.dir)):
         if config.warm_start.from_run:
             params = warm_params(config.warm_start.from_run, untrained)
         else:
             params = warm_start(config, player, demos, untrained, console, stop)
-        if stop:
+        if hosts.any_host(stop):
             return params
         save_params(config.output.dir / WARM_START, adapters.split(params)[1], player.config.to_dict())
     return warm_params(config.output.dir, untrained)
@@ -95,11 +95,13 @@ def warm_start(
     rng = np.random.default_rng(config.seed)
     step = 0
     shown_every = max(steps // 40, 1)
+    asked_every = 1 if hosts.count() == 1 else shown_every  # to stop: the other hosts answer, too
+    stopped = False
     with progress_bar(console) as bar:
         task = bar.add_task("warm start", total=steps, note="")
-        while step < steps and not stop:
+        while step < steps and not stopped:
             rollout, until = (rollouts[0], turning_point) if step < turning_point else (rollouts[1], steps)
-            zero = jnp.zeros(rollout.prompt_lengths.shape)
+            zero = np.zeros(rollout.prompt_lengths.shape, np.float32)
             for rows in batches(config, player.mesh, rollout, zero, rng):
                 state, loss = cloning_step(
                     state, rows, frozen, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
@@ -107,6 +109,7 @@ def warm_start(
                 step += 1
                 if step % shown_every == 0 or step == steps:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")
-                if step == until or stop:
+                stopped = hosts.any_host(stop) if step % asked_every == 0 else False
+                if step == until or stopped:
                     break
     return adapters.join(frozen, state.params)

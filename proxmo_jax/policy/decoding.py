@@ -168,8 +168,8 @@ def sample(
     """Sample a response to each prompt. Compiled once per (N, P), and per (N, U, P) where prompts are shared.
 
     With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that
-    a long response delays no other. Random numbers belong to `numbers` and tokens: a response depends neither on `slots`
-    nor on the other prompts of the batch.
+    a long response delays no other. Random numbers belong to `numbers` and tokens: a response depends neither on
+    `slots` nor on the other prompts of the batch.
 
     Args:
         params: the policy's parameters; fastest from `decoding_params`.

@@ -1,0 +1,162 @@
+"""Several hosts: settings, refusals, launch scripts, and two processes that compute what one does."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import host_program
+import jax
+import numpy as np
+import pytest
+import yaml
+from nested import config_with
+
+from proxmo_jax import cli
+from proxmo_jax.agent import hosts
+from proxmo_jax.agent.settings import HostSettings, check_hosts
+from proxmo_jax.errors import UserError
+from proxmo_jax.policy.sharding import by_host, join_hosts, local_mesh, make_mesh
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
+
+
+def program(index: int, count: int, port: int, folder: Path) -> subprocess.Popen:
+    """A host in a process of its own, with one device."""
+    paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "host_program.py"), str(index), str(count), str(port), str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.slow
+def test_two_hosts_compute_what_one_does(tmp_path):
+    """Rollout, shared words, estimator, packing, two updates and a checkpoint, of the same global batch."""
+    port = free_port()
+    running = [program(index, 2, port, tmp_path) for index in range(2)]
+    outputs = [process.communicate(timeout=280)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    alone = host_program.iteration(make_mesh(devices=jax.devices()[:2]))
+    both = [dict(np.load(tmp_path / f"host{index}.npz")) for index in range(2)]
+    assert list(both[0]["said"]) == list(both[1]["said"])
+    assert both[0]["said"][0] == "host 1 has --seed 1, host 0 has --seed 0; need the same on all 2 hosts"
+    assert both[0]["said"][1] == "host 1: no disk"
+    assert both[0]["numbers"][0] == 1  # lost episodes are summed
+    assert list(alone["task"]) == list(both[0]["task"]) == list(range(host_program.GROUPS * host_program.MEMBERS))
+    assert list(alone["numbers"][1:]) == list(both[0]["numbers"][1:])
+    for name, value in alone.items():
+        if name not in ("numbers", "task"):
+            np.testing.assert_array_equal(both[0][name], both[1][name], err_msg=name)
+            np.testing.assert_allclose(both[0][name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_missing_host_is_said(tmp_path):
+    """The time-out ends the process with a sentence, not with JAX's abort."""
+    code = (
+        "from proxmo_jax.agent import hosts; from proxmo_jax.agent.settings import HostSettings;"
+        f"hosts.start(HostSettings('127.0.0.1:{free_port()}', 2, 1, timeout=1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"proxmo: host 1 waited 1 s \(--hosts.timeout\), but no coordinator answers at 127.0.0.1:\d+", line)
+
+
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"host 0 cannot listen on port {port} .*in use"):
+            hosts.start(HostSettings(f"127.0.0.1:{port}", 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "10.0.0.1"}, "must be an address and a port"),
+        ({"coordinator": "10.0.0.1:99999", "count": 2, "index": 0}, "must be an address and a port"),
+        ({"coordinator": "10.0.0.1:8476"}, "needs --hosts.count"),
+        ({"coordinator": "10.0.0.1:8476", "count": 2, "index": 2}, "must lie between 0 and 1"),
+        ({"coordinator": "10.0.0.1:8476", "count": 2}, "got None"),
+        ({"index": 1}, "needs a --hosts.coordinator"),
+        ({"count": 2}, "needs a --hosts.coordinator"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        HostSettings(**given)
+
+
+def test_groups_must_divide_by_the_hosts():
+    check_hosts(config_with(num_groups=16), 4)
+    with pytest.raises(UserError, match="--rollout.num-groups must be a multiple of the 3 hosts, got 16"):
+        check_hosts(config_with(num_groups=16), 3)
+
+
+def test_one_host_needs_nothing():
+    """Every function returns what it is given."""
+    mesh = make_mesh(fsdp=2)
+    assert local_mesh(mesh) is mesh
+    assert join_hosts(mesh, "anything") == "anything"
+    assert by_host(mesh).shape == {"host": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    assert hosts.any_host(True)
+    assert hosts.share(7) == slice(0, 7)
+    assert hosts.of_first("x", 3) == 3
+    with pytest.raises(UserError, match=r"^no disk$"), hosts.together("x"):
+        raise UserError("no disk")
+
+
+def arguments_in(text: str) -> list[str]:
+    """The arguments of `train` in a launch script's command, without what the shell adds."""
+    words = shlex.split(text.partition("train ")[2].partition(" $(")[0])
+    return ["train", *words]
+
+
+RECIPE = "--config alfworld_qwen2.5_1.5b --rollout.num-groups 16 --out".split()
+
+
+def test_launch_scripts_start_this_version(tmp_path, monkeypatch):
+    """Dry runs: the commands that the scripts would run on the hosts are `proxmo train` with the arguments given."""
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    given = ["train", *RECIPE, str(tmp_path / "a run")]
+    dry = {**os.environ, "DRY_RUN": "1", "IMAGE": "i", "SHARE": "h:/s", "CLUSTER": "c", "ZONE": "z"}
+    commands = []
+    for line in (["launch/tpu_vm.sh", "pod", "z", "v5litepod-16"], ["launch/xpk.sh", "pod", "v5litepod-16"]):
+        done = subprocess.run([*line, *given], cwd=ROOT, env=dry, capture_output=True, encoding="utf-8", check=True)
+        commands.append(shlex.split(done.stdout.splitlines()[-1].replace("$'", "'"))[-1].replace("\\\\", "\\"))
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "config.json").touch()
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nshift 2\necho "$JAX_LOCAL_DEVICE_IDS"\nfor word; do echo "$word"; done\n')
+    srun.chmod(0o755)
+    slurm = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "4"}
+    done = subprocess.run(
+        ["launch/slurm.sbatch", *given[1:]], cwd=ROOT, env=slurm, capture_output=True, encoding="utf-8", check=True
+    )
+    assert done.stdout.splitlines() == ["0,1,2,3", *given, "--resume"]
+    jobset = yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8"))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = np.prod([int(n) for n in topology.split("x")])
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert [arguments_in(command) for command in commands] == [given, given]
+    for arguments in (given, arguments_in(container["command"][-1])):
+        config = cli.parse(arguments, cli.find(arguments))
+        assert config.rollout.num_groups == 16

@@ -112,8 +112,9 @@ def iteration(mesh, checkpoints: Path | None = None) -> dict[str, np.ndarray]:
         advantage = result.joint.reshape(GROUPS * MEMBERS, TURNS)
         lengths, answers = rollout.prompt_lengths + rollout.response_lengths, rollout.response_lengths
         order = np.random.default_rng(3).permutation(lengths.size)
-        part = pack_turns(lengths.reshape(-1), answers.reshape(-1), order, row_length=40, row_answers=8)
-        part = tuple(np.pad(x, ((0, -len(x) % 8), (0, 0)), constant_values=-1) for x in part)
+        turns, offsets = pack_turns(lengths.reshape(-1), answers.reshape(-1), order, row_length=40, row_answers=8)
+        short = ((0, -len(turns) % 8), (0, 0))
+        part = np.pad(turns, short, constant_values=-1), np.pad(offsets, short)
         over_hosts = split_by_host(rollout.buffer.mask)
         rows = gather_rows(
             rollout.buffer, rollout.prompt_lengths, answers, advantage,

@@ -104,9 +104,9 @@ def test_settings_that_cannot_work_are_refused(given, message):
 
 
 def test_groups_must_divide_by_the_hosts():
-    check_hosts(config_with(num_groups=16), 4)
-    with pytest.raises(UserError, match="--rollout.num-groups must be a multiple of the 3 hosts, got 16"):
-        check_hosts(config_with(num_groups=16), 3)
+    check_hosts(config_with(rollout__num_groups=16), 4)
+    with pytest.raises(UserError, match=r"--rollout.num-groups must be a multiple of the 3 hosts, got 16"):
+        check_hosts(config_with(rollout__num_groups=16), 3)
 
 
 def test_one_host_needs_nothing():

@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "env": Command("experiments.bench_env", "time the household engines and the worker pool"),
         "shop": Command("experiments.bench_shop", "time the shop engine and its search"),
         "policy": Command("experiments.bench_policy", "time decoding and the train step, and google-tunix beside them"),
+        "hosts": Command("experiments.bench_hosts", "train the same batch on 1, 2 and 4 hosts and compare"),
         "ablation": Command("experiments.bench_ablation", "time a grid and a study against one run after another"),
     },
 }

@@ -102,8 +102,8 @@ def _cluster() -> str:
         return "GKE"
     if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
         return "Kubernetes"
-    on_tpu = cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
-    return "the TPU pod" if on_tpu else ""
+    metadata = cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
+    return "the TPU pod" if metadata and (jax.config.jax_platforms or "tpu").startswith("tpu") else ""
 
 
 def _check_port(address: str) -> None:
@@ -127,9 +127,12 @@ def _give_up(settings: HostSettings, where: str) -> None:
         found = f"no coordinator answers at {where} (host 0 runs it)"
     else:
         found = f"not all {settings.count or ''} hosts came to {where}".replace("  ", " ")
+    command = "the same command"
+    if settings.coordinator:
+        command = "the same --hosts.coordinator and --hosts.count and its own --hosts.index"
     print(
-        f"proxmo: {own} waited {settings.timeout} s (--hosts.timeout), but {found}; need every host started with the"
-        " same --hosts.coordinator and --hosts.count and its own --hosts.index",
+        f"proxmo: {own} waited {settings.timeout} s (--hosts.timeout), but {found}; need every host started with"
+        f" {command}",
         file=sys.stderr,
         flush=True,
     )

@@ -156,17 +156,18 @@ class Loop:
         parts = []
         for _ in range(config.optimizer.num_iterations):
             for rows, _ in with_log_probs:
-                state, part = policy_step(
-                    state,
-                    rows,
-                    jnp.float32(config.rollout.temperature),
-                    rate,
-                    self.frozen,
-                    config=self.player.config,
-                    optimizer=self.optimizer,
-                    settings=self.loss,
-                    micro_batches=self.micro_batches,
-                )
+                with jax.set_mesh(self.mesh):
+                    state, part = policy_step(
+                        state,
+                        rows,
+                        jnp.float32(config.rollout.temperature),
+                        rate,
+                        self.frozen,
+                        config=self.player.config,
+                        optimizer=self.optimizer,
+                        settings=self.loss,
+                        micro_batches=self.micro_batches,
+                    )
                 parts.append(part)
         jax.block_until_ready(state)
         if not parts:
@@ -219,13 +220,14 @@ class Loop:
         wanted |= {"old": params} if config.loss.old_log_probs == "trainer" else {}
         found: dict[str, jax.Array] = {}
         if wanted:
-            log_probs = row_log_probs(
-                tuple(wanted.values()),
-                rows,
-                jnp.float32(config.rollout.temperature),
-                config=self.player.config,
-                micro_batches=self.micro_batches,
-            )
+            with jax.set_mesh(self.mesh):
+                log_probs = row_log_probs(
+                    tuple(wanted.values()),
+                    rows,
+                    jnp.float32(config.rollout.temperature),
+                    config=self.player.config,
+                    micro_batches=self.micro_batches,
+                )
             found = dict(zip(wanted, log_probs, strict=True))
         old, reference = found.get("old", sampled), found.get("reference", sampled)
         rows = dataclasses.replace(rows, old_log_probs=old, reference=reference)

@@ -139,7 +139,7 @@ def run(
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 
-    with make_pool(config) as pool, jax.set_mesh(mesh):
+    with make_pool(config) as pool:
         reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, stop)
         if hosts.any_host(stop):
             return False

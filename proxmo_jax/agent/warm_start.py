@@ -103,9 +103,15 @@ def warm_start(
             rollout, until = (rollouts[0], turning_point) if step < turning_point else (rollouts[1], steps)
             zero = np.zeros(rollout.prompt_lengths.shape, np.float32)
             for rows in batches(config, player.mesh, rollout, zero, rng):
-                state, loss = cloning_step(
-                    state, rows, frozen, config=player.config, optimizer=optimizer, micro_batches=micro_batches(config)
-                )
+                with jax.set_mesh(player.mesh):
+                    state, loss = cloning_step(
+                        state,
+                        rows,
+                        frozen,
+                        config=player.config,
+                        optimizer=optimizer,
+                        micro_batches=micro_batches(config),
+                    )
                 step += 1
                 if step % shown_every == 0 or step == steps:
                     bar.update(task, completed=step, note=f"loss {float(loss):.3f}")

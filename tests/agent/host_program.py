@@ -99,11 +99,10 @@ def iteration(mesh, checkpoints: Path | None = None) -> dict[str, np.ndarray]:
     words = SharedWords(vocabulary)
     found: dict[str, np.ndarray] = {}
     for _ in range(2):
-        with jax.set_mesh(local_mesh(mesh)):
-            empty = Buffer.empty(own.stop - own.start, MEMBERS, TURNS, prompt=PROMPT, response=RESPONSE, words=8)
-            rollout = play(state.params, mesh, vocabulary, replicate(local_mesh(mesh), empty))
-            join_buffers(rollout, words, mesh)
-            rollout = join_texts(join_episodes(rollout))
+        empty = Buffer.empty(own.stop - own.start, MEMBERS, TURNS, prompt=PROMPT, response=RESPONSE, words=8)
+        rollout = play(state.params, mesh, vocabulary, replicate(local_mesh(mesh), empty))
+        join_buffers(rollout, words, mesh)
+        rollout = join_texts(join_episodes(rollout))
         assert rollout.buffer is not None
         result = estimate(
             rollout.buffer, rollout.won, rollout.ending_anchor, words.every.alphabetical(), proxmo(),

@@ -53,7 +53,7 @@ def test_two_hosts_compute_what_one_does(tmp_path):
     alone = host_program.iteration(make_mesh(devices=jax.devices()[:2]))
     both = [dict(np.load(tmp_path / f"host{index}.npz")) for index in range(2)]
     assert list(both[0]["said"]) == list(both[1]["said"])
-    assert both[0]["said"][0] == "host 1 has --seed 1, host 0 has --seed 0; need the same on all 2 hosts"
+    assert both[0]["said"][0] == "host 1 has --seed 1, host 0 has 0; need the same on all 2 hosts"
     assert both[0]["said"][1] == "host 1: no disk"
     assert both[0]["numbers"][0] == 1  # lost episodes are summed
     assert list(alone["task"]) == list(both[0]["task"]) == list(range(host_program.GROUPS * host_program.MEMBERS))

@@ -33,10 +33,11 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         return
     turns, offsets = pack_turns(lengths, answers, order, row_length=config.optimizer.row_length, row_answers=room)
     size = config.optimizer.rows_per_batch
+    assert rollout.buffer is not None
+    by_host = split_by_host(rollout.buffer.mask)
     for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
         short = ((0, size - len(chosen)), (0, 0))
         part = np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)
-        by_host = split_by_host(rollout.buffer.mask)
         rows = gather_rows(
             rollout.buffer, rollout.prompt_lengths, rollout.response_lengths, advantage,
             *(part if by_host else split(mesh, part)), row_answers=room,

@@ -103,7 +103,7 @@ def _cluster() -> str:
     if "JOB_COMPLETION_INDEX" in environment and "KUBERNETES_SERVICE_HOST" in environment:
         return "Kubernetes"
     metadata = cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
-    return "the TPU pod" if metadata and (jax.config.jax_platforms or "tpu").startswith("tpu") else ""
+    return "the TPU pod" if metadata and (environment.get("JAX_PLATFORMS") or "tpu").startswith("tpu") else ""
 
 
 def _check_port(address: str) -> None:

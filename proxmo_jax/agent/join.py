@@ -85,15 +85,15 @@ def join_episodes(rollout: Rollout) -> Rollout:
             "numbers": [rollout.texts, rollout.lost, turns, rollout.valid * turns, rollout.admissible * turns],
         },
     )
-    texts, lost, turns, valid, admissible = zip(*(value["numbers"] for value in found), strict=True)
+    texts, lost, every, valid, admissible = zip(*(value["numbers"] for value in found), strict=True)
     arrays: dict[str, Any] = {name: np.concatenate([value[name] for value in found]) for name in EPISODES}
     return dataclasses.replace(
         rollout,
         **arrays,
         texts=max(texts),
         lost=sum(lost),
-        valid=sum(valid) / max(sum(turns), 1),
-        admissible=sum(admissible) / max(sum(turns), 1),
+        valid=sum(valid) / max(sum(every), 1),
+        admissible=sum(admissible) / max(sum(every), 1),
         sampled=[(value["sampled_prompts"], value["sampled_responses"]) for value in found],
     )
 
@@ -102,4 +102,5 @@ def join_texts(rollout: Rollout) -> Rollout:
     """What was said in all hosts' episodes: the rollout with tasks, transcripts and endings of all of them."""
     names = ("tasks", "transcripts", "endings")
     found = hosts.exchange("transcripts", {name: getattr(rollout, name) for name in names})
-    return dataclasses.replace(rollout, **{name: [x for value in found for x in value[name]] for name in names})
+    tasks, transcripts, endings = ([x for value in found for x in value[name]] for name in names)
+    return dataclasses.replace(rollout, tasks=tasks, transcripts=transcripts, endings=endings)

@@ -218,9 +218,9 @@ class _Play:
         batch = batch_bucket(len(active), player.local_mesh)
         prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
         # The members of a group begin with the same prompt.
-        numbers = np.pad(self.first + active, (0, batch - len(active))).astype(np.int32)
+        episode = np.pad(self.first + active, (0, batch - len(active))).astype(np.int32)
         samples = player.sample(
-            self.params, self.policy, prompts, lengths, key, numbers, self.temperature, shared=turn == 0
+            self.params, self.policy, prompts, lengths, key, episode, self.temperature, shared=turn == 0
         )
         overlong = unended(samples.tokens, samples.lengths, player.stop_table, decoding=player.decoding)
         tokens, answer_lengths, overlong = jax.device_get((samples.tokens, samples.lengths, overlong))

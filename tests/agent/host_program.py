@@ -129,7 +129,13 @@ def iteration(mesh, checkpoints: Path | None = None) -> dict[str, np.ndarray]:
             "tokens": np.asarray(rows.tokens.sum()),
             "advantage": whole(mesh, advantage),
         }
-    numbers = [rollout.lost, rollout.valid, rollout.texts, sum(int(x.sum()) for _, x in rollout.sampled), len(rollout.tasks)]
+    numbers = [
+        rollout.lost,
+        rollout.valid,
+        rollout.texts,
+        sum(int(x.sum()) for _, x in rollout.sampled),
+        len(rollout.tasks),
+    ]
     found |= {"numbers": np.array(numbers), "task": np.array([int(task.split()[1]) for task in rollout.tasks])}
     if checkpoints:
         saved = Checkpoints(checkpoints)

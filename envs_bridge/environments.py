@@ -78,6 +78,8 @@ class Spec:
         tail: characters of a response without action tags that are taken for its command.
         scored: rewards are shares in [0, 1], reported beside success.
         check: refuses `env` settings that cannot work, by a UserError.
+        fingerprint: what identifies a task wherever its files are: name, content, world (hashes of the whole task, and
+            of the problem alone) and more for a reader; None: panels cannot be made of its tasks.
     """
 
     title: str
@@ -92,6 +94,7 @@ class Spec:
     tail: int = 30
     scored: bool = False
     check: Callable[[Any], None] = lambda options: None
+    fingerprint: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 def find(name: str) -> Spec:

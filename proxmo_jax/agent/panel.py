@@ -58,7 +58,7 @@ class Panel:
     @property
     def hash(self) -> str:
         """The hash of what is played: 64 hexadecimal digits. Not of `training`, which does not change the episodes."""
-        tasks = [[task["split"], task["content"]] for task in self.tasks]
+        tasks = [[task["split"], task["content"], task["world"]] for task in self.tasks]
         return digest([FORMAT, self.env, self.source, self.turns, self.seeds, tasks])
 
     def splits(self) -> dict[str, list[dict[str, Any]]]:
@@ -208,9 +208,7 @@ def training_of(settings: TrainConfig, console: Console, *, generate: bool = Fal
     return Training(len(found), frozenset(task["world"] for task in found), products)
 
 
-def fingerprints(
-    settings: TrainConfig, games: Sequence[Game], label: str, console: Console
-) -> list[Mapping[str, Any]]:
+def fingerprints(settings: TrainConfig, games: Sequence[Game], label: str, console: Console) -> list[Mapping[str, Any]]:
     """What identifies each task. Raises UserError for an environment whose tasks cannot be told apart."""
     identify = environment(settings).fingerprint
     if identify is None:

@@ -308,6 +308,9 @@ class WarmStartSettings:
     """How often a careless demonstrator wastes a turn, though never two in a row."""
     careless_share: float = 0.15
     """Last part of the steps that clones careless demonstrations, so that something is left to learn."""
+    demonstrations: Path | None = None
+    """Episodes to clone beside those of the environment's demonstrator, or alone where it has none: a file of `proxmo
+    play --keep`."""
     from_run: Path | None = None
     """Take the warm start and tokenizer of another run's folder instead."""
 

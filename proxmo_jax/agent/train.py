@@ -41,8 +41,12 @@ from proxmo_jax.agent.run_files import open_folder, resumed
 from proxmo_jax.agent.settings import Config, check, has_warm_start
 from proxmo_jax.agent.stop import StopOnSignal
 from proxmo_jax.agent.tasks import environment, make_pool, make_tasks
-from proxmo_jax.agent.warm_start import careful_and_careless, needs_demonstrations, starting_point
-from proxmo_jax.errors import UserError
+from proxmo_jax.agent.warm_start import (
+    careful_and_careless,
+    needs_demonstrations,
+    refuse_missing_demonstrations,
+    starting_point,
+)
 from proxmo_jax.estimator.steps_file import write_steps
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import make_mesh
@@ -71,10 +75,7 @@ def main(config: Config, console: Console | None = None) -> Path:
                 f"--resume goes on with the run's own settings; ignored: {', '.join(ignored)}", soft_wrap=True
             )
     check(config)
-    if needs_demonstrations(config) and environment(config).demonstrations is None:
-        raise UserError(
-            f"--env {config.env.name} has no demonstrations for a warm start; need a --model and --warm-start.steps 0"
-        )
+    refuse_missing_demonstrations(config)
     mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
     # A model or data set that cannot be read is refused before a folder is made.
     language_model = make_player(config, mesh) if config.model.path else None

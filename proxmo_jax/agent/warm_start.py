@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from envs_bridge.played import read_episodes
 from envs_bridge.turn import Game
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
@@ -15,7 +16,7 @@ from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import progress_bar, watched
 from proxmo_jax.agent.settings import Config, has_warm_start, micro_batches, warm_steps
 from proxmo_jax.agent.stop import StopOnSignal
-from proxmo_jax.agent.tasks import demonstrated, memory_of
+from proxmo_jax.agent.tasks import demonstrated, environment, memory_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
@@ -29,9 +30,28 @@ def needs_demonstrations(config: Config) -> bool:
     return not config.model.path or (warm_steps(config) > 0 and not made)
 
 
+def refuse_missing_demonstrations(config: Config) -> None:
+    """Raise UserError where a warm start has nothing to clone, or a file of episodes that cannot be cloned."""
+    if not needs_demonstrations(config):
+        return
+    file = config.warm_start.demonstrations
+    if file is not None:
+        read_episodes(file, config.env.name)
+    elif environment(config).demonstrations is None:
+        raise UserError(
+            f"--env {config.env.name} has no demonstrations for a warm start; need --warm-start.demonstrations FILE"
+            " (proxmo play --keep FILE), or a --model and --warm-start.steps 0"
+        )
+
+
 def careful_and_careless(config: Config, games: list[Game], console: Console) -> list[list[Example]]:
-    """Demonstrations of both habits, of the games that our engine plays. Raises UserError if it plays none."""
-    return [_demonstrate(config, games, rate, console) for rate in (0.0, config.warm_start.mistake_rate)]
+    """Demonstrations of both habits, of the games that our engine plays, each with the episodes of
+    --warm-start.demonstrations. Raises UserError if there are none."""
+    file = config.warm_start.demonstrations
+    played = demonstrations(read_episodes(file, config.env.name), memory_of(config)) if file else []
+    if environment(config).demonstrations is None:
+        return [played, played]
+    return [played + _demonstrate(config, games, rate, console) for rate in (0.0, config.warm_start.mistake_rate)]
 
 
 def _demonstrate(config: Config, games: list[Game], mistake_rate: float, console: Console) -> list[Example]:

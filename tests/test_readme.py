@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 RUN_BY = {
     "train": "tests/agent/test_train.py",
     "eval": "tests/agent/test_train.py",
+    "panel": "tests/agent/test_panel.py",
+    "play": "tests/agent/test_play.py",
+    "doctor": "tests/agent/test_doctor.py",
     "export": "tests/agent/test_language_model.py",
     "check-model": "tests/agent/test_model_files.py",
     "convert-gguf": "tests/policy/test_gguf.py",

@@ -132,9 +132,8 @@ def test_kept_episodes_are_cloned_beside_the_demonstrator_or_alone(games, tmp_pa
     append_episode(file, "household", "leave \ud800", episode("go"))
     config = config_with(warm_start__demonstrations=file)
     both = careful_and_careless(config, games[:2], Console(quiet=True))
-    assert all(
-        [(e.command, e.thought) for e in part[:3]] == [("go", "why"), ("stay", "why"), ("go", "why")] for part in both
-    )
+    wanted = [("go", "why"), ("stay", "why"), ("go", "why")]
+    assert all([(e.command, e.thought) for e in part[:3]] == wanted for part in both)
     assert all(len(part) > 6 for part in both)
     file.unlink()
     append_episode(file, "webshop", "buy", episode("go"))

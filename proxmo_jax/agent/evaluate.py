@@ -116,7 +116,9 @@ def main(config: Config, console: Console | None = None) -> dict:
     if not config.run.is_file():
         if config.panel is None:
             raise UserError("--against compares results on a panel; name it with --panel")
-        paired.read_result(config.against)  # refused before anything is played
+        temperature = 0.0 if config.greedy else config.temperature
+        planned = {"run": config.run, "panel": {"hash": read_panel(config.panel).hash}, "temperature": temperature}
+        paired.refuse_mixed(paired.read_result(config.against), planned)  # before anything is played
         evaluate(config, console)
     result = config.run if config.run.is_file() else target_of(config)
     names, panel, found = paired.load_and_compare(config.against, result)

@@ -107,6 +107,18 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_mixed(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise UserError unless both were, or will be, played on the same panel at the same temperature."""
+    first, second = one["panel"]["hash"][:12], other["panel"]["hash"][:12]
+    if one["panel"]["hash"] != other["panel"]["hash"]:
+        raise UserError(f"{one['run']} is of panel {first}, {other['run']} of panel {second}; need the same panel")
+    if one["temperature"] != other["temperature"]:
+        raise UserError(
+            f"{one['run']} is of temperature {one['temperature']:g}, {other['run']} of {other['temperature']:g}; need"
+            " the same (0 is greedy)"
+        )
+
+
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Compare two results by split and measure.
 
@@ -120,19 +132,9 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, A
     Raises:
         UserError: the two were not played on the same panel under the same conditions.
     """
-    names = [result["run"] for result in (one, other)]
-    panels = [result["panel"]["hash"][:12] for result in (one, other)]
-    if one["panel"]["hash"] != other["panel"]["hash"]:
-        raise UserError(
-            f"{names[0]} was played on panel {panels[0]}, {names[1]} on panel {panels[1]}; need the same panel"
-        )
-    if one["temperature"] != other["temperature"]:
-        raise UserError(
-            f"{names[0]} was played at temperature {one['temperature']:g}, {names[1]} at {other['temperature']:g} (0 is"
-            " greedy); need the same"
-        )
+    refuse_mixed(one, other)
     if [e["content"] for e in one["episodes"]] != [e["content"] for e in other["episodes"]]:
-        raise UserError(f"{names[0]} and {names[1]} name the same panel and hold other tasks; evaluate again")
+        raise UserError(f"{one['run']} and {other['run']} name one panel and hold different tasks; evaluate again")
 
     def array(result: dict, name: str) -> np.ndarray:
         return np.array([episode[name] for episode in result["episodes"]], float)

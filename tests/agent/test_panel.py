@@ -198,8 +198,8 @@ def test_lost_episodes_leave_their_pair_out():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"panel": {"hash": "b" * 64, "seeds": [0]}}, "on panel aaaaaaaaaaaa, runs/x on panel bbbbbbbbbbbb"),
-        ({"temperature": 0.0}, "at temperature 0.4, runs/x at 0"),
+        ({"panel": {"hash": "b" * 64, "seeds": [0]}}, "runs/x is of panel aaaaaaaaaaaa, runs/x of panel bbbbbbbbbbbb"),
+        ({"temperature": 0.0}, "is of temperature 0.4, runs/x of 0; need the same"),
         ({"panel": None}, "was not played on a panel"),
         ({"episodes": [{"won": [1]}]}, "is damaged"),
         ({"splits": None}, "is no result of proxmo eval"),

@@ -26,6 +26,7 @@ from test_profile import traced
 
 from proxmo_jax import cli
 from proxmo_jax.agent.loop import Loop, steps_of
+from proxmo_jax.agent.panel import read_panel
 from proxmo_jax.agent.report import (
     Metrics,
     ProgressLines,
@@ -130,6 +131,50 @@ def test_evaluation_prints_the_papers_table(run, tmp_path):
     warm = proxmo("eval", str(run), "--checkpoint", "0", "--games", "3", "--batch", "2", "--splits", "valid_seen")
     assert "iteration 0" in plain(warm.stdout)
     assert list(json.loads((run / "eval.json").read_text(encoding="utf-8"))["splits"]) == ["valid_seen"]
+
+
+@pytest.mark.slow
+def test_a_panel_is_played_task_by_task(run, tmp_path):
+    """Every task once with each seed, the outcomes in the panel's order; compared with a result of the same panel."""
+    panel, first, second = (tmp_path / name for name in ("panel.json", "first.json", "second.json"))
+    options = "--games 2 --train-games 24 --turns 4 --seeds 0 1".split()
+    assert here("panel", "household", "--out", str(panel), *options).returncode == 0
+    done = proxmo("eval", str(run), "--panel", str(panel), "--out", str(first))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(first.read_text(encoding="utf-8"))
+    assert answer["panel"]["hash"] == json.loads(panel.read_text(encoding="utf-8"))["hash"]
+    names = [task["name"] for task in read_panel(panel).tasks]
+    assert [episode["name"] for episode in answer["episodes"]] == names
+    assert len(names) == 4
+    assert all(len(episode[name]) == 2 for episode in answer["episodes"] for name in ("won", "finished", "score"))
+    for split, cells in answer["splits"].items():
+        wins = sum(sum(episode["won"]) for episode in answer["episodes"] if episode["split"] == split)
+        assert (cells["All"]["wins"], cells["All"]["games"]) == (wins, 4)
+    for episode in answer["episodes"]:
+        episode["won"] = [True, True]
+    second.write_text(json.dumps(answer), encoding="utf-8")
+    compared = here("eval", str(second), "--against", str(first))
+    assert compared.returncode == 0, compared.stderr
+    assert f"on panel {answer['panel']['hash'][:12]}" in plain(compared.stdout)
+    refused = here("eval", str(run), "--panel", str(panel), "--against", str(first), "--greedy")
+    assert "is of temperature 0.4" in refused.stderr
+    assert (
+        "--panel: fixes --games; leave that out" in here("eval", str(run), "--panel", str(panel), "--games", "3").stderr
+    )
+
+
+@pytest.mark.slow
+def test_a_run_is_not_evaluated_on_what_it_was_trained_on(run, tmp_path):
+    trained = sorted((run / "games" / "train").glob("*/*"))
+    for split, folder in (("train", trained[0]), ("valid_seen", trained[1])):
+        shutil.copytree(folder, tmp_path / split / folder.parts[-2] / folder.parts[-1])
+    panel = tmp_path / "panel.json"
+    options = ["--data", str(tmp_path), "--splits", "valid_seen"]
+    written = here("panel", "alfworld", "--out", str(panel), *options)
+    assert written.returncode == 0, written.stderr
+    refused = here("eval", str(run), "--panel", str(panel), "--data", str(tmp_path))
+    assert refused.returncode == 2
+    assert "was trained on 1 of the panel's 1 tasks" in refused.stderr
 
 
 @pytest.mark.slow

@@ -145,10 +145,11 @@ def evaluate(config: Config, console: Console) -> dict:
         raise UserError(f"--panel: {config.panel} is a panel of {panel.env}, got --env {config.env}")
     stored = run_settings(dataclasses.replace(config, env=panel.env))
     with tempfile.TemporaryDirectory(prefix="proxmo-panel-") as folder:
-        stored = with_panel(panel, stored, Path(folder))
-        games = panel_games(panel, stored, console)
+        here = with_panel(panel, stored, Path(folder))
+        games = panel_games(panel, here, console)
         check_training(config, panel, console)
-        return play_all(config, stored, games, panel, console)
+        here = dataclasses.replace(here, output=stored.output)  # the policy's files are the run's
+        return play_all(config, here, games, panel, console)
 
 
 def check_training(config: Config, panel: Panel, console: Console) -> None:

@@ -148,7 +148,7 @@ def evaluate(config: Config, console: Console) -> dict:
         here = with_panel(panel, stored, Path(folder))
         games = panel_games(panel, here, console)
         check_training(config, panel, console)
-        here = dataclasses.replace(here, output=stored.output)  # the policy's files are the run's
+        here = dataclasses.replace(here, output=stored.output, seed=stored.seed)  # the policy is the run's
         return play_all(config, here, games, panel, console)
 
 

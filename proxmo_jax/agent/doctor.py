@@ -147,7 +147,6 @@ def installed(name: str) -> str | None:
 def devices(config: Config) -> Iterator[Line]:
     """JAX in a process of its own, which may crash or hang."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    mend = "unset JAX_PLATFORMS" if platforms else f"{sys.executable} -m pip install --force-reinstall jax jaxlib"
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, encoding="utf-8", errors="replace",
@@ -159,7 +158,9 @@ def devices(config: Config) -> Iterator[Line]:
         return
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit status {done.returncode}"]
-        named = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        broken = not platforms or re.match(r"(ImportError|ModuleNotFoundError|SyntaxError)\b", last[0])
+        mend = f"{install()} --force-reinstall" if broken else "unset JAX_PLATFORMS"
+        named = f"JAX_PLATFORMS={platforms}: " if platforms and not broken else ""
         yield Line("FAIL", "devices", f"{named}{last[0][:200]}", mend)
         return
     found, version = json.loads(done.stdout.splitlines()[-1])
@@ -304,6 +305,9 @@ def extras(config: Config) -> Iterator[Line]:
 
 
 def imports(python: str, module: str) -> bool:
-    """Whether an interpreter finds a module."""
+    """Whether an interpreter is there and finds a module."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([python, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+    try:
+        return subprocess.run([python, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+    except OSError:
+        return False

@@ -125,7 +125,9 @@ def main(config: Config, console: Console | None = None) -> bool:
     if target.exists() and read_panel(target).hash != panel.hash:
         raise UserError(f"--out: {target} holds another panel; name a new file")
     write_panel(panel, target)
-    console.print("\n".join([str(panel), *notes, f"{target} holds it: proxmo eval RUN --panel {target}"]))
+    console.print(
+        "\n".join([str(panel), *notes, f"{target} holds it: proxmo eval RUN --panel {target}"]), soft_wrap=True
+    )
     return True
 
 
@@ -303,7 +305,7 @@ def report_check(panel: Panel, config: Config, console: Console) -> bool:
     wrong += [f"{name} is a training task, too" for name in shared]
     console.print(str(panel))
     for line in wrong[:10]:
-        console.print(f"  {line}")
+        console.print(f"  {line}", soft_wrap=True)
     if len(wrong) > 10:
         console.print(f"  and {len(wrong) - 10} more")
     verdict = "all tasks are here, unchanged" if not wrong else f"{len(wrong)} faults"

@@ -84,7 +84,7 @@ def test_a_panel_is_the_same_wherever_it_is_written(data, written, tmp_path, cap
     assert "valid_seen 3, valid_unseen 3; 50 turns; seeds 0, 1" in out
     assert "wording: move 6" in out
     assert "disjoint from the training split's 6 tasks" in out
-    assert cli.main([*command[:-3], "--games", "2", "--out", str(written)]) == 2
+    assert cli.main(["panel", "alfworld", "--data", str(data), "--games", "2", "--out", str(written)]) == 2
     assert "holds another panel; name a new file" in plain(capsys.readouterr().err)
 
 

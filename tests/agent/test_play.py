@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from nested import config_with, plain
 from rich.console import Console
 
+from envs_bridge.errors import UserError
 from envs_bridge.household.engine import Household
 from envs_bridge.household.game import TASK_TYPES, build_game
 from envs_bridge.household.generate import make_game
@@ -22,7 +24,6 @@ from envs_bridge.turn import Demonstrated, Observation
 from proxmo_jax import cli
 from proxmo_jax.agent.play import shown
 from proxmo_jax.agent.warm_start import careful_and_careless, refuse_missing_demonstrations
-from proxmo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +59,7 @@ def test_a_game_is_solved_in_a_terminal_and_kept(tmp_path):
             os.write(leader, waiting.pop(0).encode() + b"\n")
     assert player.wait(timeout=10) == 0, said
     os.close(leader)
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)  # colours
     assert "There is no 99; need 1 to" in said
     assert f"Solved in {len(answers())} turns; score 1." in said
     ((task, turns),) = read_episodes(kept, "household")

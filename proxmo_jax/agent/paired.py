@@ -24,9 +24,9 @@ class Paired:
         pairs: number of tasks.
         lost: tasks left out because an episode was lost in either.
         first, second: mean success (or score) of each.
-        difference: second less first, with its 95% bootstrap interval over tasks (low, high).
+        difference: second less first, with its 95% interval over tasks (low, high).
         better, worse: tasks at which the second is better, and worse.
-        p: two-sided; McNemar's exact test of one attempt at success, else the paired sign-flip test.
+        p: two-sided.
     """
 
     pairs: int
@@ -48,6 +48,15 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * tail / 2**count)
 
 
+def agresti_min(better: int, worse: int, count: int) -> tuple[float, float]:
+    """95% interval of a difference of paired proportions (Agresti and Min, 2005): Wald's with half a task added to each
+    cell, which has a width where no task differs."""
+    total = count + 2
+    centre = (better - worse) / total
+    half = 1.96 * math.sqrt(better + worse + 1 - (better - worse) ** 2 / total) / total
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
 def sign_flip(differences: np.ndarray) -> float:
     """Two-sided p of the paired permutation test of a mean: float [N] differences, signs drawn at random."""
     observed = abs(differences.mean())
@@ -67,7 +76,8 @@ def pair(one: np.ndarray, other: np.ndarray, finished: np.ndarray) -> Paired:
         finished: bool [tasks], whether both have all attempts.
 
     Returns:
-        The comparison; of no task, with p 1.
+        The comparison; of no task, with p 1. One attempt at success is compared by McNemar's exact test, with the
+        interval of Agresti and Min; else by the paired sign-flip test, with a bootstrap interval.
     """
     first, second = one[finished], other[finished]
     lost = int((~finished).sum())
@@ -76,11 +86,14 @@ def pair(one: np.ndarray, other: np.ndarray, finished: np.ndarray) -> Paired:
     binary = first.shape[1] == 1 and set(np.unique([first, second])) <= {0.0, 1.0}
     differences = second.mean(1) - first.mean(1)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    mean, low, high = bootstrap(differences)
-    p = mcnemar(better, worse) if binary else sign_flip(differences)
-    return Paired(
-        len(first), lost, float(first.mean()), float(second.mean()), mean, low, high, better, worse, p
-    )  # fmt: skip
+    if binary:
+        low, high = agresti_min(better, worse, len(first))
+        p = mcnemar(better, worse)
+    else:
+        _, low, high = bootstrap(differences)
+        p = sign_flip(differences)
+    means = float(first.mean()), float(second.mean()), float(differences.mean())
+    return Paired(len(first), lost, *means, low, high, better, worse, p)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -155,11 +168,11 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, A
 def comparison_table(names: Sequence[str], panel: str, found: dict[str, dict[str, Any]]) -> Table:
     """The comparison as a table, in percent."""
     grid = Table(title=f"{names[1]} against {names[0]} on panel {panel[:12]}; percent, 95% interval over tasks")
-    for column in ("split", "tasks", "against", "run", "difference", "better/worse", "p"):
-        grid.add_column(column, justify="left" if column == "split" else "right")
+    for column in ("split", "tasks", "other", "run", "difference", "+/-", "p"):
+        grid.add_column(column, justify="left" if column == "split" else "right", no_wrap=column == "difference")
     for split, row in found.items():
-        lost = f" ({row['lost']} lost)" if row["lost"] else ""
-        span = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        lost = f"\n{row['lost']} lost" if row["lost"] else ""
+        span = f"{100 * row['difference']:+.1f} ({100 * row['low']:+.0f} to {100 * row['high']:+.0f})"
         grid.add_row(
             split, f"{row['pairs']}{lost}", f"{100 * row['first']:.1f}", f"{100 * row['second']:.1f}", span,
             f"{row['better']}/{row['worse']}", f"{row['p']:.2g}",

@@ -174,6 +174,21 @@ def test_pairs_are_compared_by_mcnemars_exact_test():
     assert paired.mcnemar(3, 3) == 1.0
     same = paired.compare(result(one), result(one))["All"]
     assert (same["difference"], same["p"]) == (0.0, 1.0)
+    assert same["low"] == -same["high"] == pytest.approx(-1.96 / 42)  # no task differs, which does not make it certain
+
+
+def test_the_interval_covers_the_difference_and_the_test_keeps_its_level():
+    """600 comparisons of 40 tasks: 95% intervals that hold the truth, and at most 5% of equal agents told apart."""
+    rng = np.random.default_rng(1)
+    held, rejected = 0, 0
+    for _ in range(600):
+        easy = rng.random(40)
+        one, equal, better = (rng.random(40) < easy, rng.random(40) < easy, rng.random(40) < easy**0.5)
+        low, high = paired.agresti_min(int((better & ~one).sum()), int((one & ~better).sum()), 40)
+        held += low <= float((easy**0.5 - easy).mean()) <= high
+        rejected += paired.mcnemar(int((equal & ~one).sum()), int((one & ~equal).sum())) < 0.05
+    assert held / 600 > 0.93
+    assert rejected / 600 < 0.06
 
 
 def test_attempts_at_a_task_are_one_pair():

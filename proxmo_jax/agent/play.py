@@ -40,8 +40,9 @@ HELP = "a number, and after it your reason if you like; or a command; q leaves"
 class Config:
     """What to play."""
 
-    env: Literal["household", "alfworld", "shop", "webshop"] = "household"
-    """household (generated), alfworld (from --data), shop (our engine) or webshop (WebShop itself, from --webshop)."""
+    env: str = "household"
+    """household (generated), alfworld (from --data), shop (our engine), webshop (WebShop itself, from --webshop), or
+    one of your own."""
     game: int = 0
     """Number of the game in its split, from 0."""
     split: str = ""
@@ -99,7 +100,10 @@ def settings_for(config: Config, folder: Path) -> TrainConfig:
     return dataclasses.replace(
         settings,
         output=dataclasses.replace(settings.output, dir=folder),
-        rollout=dataclasses.replace(settings.rollout, max_turns=config.turns or TURNS.get(config.env, 15)),
+        rollout=dataclasses.replace(
+            settings.rollout,
+            max_turns=config.turns or TURNS.get(config.env, TURNS["shop" if config.env == "webshop" else "household"]),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import jax
 from tyro.conf import arg
 
-from envs_bridge.environments import ENVIRONMENTS, find
+from envs_bridge.environments import find
 from proxmo_jax.agent.chat import template_arguments
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import PRESETS, proxmo
@@ -65,7 +65,8 @@ class EnvSettings:
 
     name: Annotated[str, arg(aliases=["--env"])] = "household"
     """household (games generated into the run's folder), alfworld (ALFWorld's own games, from --data), shop (WebShop's
-    rules in our engine, on --data or on invented products) or webshop (WebShop itself, from --env.webshop)."""
+    rules in our engine, on --data or on invented products), webshop (WebShop itself, from --env.webshop), or
+    module:attribute of an environment of your own (docs/tutorial.md)."""
     data: Annotated[Path | None, arg(aliases=["--data"])] = None
     """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's: a folder with WebShop's items_shuffle*.json,
     items_ins_v2*.json and items_human_ins.json, or one of its product files (default: invented products)."""
@@ -94,7 +95,7 @@ class EnvSettings:
     """Factor of the reward."""
 
     def __post_init__(self) -> None:
-        need(self.name in ENVIRONMENTS, f"--env must be one of {', '.join(ENVIRONMENTS)}; got {self.name!r}")
+        find(self.name)
         at_least(1, "env", self, "train_games", "eval_games", "workers")
         at_least(0, "env", self, "worker_timeout")
         above_zero("env", self, "reward_scale")

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shlex
 import shutil
 from math import comb
 from pathlib import Path
@@ -22,8 +21,6 @@ from proxmo_jax.agent import paired
 from proxmo_jax.agent.panel import Config as PanelConfig
 from proxmo_jax.agent.panel import panel_games, read_panel, settings_for, with_panel
 from proxmo_jax.errors import UserError
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def renamed(problem: str, seed: int) -> str:
@@ -236,15 +233,3 @@ def test_two_results_are_compared_without_playing(tmp_path, capsys):
     out = plain(capsys.readouterr().out)
     assert "+50.0" in out
     assert "other (1) and one (1) are not significantly different (p 1)." in out
-
-
-def test_the_commands_of_the_page_are_commands_of_this_version(monkeypatch, tmp_path):
-    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
-    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "panels.md").read_text(encoding="utf-8"), re.S)
-    lines = [line.partition(" #")[0] for block in blocks for line in block.splitlines() if line.startswith("proxmo ")]
-    assert len(lines) >= 6
-    for line in lines:
-        arguments = shlex.split(line)[1:]
-        command = cli.find(arguments)
-        assert command is not None
-        assert type(cli.parse(arguments, command)).__name__ == "Config"

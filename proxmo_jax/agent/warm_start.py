@@ -39,8 +39,8 @@ def refuse_missing_demonstrations(config: Config) -> None:
         read_episodes(file, config.env.name)
     elif environment(config).demonstrations is None:
         raise UserError(
-            f"--env {config.env.name} has no demonstrations for a warm start; need --warm-start.demonstrations FILE"
-            " (proxmo play --keep FILE), or a --model and --warm-start.steps 0"
+            f"--env {config.env.name} has no demonstrations for a warm start; need a --model and --warm-start.steps 0,"
+            " or --warm-start.demonstrations FILE (proxmo play --keep FILE)"
         )
 
 

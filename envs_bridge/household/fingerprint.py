@@ -58,4 +58,4 @@ def world_hash(game: Game) -> str:
         places.setdefault(game.receptacle_location[r], []).append([kind, game.openable[r], game.opened[r], things])
     house = sorted([sorted(furniture), where == game.start] for where, furniture in places.items())
     loose = sorted(thing(o) for o in range(len(game.objects)) if not game.inside[o])
-    return digest([house, loose, sorted(game.can_contain), game.dialect.sinks, vars(game.goal)])
+    return digest([house, loose, sorted(game.can_contain), vars(game.goal)])

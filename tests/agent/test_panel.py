@@ -12,7 +12,7 @@ import pytest
 from nested import plain
 from rich.console import Console
 
-from envs_bridge.household.fingerprint import content_hash, world_hash
+from envs_bridge.household.fingerprint import content_hash, fingerprint, world_hash
 from envs_bridge.household.game import build_game
 from envs_bridge.household.generate import generate_games, make_game
 from envs_bridge.shop.generate import FILES, generate_catalogue
@@ -53,6 +53,18 @@ def test_a_problem_with_one_thing_elsewhere_is_another():
     moved = game["pddl_problem"].replace(f"(inReceptacle {thing} {place})", f"(inReceptacle {thing} {elsewhere})")
     assert moved != game["pddl_problem"]
     assert world_hash(build_game({**game, "pddl_problem": moved})) != world_hash(build_game(game))
+
+
+def test_a_game_of_both_wordings_is_one_problem(upstream_games):
+    """The data set before and after December 2024: other texts and rules, the same houses."""
+    pairs = [(game, Path(str(game).replace("/current/", "/earlier/"))) for game in upstream_games]
+    pairs = [(fingerprint(str(now)), fingerprint(str(before))) for now, before in pairs if before.is_file()]
+    assert len(pairs) >= 6
+    for now, before in pairs:
+        assert (now["wording"], before["wording"]) == ("move", "put")
+        assert (now["name"], now["world"]) == (before["name"], before["world"])
+        assert now["content"] != before["content"]
+    assert len({now["world"] for now, _ in pairs}) == len(pairs)
 
 
 @pytest.fixture(scope="module")

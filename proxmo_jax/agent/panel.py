@@ -170,7 +170,7 @@ def draw(config: Config, console: Console) -> tuple[Panel, list[str]]:
         familiar = sum(task.get("product") in training.products for task in kept)
         if familiar:
             notes.append(f"{familiar} goals ask for a product that some training goal asks for in other words")
-    source = {"goals": config.goals} if config.env == "shop" else {}
+    source: dict[str, Any] = {"goals": config.goals} if config.env == "shop" else {}
     if config.env == "household":
         source = {"seed": config.seed, "level": config.level, "games": at_most}
     elif config.env == "shop" and config.data is None:

@@ -1,0 +1,97 @@
+"""Tunix's agentic GRPO with our advantages: the installed package where it is there, a recorded run of it elsewhere."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import proxmo_jax as pj
+from proxmo_jax.errors import UserError
+from proxmo_jax.integrations.episodes import token_advantages
+
+RECORDED = Path(__file__).parents[1] / "cases" / "tunix.json"
+
+
+@pytest.mark.parametrize("preset", ["proxmo", "gigpo", "grpo", "graphgpo"])
+def test_a_recorded_run(preset):
+    case = json.loads(RECORDED.read_text(encoding="utf-8"))[preset]
+    found = token_advantages(
+        [{"turns": turns} for turns in case["turns"]], case["group"], case["rewards"], length=case["length"],
+        settings=pj.PRESETS[preset](), success_threshold=1.0,
+    )  # fmt: skip
+    assert np.abs(found).max() > 0.01
+    np.testing.assert_allclose(found, case["advantages"], atol=1e-5)
+
+
+def test_an_episode_without_a_turn():
+    turn = {"observation": "a", "next_observation": "", "reward": 0.0, "action_valid": True, "tokens": 2, "env_tokens": 1}
+    episodes = [{"turns": [turn]}, {"turns": []}, {"turns": [turn]}]
+    options = {"length": 4, "settings": pj.dr_grpo(), "success_threshold": 1.0}
+    found = token_advantages(episodes, [0, 0, 0], [1.0, 0.0, 0.0], **options)
+    np.testing.assert_allclose(found, [[0.5, 0.5, 0, 0], [0, 0, 0, 0], [-0.5, -0.5, 0, 0]])
+    assert not token_advantages([{"turns": []}], [0], [0.0], **options).any()
+
+
+@pytest.mark.slow
+class TestWithTunix:
+    @pytest.fixture(scope="class")
+    def record(self):
+        pytest.importorskip("tunix")
+        import tunix_record
+
+        return tunix_record
+
+    def expected(self, done, trajectories, settings):
+        """Advantages [B, L] from what the environment has logged, over the runs of Tunix's own response mask."""
+        names = ("texts", "next_texts", "reward", "action_valid")
+        rows = {name: [] for name in (*names, "group", "trajectory", "step", "success")}
+        for item in trajectories:
+            turns = done.log[item.group_id, item.pair_index]
+            won = sum(turn[2] for turn in turns) >= 1
+            for step, turn in enumerate(turns):
+                for name, value in zip(names, turn, strict=False):
+                    rows[name].append(value)
+                own = {"group": item.group_id, "trajectory": item.pair_index, "step": step, "success": won}
+                for name, value in own.items():
+                    rows[name].append(value)
+        if settings.score != "distance":
+            del rows["next_texts"]
+        batch, packing = pj.Group.from_steps(**rows)
+        joint = iter(packing.unpack(jax.jit(pj.batch_advantages)(batch, settings).joint))
+        result = np.zeros((len(trajectories), 48), np.float32)
+        for row, item in zip(result, trajectories, strict=True):
+            mask = np.asarray(item.traj["conversation_masks"])
+            first = mask & ~np.concatenate([[0], mask[:-1]])
+            own = [next(joint) for _ in done.log[item.group_id, item.pair_index]]
+            assert first.sum() == len(own)
+            row[: len(mask)] = np.where(mask, np.array(own)[np.cumsum(first) - 1], 0)[:48]
+        return result
+
+    @pytest.mark.parametrize("preset", ["proxmo", "gigpo", "graphgpo"])
+    def test_a_tiny_model_is_trained_by_our_advantages(self, record, preset):
+        settings = pj.PRESETS[preset]()
+        done = record.train(settings)
+        assert len(done.batches) == 4  # two steps of two tasks
+        assert done.changed
+        sizes = []
+        for trajectories, example in done.batches:
+            expected = self.expected(done, trajectories, settings)
+            np.testing.assert_allclose(example.advantages, expected, atol=1e-5)
+            sizes.append(np.abs(expected).max())
+        assert max(sizes) > 0.01
+        assert max(len(turns) for turns in done.log.values()) > 1
+
+    def test_without_steps_it_is_tunix_grpo(self, record):
+        from tunix.rl.algo_core import compute_advantages
+
+        done = record.train(pj.grpo(invalid_penalty=0.0, episode_over="trajectories", epsilon=1e-6), dataset_steps=1)
+        for trajectories, example in done.batches:
+            rewards = np.array([item.traj["trajectory_reward"] for item in trajectories])
+            own = np.asarray(example.advantages)[:, 0]
+            np.testing.assert_allclose(own, compute_advantages(rewards, record.MEMBERS), atol=1e-5)
+
+    def test_what_it_refuses(self, record):
+        with pytest.raises(UserError, match="entropy"):
+            record.train(pj.empg())

@@ -24,11 +24,12 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.integrations.tunix import Learner
 
-MEMBERS, LENGTH, TASKS, RECORDED = 4, 48, 2, ("proxmo", "gigpo", "grpo", "graphgpo")
+MEMBERS, LENGTH, TASKS, RECORDED = 4, 96, 2, ("proxmo", "gigpo", "grpo", "graphgpo")
 WORDS = (
     "<pad> <bos> <eos> <system> <user> <assistant> task you stand in the hall kitchen cellar attic a lamp is on door"
     " open closed and nothing happens north south look take"
 ).split()
+ENDS = [WORDS.index(word) for word in ("<eos>", "north", "south", "look", "take", "on", "open", "lamp")]
 ROOMS = ("hall", "kitchen", "cellar", "attic")
 
 
@@ -110,8 +111,8 @@ def train(settings, dataset_steps=2, **config):
                 train_micro_batch_size=1,
             ),
             rollout_config=RolloutConfig(
-                max_prompt_length=64, max_tokens_to_generate=LENGTH, return_logprobs=True, kv_cache_size=128,
-                temperature=1.0,
+                max_prompt_length=128, max_tokens_to_generate=LENGTH, return_logprobs=True, kv_cache_size=256,
+                temperature=1.0, eos_tokens=ENDS,
             ),
         ),
     )  # fmt: skip

@@ -11,6 +11,7 @@ import proxmo_jax as pj
 from proxmo_jax.errors import UserError
 from proxmo_jax.integrations.episodes import token_advantages
 
+LENGTH = 96  # of a padded response, as in tunix_record
 RECORDED = Path(__file__).parents[1] / "cases" / "tunix.json"
 
 
@@ -60,13 +61,13 @@ class TestWithTunix:
             del rows["next_texts"]
         batch, packing = pj.Group.from_steps(**rows)
         joint = iter(packing.unpack(jax.jit(pj.batch_advantages)(batch, settings).joint))
-        result = np.zeros((len(trajectories), 48), np.float32)
+        result = np.zeros((len(trajectories), LENGTH), np.float32)
         for row, item in zip(result, trajectories, strict=True):
             mask = np.asarray(item.traj["conversation_masks"])
             first = mask & ~np.concatenate([[0], mask[:-1]])
             own = [next(joint) for _ in done.log[item.group_id, item.pair_index]]
             assert first.sum() == len(own)
-            row[: len(mask)] = np.where(mask, np.array(own)[np.cumsum(first) - 1], 0)[:48]
+            row[: len(mask)] = np.where(mask, np.array(own)[np.cumsum(first) - 1], 0)[:LENGTH]
         return result
 
     @pytest.mark.parametrize("preset", ["proxmo", "gigpo", "graphgpo"])

@@ -90,15 +90,15 @@ class House(BaseTaskEnv):
         return EnvStepResult(after, reward, won, {"action_valid": valid})
 
 
-def train(settings, dataset_steps=2, **config):
-    """Train; the learner, and for each batch of `_process_results` its trajectories, rewards and train example."""
+def make_cluster(steps):
+    """Tunix's cluster of a tiny Qwen2, for so many steps."""
     shape = ModelConfig(
         num_layers=1, vocab_size=len(WORDS), embed_dim=16, hidden_dim=32, num_heads=2, head_dim=8, num_kv_heads=1,
         rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
     )  # fmt: skip
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     roles = (rl.Role.ACTOR, rl.Role.REFERENCE, rl.Role.ROLLOUT)
-    cluster = rl.RLCluster(
+    return rl.RLCluster(
         actor=Qwen2(shape, rngs=nnx.Rngs(0)),
         reference=Qwen2(shape, rngs=nnx.Rngs(0)),
         tokenizer=Words(),
@@ -107,7 +107,7 @@ def train(settings, dataset_steps=2, **config):
             rollout_engine="vanilla",
             offload_to_cpu=False,
             training_config=rl.RLTrainingConfig(
-                actor_optimizer=optax.sgd(0.1), eval_every_n_steps=100, max_steps=dataset_steps, mini_batch_size=TASKS,
+                actor_optimizer=optax.sgd(0.1), eval_every_n_steps=100, max_steps=steps, mini_batch_size=TASKS,
                 train_micro_batch_size=1,
             ),
             rollout_config=RolloutConfig(
@@ -116,43 +116,49 @@ def train(settings, dataset_steps=2, **config):
             ),
         ),
     )  # fmt: skip
-    seen = []
+
+
+def make_config():
+    return GRPOConfig(num_generations=MEMBERS, max_response_length=LENGTH, max_concurrency=2, beta=0.0)
+
+
+def dataset(steps):
+    return iter([{"prompts": np.array([f"task {room}" for room in ROOMS[:TASKS]])}] * steps)
+
+
+def train(settings, steps=2):
+    """Train; whether the weights changed, what the environments logged, and for each call of `_process_results` its
+    trajectories and train example."""
+    cluster, batches = make_cluster(steps), []
 
     class Watched(Learner):
         def _process_results(self, trajectories, mode=rl.Mode.TRAIN, expected_step=None):
             examples = super()._process_results(trajectories, mode, expected_step)
-            seen.append((trajectories, examples[0]))
+            batches.append((trajectories, examples[0]))
             return examples
 
     House.log.clear()
-    learner = Watched(
-        cluster,
-        GRPOConfig(num_generations=MEMBERS, max_response_length=LENGTH, max_concurrency=2, beta=0.0, **config),
-        chat_parser=Parser(),
-        env_class=House,
-        settings=settings,
-    )
-    prompts = [{"prompts": np.array([f"task {room}" for room in ROOMS[:TASKS]])}] * dataset_steps
+    learner = Watched(cluster, make_config(), chat_parser=Parser(), env_class=House, settings=settings)
     before = jax.tree.map(np.asarray, nnx.state(cluster.actor_trainer.model, nnx.Param))
-    learner.train(iter(prompts))
+    learner.train(dataset(steps))
     after = jax.tree.map(np.asarray, nnx.state(cluster.actor_trainer.model, nnx.Param))
     changed = any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after)))
-    return SimpleNamespace(learner=learner, batches=seen, changed=changed, log=dict(House.log))
+    return SimpleNamespace(batches=batches, changed=changed, log=dict(House.log))
 
 
 def main(target: str) -> None:
     """Record one group: its turns and rewards, and what the learner gave their tokens under some presets."""
-    case, wanted = {}, {}
+    wanted = {}
     for name in RECORDED:
-        done = train(PRESETS[name](), dataset_steps=1)
+        done = train(PRESETS[name](), steps=1)
         trajectories, example = done.batches[0]
-        case = {
+        wanted[name] = {
             "turns": [item.traj["turns"] for item in trajectories],
             "rewards": [item.traj["trajectory_reward"] for item in trajectories],
             "group": [item.group_id for item in trajectories],
             "length": LENGTH,
+            "advantages": np.asarray(example.advantages).tolist(),
         }
-        wanted[name] = {**case, "advantages": np.asarray(example.advantages).tolist()}
     Path(target).write_text(json.dumps(wanted), encoding="utf-8")
 
 

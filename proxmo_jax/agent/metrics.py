@@ -18,7 +18,6 @@ from proxmo_jax.agent.settings import Config
 NAMES = {
     "train/reward": "critic/score/mean",
     "train/overlong_rate": "completions/clipped_ratio",
-    "loss/loss": "actor/loss",
     "loss/policy": "actor/pg_loss",
     "loss/kl": "actor/kl_loss",
     "loss/entropy": "actor/entropy",

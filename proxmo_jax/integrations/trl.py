@@ -108,7 +108,7 @@ def steps_of_completions(
     for number, row in enumerate(rows):
         for name in ("step", "prompt", "completion", *rewards):
             if name not in row:
-                raise UserError(f"{name}: row {number} has no such column, need TRL's step, prompt, completion, rewards")
+                raise UserError(f"{name}: row {number} has no such column, need step, prompt, completion and rewards")
         odd = next((n for n in rewards if row[n] is not None and not _is_number(row[n])), None)
         if odd is not None:
             raise UserError(f"{odd}: row {number} has {row[odd]!r:.60}, need a number")

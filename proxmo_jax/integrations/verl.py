@@ -22,6 +22,8 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.steps_file import read_steps, write_steps
 from proxmo_jax.integrations.episodes import Episode, Turn, steps_of, with_total
 
+Decode = Callable[[list[int]], str]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -87,17 +89,15 @@ def _episode(group: int, rows: list[Mapping[str, Any]], success_threshold: float
     return Episode(group, score >= success_threshold, with_total(turns, score))
 
 
-def steps_of_batch(
-    batch: Mapping[str, Any], decode: Callable[[list[int]], str], success_threshold: float = 1.0
-) -> dict[str, list]:
+def steps_of_batch(batch: Mapping[str, Any], decode: Decode, success_threshold: float = 1.0) -> dict[str, list]:
     """The steps of a batch of verl's trainer, after its rewards are computed.
 
         data = {**{k: v.numpy() for k, v in batch.batch.items()}, **batch.non_tensor_batch}
         write_steps(Path("steps.jsonl"), steps_of_batch(data, tokenizer.decode))
 
     Args:
-        batch: with prompts [B, P], responses and response_mask [B, L], attention_mask [B, P + L], token_level_scores (or
-            rm_scores) [B, L] and uid [B]: each run of the response mask is a turn, what stands before it its
+        batch: with prompts [B, P], responses and response_mask [B, L], attention_mask [B, P + L], token_level_scores
+            (or rm_scores) [B, L] and uid [B]: each run of the response mask is a turn, what stands before it its
             observation. A batch of verl-agent has a row for each turn: uid, traj_uid, anchor_obs, rewards and
             is_action_valid [B], in the order of turns, and active_masks [B] if it is padded.
         decode: the tokenizer's, from ids to text; not called for verl-agent.
@@ -135,7 +135,7 @@ def _turn_rows(batch: Mapping[str, Any], success_threshold: float) -> Iterable[E
         yield Episode(str(batch["uid"][rows[0]]), won, turns)
 
 
-def _masked(batch: Mapping[str, Any], decode: Callable[[list[int]], str], success_threshold: float) -> Iterable[Episode]:
+def _masked(batch: Mapping[str, Any], decode: Decode, success_threshold: float) -> Iterable[Episode]:
     """The episodes of a batch with a row for each conversation."""
     scores = next((batch[name] for name in ("token_level_scores", "rm_scores") if name in batch), None)
     if scores is None:
@@ -145,12 +145,12 @@ def _masked(batch: Mapping[str, Any], decode: Callable[[list[int]], str], succes
     length = prompts.shape[1]
     for row, uid in enumerate(batch["uid"]):
         used = present[row] != 0
-        before, texts, turns = prompts[row][used[:length]].tolist(), [], 0
-        runs = groupby(zip(responses[row][used[length:]].tolist(), mask[row][used[length:]], strict=True), lambda t: t[1])
-        for written, tokens in runs:
+        before, texts = prompts[row][used[:length]].tolist(), []
+        response = zip(responses[row][used[length:]].tolist(), mask[row][used[length:]], strict=True)
+        for written, tokens in groupby(response, lambda token: token[1]):
             if written:
                 texts.append(decode(before))
-                turns, before = turns + 1, []
+                before = []
             else:
                 before = [token for token, _ in tokens]
         following = [*texts[1:], decode(before)]

@@ -40,8 +40,8 @@ def test_trl_conversations_have_a_turn_for_each_response(tmp_path, capsys):
     assert [turn[3] for turn in turns(steps, 1)] == [False, True, True]  # its first tool call failed
     assert sum(turn[2] for turn in turns(steps, 1)) == 1.25
     assert turns(steps, 2) == [("Find the lamp.", "", 0.0, True)]
-    assert dict(zip(steps["trajectory"], steps["group"], strict=True)) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1}
-    assert dict(zip(steps["trajectory"], steps["success"], strict=True)) == {0: True, 1: True, 2: False, 3: True, 4: False}
+    episodes = dict(zip(steps["trajectory"], zip(steps["group"], steps["success"], strict=True), strict=True))
+    assert episodes == {0: (0, True), 1: (0, True), 2: (0, False), 3: (1, True), 4: (1, False)}
     advantage = steps_advantages(steps, pj.proxmo())["advantage"]
     assert np.isfinite(advantage).all()
     assert len(set(advantage.round(6))) > 4  # turns of an episode differ

@@ -27,7 +27,8 @@ def test_a_recorded_run(preset):
 
 
 def test_an_episode_without_a_turn():
-    turn = {"observation": "a", "next_observation": "", "reward": 0.0, "action_valid": True, "tokens": 2, "env_tokens": 1}
+    turn = {"observation": "a", "next_observation": "", "reward": 0.0, "action_valid": True}
+    turn |= {"tokens": 2, "env_tokens": 1}
     episodes = [{"turns": [turn]}, {"turns": []}, {"turns": [turn]}]
     options = {"length": 4, "settings": pj.dr_grpo(), "success_threshold": 1.0}
     found = token_advantages(episodes, [0, 0, 0], [1.0, 0.0, 0.0], **options)
@@ -87,7 +88,7 @@ class TestWithTunix:
     def test_without_steps_it_is_tunix_grpo(self, record):
         from tunix.rl.algo_core import compute_advantages
 
-        done = record.train(pj.grpo(invalid_penalty=0.0, episode_over="trajectories", epsilon=1e-6), dataset_steps=1)
+        done = record.train(pj.grpo(invalid_penalty=0.0, episode_over="trajectories", epsilon=1e-6), steps=1)
         for trajectories, example in done.batches:
             rewards = np.array([item.traj["trajectory_reward"] for item in trajectories])
             own = np.asarray(example.advantages)[:, 0]

@@ -46,7 +46,7 @@ def scalars(folder):
 def report(config, first=0):
     """Report a run; what was said."""
     folder, said = config.output.dir, io.StringIO()
-    trackers = Trackers(config, first, Console(file=said, width=400))
+    trackers = Trackers(config, first, Console(file=said, width=400, markup=False))
     for row in ROWS:
         if row["iteration"] > first or not first:
             trackers.write(row)

@@ -5,8 +5,10 @@ Run by tests/integrations/test_tunix.py where google-tunix is installed; to reco
     PYTHONPATH=.:tests python tests/tunix_record.py tests/cases/tunix.json     # in an environment with google-tunix
 """
 
+import dataclasses
 import json
 import sys
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,12 +82,16 @@ class House(BaseTaskEnv):
         return self.before
 
     def _step_impl(self, action):
-        letters = len(getattr(action, "action", action) or "")
+        letters = len(action)
         self.room = min(self.room + letters % 3, 3)
         won, valid = self.room == 3, letters % 2 == 0
         reward = 1.0 if won else 0.25 * (letters % 3 == 1)
         after = self.seen()
-        self.turns.append((self.before, after, reward, valid, won))
+        answer = Parser().parse([{"role": "user", "content": after}], add_generation_prompt=True)
+        self.turns.append({
+            "texts": self.before, "next_texts": after, "reward": reward, "action_valid": valid,
+            "tokens": len(action.split()), "env_tokens": 0 if won else len(answer.split()),
+        })  # fmt: skip
         self.before = after
         return EnvStepResult(after, reward, won, {"action_valid": valid})
 
@@ -94,11 +100,11 @@ def make_cluster(steps):
     """Tunix's cluster of a tiny Qwen2, for so many steps."""
     shape = ModelConfig(
         num_layers=1, vocab_size=len(WORDS), embed_dim=16, hidden_dim=32, num_heads=2, head_dim=8, num_kv_heads=1,
-        rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
+        rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=False, dtype=jnp.float32, param_dtype=jnp.float32,
     )  # fmt: skip
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     roles = (rl.Role.ACTOR, rl.Role.REFERENCE, rl.Role.ROLLOUT)
-    return rl.RLCluster(
+    cluster = rl.RLCluster(
         actor=Qwen2(shape, rngs=nnx.Rngs(0)),
         reference=Qwen2(shape, rngs=nnx.Rngs(0)),
         tokenizer=Words(),
@@ -116,6 +122,13 @@ def make_cluster(steps):
             ),
         ),
     )  # fmt: skip
+    generate, seeds = cluster.rollout.generate, count()
+
+    def generate_anew(prompts, rollout_config, **options):  # the engine's seed is the same for every call
+        return generate(prompts, dataclasses.replace(rollout_config, seed=next(seeds)), **options)
+
+    cluster.rollout.generate = generate_anew
+    return cluster
 
 
 def make_config():

@@ -46,30 +46,26 @@ class TestWithTunix:
         return tunix_record
 
     def expected(self, done, trajectories, settings):
-        """Advantages [B, L] from what the environment has logged, over the runs of Tunix's own response mask."""
-        names = ("texts", "next_texts", "reward", "action_valid")
+        """Advantages [B, L] from what the environment has logged, and the response mask that they belong to."""
+        names = ["texts", "reward", "action_valid", *(["next_texts"] if settings.score == "distance" else [])]
         rows = {name: [] for name in (*names, "group", "trajectory", "step", "success")}
         for item in trajectories:
             turns = done.log[item.group_id, item.pair_index]
-            won = sum(turn[2] for turn in turns) >= 1
             for step, turn in enumerate(turns):
-                for name, value in zip(names, turn, strict=False):
-                    rows[name].append(value)
-                own = {"group": item.group_id, "trajectory": item.pair_index, "step": step, "success": won}
-                for name, value in own.items():
-                    rows[name].append(value)
-        if settings.score != "distance":
-            del rows["next_texts"]
+                own = {"group": item.group_id, "trajectory": item.pair_index, "step": step}
+                own |= {"success": sum(turn["reward"] for turn in turns) >= 1}
+                for name in rows:
+                    rows[name].append({**turn, **own}[name])
         batch, packing = pj.Group.from_steps(**rows)
         joint = iter(packing.unpack(jax.jit(pj.batch_advantages)(batch, settings).joint))
-        result = np.zeros((len(trajectories), LENGTH), np.float32)
-        for row, item in zip(result, trajectories, strict=True):
-            mask = np.asarray(item.traj["conversation_masks"])
-            first = mask & ~np.concatenate([[0], mask[:-1]])
-            own = [next(joint) for _ in done.log[item.group_id, item.pair_index]]
-            assert first.sum() == len(own)
-            row[: len(mask)] = np.where(mask, np.array(own)[np.cumsum(first) - 1], 0)[:LENGTH]
-        return result
+        advantage, mask = np.zeros((2, len(trajectories), LENGTH), np.float32)
+        for i, item in enumerate(trajectories):
+            at = 0
+            for turn in done.log[item.group_id, item.pair_index]:
+                span = slice(at, at + turn["tokens"])
+                advantage[i, span], mask[i, span] = next(joint), 1
+                at += turn["tokens"] + turn["env_tokens"]
+        return advantage, mask
 
     @pytest.mark.parametrize("preset", ["proxmo", "gigpo", "graphgpo"])
     def test_a_tiny_model_is_trained_by_our_advantages(self, record, preset):
@@ -79,7 +75,8 @@ class TestWithTunix:
         assert done.changed
         sizes = []
         for trajectories, example in done.batches:
-            expected = self.expected(done, trajectories, settings)
+            expected, mask = self.expected(done, trajectories, settings)
+            np.testing.assert_array_equal(example.completion_mask, mask)
             np.testing.assert_allclose(example.advantages, expected, atol=1e-5)
             sizes.append(np.abs(expected).max())
         assert max(sizes) > 0.01
@@ -91,8 +88,8 @@ class TestWithTunix:
         done = record.train(pj.grpo(invalid_penalty=0.0, episode_over="trajectories", epsilon=1e-6), steps=1)
         for trajectories, example in done.batches:
             rewards = np.array([item.traj["trajectory_reward"] for item in trajectories])
-            own = np.asarray(example.advantages)[:, 0]
-            np.testing.assert_allclose(own, compute_advantages(rewards, record.MEMBERS), atol=1e-5)
+            wanted = compute_advantages(rewards, record.MEMBERS)[:, None] * np.asarray(example.completion_mask)
+            np.testing.assert_allclose(example.advantages, wanted, atol=1e-5)
 
     def test_what_it_refuses(self, record):
         with pytest.raises(UserError, match="entropy"):

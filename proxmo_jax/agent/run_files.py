@@ -168,7 +168,7 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
     """The run to resume, and what was asked for that it does not take.
 
     A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended. A
-    new iteration to trace is taken.
+    new iteration to trace is taken, and where to report to.
 
     Raises:
         UserError: for a longer run that would learn nothing.
@@ -184,9 +184,9 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
         planned = stored.optimizer.decay_iterations or stored.iterations
         optimizer = dataclasses.replace(stored.optimizer, decay_iterations=planned)
         config = dataclasses.replace(stored, iterations=asked.iterations, optimizer=optimizer)
-    if asked.output.profile != stored.output.profile:
-        taken.add("output.profile")
-        output = dataclasses.replace(config.output, profile=asked.output.profile)
+    for name in ("profile", "report_to"):
+        taken.add(f"output.{name}")
+        output = dataclasses.replace(config.output, **{name: getattr(asked.output, name)})
         config = dataclasses.replace(config, output=output)
     had, wanted = flat(stored), flat(asked)
     return config, [

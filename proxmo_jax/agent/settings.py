@@ -350,6 +350,10 @@ class OutputSettings:
     profile: Annotated[int, arg(aliases=["--profile"])] = 0
     """Number of an iteration of which a trace is written into the run's folder, for Perfetto (ui.perfetto.dev); the
     first one compiles the programs. 0: none."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], arg(aliases=["--report-to"])] = ("tensorboard",)
+    """Where metrics, sample episodes and the learning curve go beside the run's folder (TRL's report_to): tensorboard
+    (event files in its folder tensorboard/), wandb (Weights & Biases, pip install 'proxmo-jax[wandb]'), both, or none
+    (no value). metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         at_least(1, "output", self, "eval_every", "save_every")

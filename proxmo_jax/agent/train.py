@@ -24,6 +24,7 @@ from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.metrics import Trackers
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
@@ -126,11 +127,15 @@ def run(
         if first:
             state, _ = checkpoints.restore(state)
         metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None)
+        trackers = Trackers(config, first, console)
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
             label = "warm start" if has_warm_start(config) else "before training"
             with progress_bar(console) as bar:
-                metrics.write({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
+                row = {"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")}
+            metrics.write(row)
+            trackers.write(row)
+            trackers.episodes(folder / "episodes_before.txt", 0)
         last_row = [{}, *read_metrics(folder / "metrics.jsonl")][-1]
         loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
         warn_if_over(folder, config.output.profile, first, console)
@@ -145,6 +150,7 @@ def run(
                     episodes = "episodes_after.txt" if last else None
                     row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
                 metrics.write({"iteration": iteration, **row})
+                trackers.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
                 if iteration % config.output.save_every == 0 or last or stop:
                     checkpoints.save(iteration, state, {"iteration": iteration})
@@ -156,7 +162,13 @@ def run(
 
     rows = read_metrics(folder / "metrics.jsonl")
     learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
-    return bool(rows) and rows[-1]["iteration"] >= config.iterations
+    finished = bool(rows) and rows[-1]["iteration"] >= config.iterations
+    if rows:
+        trackers.curve(folder / "learning_curve.png", rows[-1]["iteration"])
+    if finished:
+        trackers.episodes(folder / "episodes_after.txt", rows[-1]["iteration"])
+    trackers.close()
+    return finished
 
 
 def announce(config: Config, title: str, training: int, held_out: int, console: Console) -> None:

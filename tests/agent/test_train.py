@@ -103,6 +103,9 @@ def test_a_run_leaves_what_it_promises(run):
     assert traced(trace) >= {"rollout", "estimator", "update"}
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
+    reported = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
+    for name in (b"critic/score/mean", b"timing_s/gen", b"episodes_before", b"episodes_after", b"learning_curve"):
+        assert name in reported
     assert (run / "episodes_before.txt").read_text(encoding="utf-8").count("===") == 3
     steps = read_steps(run / "rollout.npz")
     assert len(steps["texts"]) == len(steps_advantages(steps, dr_grpo())["advantage"]) >= 8

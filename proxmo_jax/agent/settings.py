@@ -346,10 +346,15 @@ class OutputSettings:
     profile: Annotated[int, arg(aliases=["--profile"])] = 0
     """Number of an iteration of which a trace is written into the run's folder, for Perfetto (ui.perfetto.dev); the
     first one compiles the programs. 0: none."""
+    keep_rollouts: Annotated[int, arg(aliases=["--keep-rollouts"])] = 10
+    """Iterations between rollouts that are kept in rollouts/, with prompts and responses, for `proxmo report`; those of
+    the first and the last iteration are kept, too. 0: none."""
+    page: bool = True
+    """Write page.html at the end: the learning curves and the kept rollouts, turn by turn."""
 
     def __post_init__(self) -> None:
         at_least(1, "output", self, "eval_every", "save_every")
-        at_least(0, "output", self, "eval_temperature", "profile")
+        at_least(0, "output", self, "eval_temperature", "profile", "keep_rollouts")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
+from proxmo_jax.agent.kept_rollouts import drop_after, is_kept, keep
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
 from proxmo_jax.agent.player import Player
@@ -125,6 +126,7 @@ def run(
         if first:
             state, _ = checkpoints.restore(state)
         metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None)
+        drop_after(folder, first)
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
             label = "warm start" if has_warm_start(config) else "before training"
@@ -145,6 +147,8 @@ def run(
                     row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
                 metrics.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
+                if loop.played and is_kept(config.output.keep_rollouts, iteration, last or bool(stop)):
+                    keep(folder, iteration, loop.played, player, config.rollout.group_size)
                 if iteration % config.output.save_every == 0 or last or stop:
                     checkpoints.save(iteration, state, {"iteration": iteration})
                 if stop:

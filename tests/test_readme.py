@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 RUN_BY = {
     "train": "tests/agent/test_train.py",
     "eval": "tests/agent/test_train.py",
+    "report": "tests/page/test_page.py",
     "export": "tests/agent/test_language_model.py",
     "check-model": "tests/agent/test_model_files.py",
     "convert-gguf": "tests/policy/test_gguf.py",

@@ -25,6 +25,7 @@ from envs_bridge.turn import Game
 from proxmo_jax.agent.kept_rollouts import drop_after, is_kept, keep
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.page_file import page_of_run
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
@@ -89,9 +90,11 @@ def main(config: Config, console: Console | None = None) -> Path:
     if finished:
         console.print(
             f"Done in {seconds}: {folder}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
-            " episodes_after.txt, rollout.npz and checkpoints. To train longer, at the final learning rate:"
+            " episodes_after.txt, rollout.npz, rollouts and checkpoints. To train longer, at the final learning rate:"
             f" proxmo train --out {folder} --resume --iterations {2 * config.iterations}"
         )
+        if config.output.page:
+            console.print(page_at_the_end(folder, console), soft_wrap=True)
     else:
         console.print(f"Stopped and saved after {seconds}. To go on: proxmo train --out {folder} --resume")
     return folder
@@ -160,6 +163,15 @@ def run(
     rows = read_metrics(folder / "metrics.jsonl")
     learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
     return bool(rows) and rows[-1]["iteration"] >= config.iterations
+
+
+def page_at_the_end(folder: Path, console: Console) -> str:
+    """Write the run's page, and say where it is. Whatever goes wrong there, the run has ended well."""
+    try:
+        path, said = page_of_run(folder, console=console)
+    except Exception as error:
+        return f"The page could not be made ({type(error).__name__}: {error}); again: proxmo report {folder}"
+    return " ".join([*said, f"{path} shows its turns, each with what every estimator gives it: open it in a browser."])
 
 
 def announce(config: Config, title: str, training: int, held_out: int, console: Console) -> None:

@@ -117,7 +117,7 @@ def page(parts: Parts, title: str, facts: Sequence[str], notes: Sequence[str], c
     template, style, *scripts = (
         here.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "charts.js", "page.js")
     )
-    script = "".join(scripts)
+    script = "(() => {\n" + "".join(scripts) + "})();\n"
     blocks = "\n".join(f'<script type="text/plain" id="b{i}">{text}</script>' for i, text in enumerate(parts.blocks))
     for mark, text in {
         "@style@": style, "@style-hash@": _hash(style), "@script@": script, "@script-hash@": _hash(script),

@@ -38,7 +38,7 @@ function ticks(end, count) {
   return found;
 }
 
-const WIDTH = 440, HEIGHT = 168, LEFT = 34, RIGHT = 8, TOP = 8, BOTTOM = 22;
+const WIDTH = 440, HEIGHT = 190, LEFT = 36, RIGHT = 10, TOP = 8, BOTTOM = 30;
 
 /* Axes of a chart from iteration 0 to `end` and from 0 to `most`; returns [svg, x, y]. */
 function axes(end, most, label, say) {
@@ -135,7 +135,7 @@ function spark(name, points, show, end, most) {
 }
 
 function kindsChart(curves, end) {
-  const rows = Object.entries(curves.kinds).flatMap(([name, points]) => spark(name, points, percent, end, 1));
+  const rows = Object.entries(curves.kinds).flatMap(([name, points]) => spark(name.replaceAll("_", " "), points, percent, end, 1));
   return card("Success by task type", curves.kinds_of, el("div", { className: "kinds" }, ...rows));
 }
 
@@ -146,7 +146,7 @@ function timeChart(curves, end) {
   const xs = [...new Set(parts.flatMap(([, at]) => [...at.keys()]))].sort((a, b) => a - b);
   const total = (at) => parts.reduce((sum, [, values]) => sum + (values.get(at) || 0), 0);
   const most = Math.max(1e-9, ...xs.map(total));
-  const [made, x, y] = axes(end, most, (value) => `${number(value).replace(/\.?0+$/, "")}`, "Seconds of each part of an iteration");
+  const [made, x, y] = axes(end, most, String, "Seconds of each part of an iteration");
   const wide = Math.max(1.5, Math.min(18, (0.8 * (WIDTH - LEFT - RIGHT)) / Math.max(end, 1)));
   const paths = parts.map(() => "");
   for (const at of xs) {

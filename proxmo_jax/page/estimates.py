@@ -15,7 +15,7 @@ from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.packing import Packing, column, numbered, shape_of, similar_anchors, strings
 from proxmo_jax.estimator.steps_file import NEEDED, mean_entropy, needed
 from proxmo_jax.estimator.types import Advantages, Batch, Group, Settings
-from proxmo_jax.estimator.words import Vocabulary, bucket
+from proxmo_jax.estimator.words import Vocabulary, WordCounts, bucket
 
 NEAREST = 10
 WEIGHTS_AT_MOST = 1 << 27  # of all pairs of turns: half a gigabyte
@@ -131,8 +131,9 @@ def _nearest(weight: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _padded(batch: Batch, similar: Any) -> tuple[Batch, Any]:
-    """The batch with sizes of which there are few, so that the rollouts of a run share one program."""
-    turns = -batch.reward.shape[2] % 8
+    """The batch with sizes of which there are few: a run's rollouts share one program, whose compilation takes long."""
+    _, members, turns = batch.reward.shape
+    turns = -turns % 8
 
     def pad(x: Any) -> Any:
         return None if x is None else np.pad(x, [(0, 0), (0, 0), (0, turns)] + [(0, 0)] * (x.ndim - 3))
@@ -140,10 +141,14 @@ def _padded(batch: Batch, similar: Any) -> tuple[Batch, Any]:
     names = ("reward", "mask", "action_valid", "anchor", "edge", "text", "entropy")
     changed: dict[str, Any] = {name: pad(getattr(batch, name)) for name in names}
     if batch.words is not None:
-        texts = batch.words.ids.shape[1]
-        room = ((0, 0), (0, bucket(texts) - texts), (0, 0))
-        words = batch.words._replace(ids=np.pad(batch.words.ids, room), counts=np.pad(batch.words.counts, room))
-        changed["words"] = words
+        ids, counts, alphabetical = (np.asarray(x) for x in batch.words)
+        _, texts, words = ids.shape
+        least = bucket(min(members * (batch.reward.shape[2] + turns), 256))
+        room = ((0, 0), (0, bucket(texts, least) - texts), (0, bucket(words, 128) - words))
+        ranks = np.arange(len(alphabetical), max(len(alphabetical), 2048), dtype=alphabetical.dtype)
+        changed["words"] = WordCounts(
+            np.pad(ids, room), np.pad(counts, room), np.concatenate([alphabetical, ranks])
+        )  # fmt: skip
     return replace(batch, **changed), pad(similar)
 
 

@@ -51,7 +51,7 @@ function prepare(iteration) {
   }
 }
 
-const name = (i) => { const [g, m, t] = here.turns[i]; return `g${g + 1}m${m + 1}t${t + 1}`; };
+const nameOf = (i) => { const [g, m, t] = here.turns[i]; return `g${g + 1}m${m + 1}t${t + 1}`; };
 const title = (method) => method.replaceAll("_", " ");
 const disagreement = (i) =>
   Math.abs(here.joint[state.first][i] / here.rms[state.first] - here.joint[state.second][i] / here.rms[state.second]);
@@ -63,12 +63,12 @@ function paint(cell, i) {
   const sign = size < 0.005 ? "none" : value > 0 ? "up" : "down";
   cell.className = `cell ${sign}${here.invalid.has(i) ? " invalid" : ""}${here.rewarded.has(i) ? " rewarded" : ""}${state.hits.has(i) ? " hit" : ""}`;
   cell.style.setProperty("--m", size.toFixed(2));
-  cell.setAttribute("aria-label", `${name(i)}: advantage ${number(value, true)}${here.invalid.has(i) ? ", invalid action" : ""}`);
+  cell.setAttribute("aria-label", `${nameOf(i)}: advantage ${number(value, true)}${here.invalid.has(i) ? ", invalid action" : ""}`);
 }
 
 function weights(group) {
   const [won, lost] = group.weight[state.method];
-  if ([won, lost].every((weight) => weight === null || weight === 1)) return "no modulation";
+  if (data.methods[state.method].modulation_range === 0) return "no modulation";
   return "weight " + [won !== null && `solved ×${won.toFixed(3)}`, lost !== null && `failed ×${lost.toFixed(3)}`].filter(Boolean).join(", ");
 }
 
@@ -78,7 +78,7 @@ function section(group) {
   made.append(
     el("header", {}, el("h3", {}, `g${group.number + 1}`), el("span", { className: "task", title: group.task }, group.task),
       el("span", { className: "counts" }, el("b", {}, `${group.wins} of ${group.members.length}`), ` solved (${percent(group.rate)})`), weight),
-    el("div", { className: "rows", style: "" }));
+    el("div", { className: "rows" }));
   made.lastChild.style.minHeight = `${24 * group.members.length}px`;
   made.group = group;
   made.weight = weight;
@@ -286,7 +286,7 @@ function select(i, focus = true) {
     cell.focus({ preventScroll: true });
     cell.scrollIntoView({ block: "nearest" });
   }
-  const link = (data.iterations.length > 1 && state.at !== data.iterations.length - 1 ? `i${here.name}` : "") + name(i);
+  const link = (data.iterations.length > 1 && state.at !== data.iterations.length - 1 ? `i${here.name}` : "") + nameOf(i);
   history.replaceState(null, "", `#${link}`);
   showStop();
   openPanel(i);
@@ -299,7 +299,8 @@ async function openPanel(i) {
   const found = await block(group);
   if (state.turn !== i || here !== from) return;
   const at = i - group.start, top = panel.scrollTop;
-  panel.replaceChildren(...[headOf(i, found.reward[at]), sumOf(found, at, i), methodsOf(i), nearOf(found, at, group), ...textsOf(found, at)].filter(Boolean));
+  const parts = [headOf(i, found.reward[at]), ...textsOf(found, at, BEFORE), sumOf(found, at, i), methodsOf(i), nearOf(found, at, group), ...textsOf(found, at, AFTER)];
+  panel.replaceChildren(...parts.filter(Boolean));
   panel.scrollTop = top;
 }
 
@@ -310,9 +311,9 @@ function headOf(i, reward) {
   tags.push(here.invalid.has(i) ? "invalid action" : "valid action");
   const button = (text, label, act) => el("button", { type: "button", "aria-label": label, title: label, onclick: act }, text);
   return el("div", { className: "head" },
-    el("div", { className: "line" }, el("strong", {}, `Group ${g + 1} · member ${m + 1} · turn ${t + 1} of ${member.turns}`),
+    el("div", { className: "line" }, el("strong", {}, `Group ${g + 1} · member ${m + 1} · turn ${t + 1}/${member.turns}`),
       button("‹", "Turn before", () => move(0, -1)), button("›", "Turn after", () => move(0, 1)),
-      el("a", { href: location.hash || `#${name(i)}`, title: "Link to this turn", "aria-label": "Link to this turn" }, "#"),
+      el("a", { href: location.hash || `#${nameOf(i)}`, title: "Link to this turn", "aria-label": "Link to this turn" }, "#"),
       button("×", "Close", () => closePanel())),
     el("p", {}, group.task || `trajectory ${member.name}`),
     el("div", {}, ...tags.map((text) => el("span", { className: text === "invalid action" ? "tag bad" : "tag" }, text))));
@@ -367,19 +368,21 @@ function nearOf(found, at, group) {
     bar.style.width = `${(100 * weight) / most}%`;
     const said = textOf(found, "command", other) ?? textOf(found, "texts", other) ?? textOf(found, "observation", other) ?? "";
     return el("li", {}, el("button", { type: "button", onclick: () => select(i) },
-      el("span", {}, name(i).replace(/^g\d+/, "")), el("span", { className: "weight", "aria-hidden": "true" }, bar),
+      el("span", {}, nameOf(i).replace(/^g\d+/, "")), el("span", { className: "weight", "aria-hidden": "true" }, bar),
       el("span", { className: "value" }, `${(100 * weight).toFixed(1)}%`), el("code", {}, said.split("\n")[0])));
   });
   return el("div", { id: "near" }, el("h2", {}, "Nearest turns", el("small", {}, `weights of ${title(here.near_by)}; ${percent(sum)} of all`)), el("ul", { className: "list near" }, ...items));
 }
 
-function textsOf(found, at) {
-  const names = { observation: "Observation", response: "Response", command: "Command", next: "Observation after it", prompt: "Prompt" };
+const BEFORE = { observation: "Observation", response: "Response", command: "Command" };
+const AFTER = { next: "Observation after it", prompt: "Prompt" };
+
+function textsOf(found, at, names) {
   return Object.entries(names).map(([part, text]) => {
     const value = textOf(found, part, at);
     if (value === null) return null;
     const shown = el("pre", { tabIndex: 0 }, ...marked(value));
-    if (part !== "prompt") return el("div", { className: part }, el("h2", {}, text), shown);
+    if (part !== "prompt") return el("div", { className: `${part} brief` }, el("h2", {}, text), shown);
     return el("details", { className: part, open: Boolean(state.query && value.toLowerCase().includes(state.query.toLowerCase())) }, el("summary", {}, text), shown);
   });
 }

@@ -1,20 +1,25 @@
 """A headless Chromium for tests, driven by its DevTools protocol over a pair of pipes: no package is needed for it."""
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+LOCAL = ("file:", "data:", "blob:")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe",
 )  # fmt: skip
+# Chromium reads commands from 3 and writes answers to 4.
+START = "import os, sys; a, b, *c = sys.argv[1:]; os.dup2(int(a), 3); os.dup2(int(b), 4); os.execv(c[0], c)"
 KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13}
 
 
@@ -31,13 +36,14 @@ class Browser:
         read, theirs_out = os.pipe()
         theirs_in, write = os.pipe()
         self._read, self._write = read, write
-        command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        theirs = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (theirs_in, theirs_out)]
+        command = [program, *OPTIONS, f"--user-data-dir={profile}"]
         self.process = subprocess.Popen(
-            ["sh", "-c", command, program, *OPTIONS, f"--user-data-dir={profile}"],
-            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-I", "-S", "-c", START, *map(str, theirs), *command],
+            pass_fds=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for number in (theirs_in, theirs_out, *theirs):
+            os.close(number)
         self._session: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -84,7 +90,7 @@ class Browser:
             method == "Runtime.consoleAPICalled" and what["type"] in ("error", "assert")
         ):
             self.problems.append(str(what))
-        elif method == "Network.requestWillBeSent" and not what["request"]["url"].startswith(("file:", "data:", "blob:")):
+        elif method == "Network.requestWillBeSent" and not what["request"]["url"].startswith(LOCAL):
             self.problems.append(what["request"]["url"])
 
     def run(self, code: str) -> Any:

@@ -28,20 +28,19 @@ def curves(rows: Sequence[dict]) -> dict[str, Any]:
         `train` and each of `kinds` and `more`: points [iteration, value]; `eval`: [iteration, rate, low, high], with
         the 95% interval; `kinds_of`: whose success the task types' is; `time`: [iteration, seconds] by part.
     """
-    held_out = [
-        [x, rate, *wilson(round(rate * games), round(games))]
-        for x, rate, games in ((row["iteration"], *(_number(row, f"eval/{name}") for name in ("success_rate", "games"))) for row in rows)
-        if rate is not None and games
-    ]  # fmt: skip
-    prefix = "eval/success_rate/" if any(name.startswith("eval/success_rate/") for row in rows for name in row) else (
-        "train/success_rate/"
-    )  # fmt: skip
+    held_out = []
+    for row in rows:
+        rate, games = _number(row, "eval/success_rate"), _number(row, "eval/games")
+        if rate is not None and games:
+            held_out.append([row["iteration"], rate, *wilson(round(rate * games), round(games))])
+    tested = any(name.startswith("eval/success_rate/") for row in rows for name in row)
+    prefix = "eval/success_rate/" if tested else "train/success_rate/"
     kinds = sorted({name for row in rows for name in row if name.startswith(prefix)})
     return {
         "train": _points(rows, "train/success_rate"),
         "eval": held_out,
         "kinds": {name.removeprefix(prefix): _points(rows, name) for name in kinds},
-        "kinds_of": "held-out tasks" if prefix.startswith("eval") else "training tasks",
+        "kinds_of": "held-out tasks" if tested else "training tasks",
         "time": {part: points for part in SHARES if (points := _points(rows, f"time/{part}"))},
         "more": {label: points for name, label in MORE.items() if (points := _points(rows, name))},
     }

@@ -20,6 +20,7 @@ from proxmo_jax.agent.run_files import stored_config
 from proxmo_jax.agent.settings import Config as RunConfig
 from proxmo_jax.agent.settings import of_preset
 from proxmo_jax.errors import UserError
+from proxmo_jax.estimator.packing import column
 from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.estimator.steps_file import read_steps
 from proxmo_jax.estimator.types import Settings
@@ -35,8 +36,8 @@ class Config:
     """What to show, and where to write it."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of a run, or a file of steps (.npz or .jsonl) as for `proxmo advantages`, which may also have task, prompt,
-    response, command and next_texts of each step."""
+    """Folder of a run, or a file of steps (.npz or .jsonl) as for `proxmo advantages`, which may also have the task,
+    prompt, response, command and next_texts of each step."""
     iteration: int | None = None
     """Show the rollout of this iteration alone; default: all that the run has kept."""
     out: Path | None = None
@@ -121,7 +122,7 @@ def page_of_run(
             notes.append(f"Iteration {number} is left out: {message}.")
     if skipped:
         numbers = ", ".join(map(str, sorted(skipped)))
-        notes.append(f"Left out for room: iterations {numbers}; see one with --iteration N, or more with --max-turns N.")
+        notes.append(f"Left out for room: iterations {numbers} (one: --iteration N; more turns: --max-turns N).")
     parts.iterations.reverse()
     target = out or folder / "page.html"
     drawn = curves(rows) if rows else None
@@ -154,12 +155,12 @@ def shortened(steps: dict[str, Any], most: int) -> tuple[dict[str, Any], str]:
     rows = selection(steps, most)
     if rows is None:
         return steps, ""
-    count, groups = len(steps["group"]), len(set(list(steps["group"])))
+    count, groups = len(steps["group"]), len(set(column(steps["group"])))
     kept = taken(steps, rows)
-    shown = len(set(list(kept["group"])))
+    shown = len(set(column(kept["group"])))
     return kept, (
-        f"{len(rows):,} of {count:,} turns are shown, {shown:,} of {groups:,} groups; the advantages are those of a batch"
-        " of these groups (more: --max-turns N)."
+        f"{len(rows):,} of {count:,} turns are shown, {shown:,} of {groups:,} groups, with the advantages of a batch of"
+        " these groups alone (more: --max-turns N)."
     )
 
 
@@ -169,7 +170,8 @@ def facts(run: RunConfig, rows: list[dict]) -> list[str]:
     size = f"{run.rollout.num_groups} groups of {run.rollout.group_size}"
     level = f"{run.env.level} " if run.env.name == "household" else ""
     model = Path(run.model.path).name if run.model.path else "small policy"
-    return [run.preset, f"{level}{run.env.name}", model, f"{done} of {run.iterations} iterations", size, f"seed {run.seed}"]
+    iterations = f"{done} of {run.iterations} iterations"
+    return [run.preset, f"{level}{run.env.name}", model, iterations, size, f"seed {run.seed}"]
 
 
 def write(path: Path, text: str) -> None:
@@ -180,5 +182,3 @@ def write(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-

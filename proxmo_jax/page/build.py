@@ -1,7 +1,7 @@
 """From steps and their estimates to one HTML file, as text. Data are compressed JSON, read by `page.js`.
 
-An overview (every joint advantage) is read at once; a group's texts and numbers when one of its turns is opened. Nothing
-of the data stands in the HTML as it is: no text of a model can become markup or a script.
+An overview (every joint advantage) is read at once; a group's texts and numbers when one of its turns is opened. No
+data stand in the HTML as they are, so that no text of a model can become markup or a script.
 """
 
 import base64
@@ -56,7 +56,7 @@ class Parts:
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         ends = np.append(starts[1:], len(order))
         names = column(steps["trajectory"])
-        groups = []
+        groups: list[dict[str, Any]] = []
         for start, end in zip(starts, ends, strict=True):
             rows = order[start:end]
             firsts = start + np.flatnonzero(np.diff(member[start:end], prepend=-1))
@@ -68,7 +68,9 @@ class Parts:
                 {
                     "task": texts["task"][rows[0]] if "task" in texts else "",
                     "rate": _short(found.success_rate[group[start]]),
-                    "weight": {name: _weights(own, order[firsts], success[firsts]) for name, own in found.results.items()},
+                    "weight": {
+                        method: _weights(own, order[firsts], success[firsts]) for method, own in found.results.items()
+                    },
                     "members": members,
                     "block": len(self.blocks),
                 }

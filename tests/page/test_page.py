@@ -94,7 +94,8 @@ def test_the_page_holds_the_numbers_and_no_text_as_it_is(steps, found, html):
     assert "window.hacked" not in html
     assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", html)
     overview, order = stored(html, "overview"), np.lexsort(found.place[::-1])
-    np.testing.assert_allclose(overview["iterations"][0]["joint"]["proxmo"], found.results["proxmo"]["joint"][order], rtol=1e-5)
+    joint = overview["iterations"][0]["joint"]["proxmo"]
+    np.testing.assert_allclose(joint, found.results["proxmo"]["joint"][order], rtol=1e-5)
     group, block = overview["iterations"][0]["groups"][0], stored(html, "b0")
     assert [m["turns"] for m in group["members"]] == np.bincount(found.place[1][found.place[0] == 0]).tolist()
     lines = ["\n".join(block["lines"][k] for k in row) for row in block["texts"]["response"]]
@@ -113,13 +114,13 @@ def test_what_is_beyond_the_limit_is_left_out_in_whole_groups(steps):
     assert 0 < len(alone["step"]) <= 5
     for name in set(alone["trajectory"]):
         assert alone["trajectory"].count(name) == steps["trajectory"].count(name)
-    with pytest.raises(UserError, match="trajectory: one has . steps, need at most 1"):
+    with pytest.raises(UserError, match=r"trajectory: one has \d steps, need at most 1"):
         selection(steps, 1)
 
 
 def test_a_file_of_another_trainers_steps(tmp_path, capsys, steps):
     """Without texts there are the methods that compare none, and the others say what they need."""
-    few = {name: steps[name] for name in ("group", "trajectory", "step", "reward", "success", "action_valid", "command")}
+    few = {name: values for name, values in steps.items() if name not in ("texts", "next_texts")}
     write_steps(tmp_path / "steps.jsonl", few)
     assert cli.main(["report", str(tmp_path / "steps.jsonl"), "--preset", "grpo", "--max-turns", "18"]) == 0
     assert "of 3 groups" in plain(capsys.readouterr().out)
@@ -210,11 +211,12 @@ def test_a_reader_clicks_and_types(browser, steps, found):
         assert float(shown) == pytest.approx(found.results[method]["joint"][row], rel=2e-3, abs=1e-3)
         assert browser.run("document.querySelector('#method').value") == method
 
-    for key, name in (("ArrowRight", "g2m2t2"), ("ArrowDown", "g2m3t2"), ("ArrowLeft", "g2m3t1"), ("ArrowUp", "g2m2t1")):
+    keys = {"ArrowRight": "g2m2t2", "ArrowDown": "g2m3t2", "ArrowLeft": "g2m3t1", "ArrowUp": "g2m2t1"}
+    for key, name in keys.items():
         browser.press(key)
         opened(browser, name)
     browser.click("#near li button")
-    browser.until("document.querySelector('.cell[aria-current]').getAttribute('aria-label').startsWith('g2m2t1') === false")
+    browser.until("!document.querySelector('.cell[aria-current]').getAttribute('aria-label').startsWith('g2m2t1')")
 
     visible = "[...document.querySelectorAll('section.group:not([hidden]) h3')].map(e => e.textContent).join()"
     for kind, groups in (("mixed", "g1"), ("failed", "g2"), ("solved", "g3"), ("all", "g1,g2,g3")):

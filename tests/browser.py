@@ -31,7 +31,7 @@ def chromium() -> str | None:
 class Browser:
     """One tab. `problems` collects console errors, uncaught exceptions and requests for anything but files."""
 
-    def __init__(self, program: str, profile: Path, timeout: float = 120.0):
+    def __init__(self, program: str, profile: Path, timeout: float = 60.0):
         self.timeout, self.problems, self._sent, self._rest = timeout, [], 0, b""
         read, theirs_out = os.pipe()
         theirs_in, write = os.pipe()

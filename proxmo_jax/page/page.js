@@ -2,7 +2,7 @@
    estimator in Python; nothing is estimated here. */
 
 const $ = (id) => document.getElementById(id);
-const state = { at: null, method: "", filter: "all", first: "", second: "", query: "", turn: -1, hits: new Set(), stops: [] };
+const state = { at: null, method: "", filter: "all", first: "", second: "", query: "", turn: -1, hits: new Set(), stops: [], stop: -1, stamp: 0 };
 let data = null, here = null, cells = [], sections = [], searching = 0;
 
 async function unpacked(id) {
@@ -87,7 +87,7 @@ function section(group) {
 
 /* Draw a group's cells, or draw them anew if the method has changed since. */
 function fill(made) {
-  const group = made.group, stamp = `${state.method}|${state.stamp || 0}`;
+  const group = made.group, stamp = `${state.method}|${state.stamp}`;
   if (made.drawn === stamp) return;
   made.drawn = stamp;
   made.weight.textContent = weights(group);
@@ -142,7 +142,8 @@ function shownGroups() {
 
 /* Filter, sort and mark the groups by the state. */
 function arrange() {
-  state.stamp = (state.stamp || 0) + 1;
+  state.stamp += 1;
+  state.stop = -1;
   const shown = shownGroups(), host = $("groups");
   const marked = state.filter === "disagree" || state.query !== "";
   host.classList.toggle("dim", marked);
@@ -163,8 +164,7 @@ function arrange() {
 }
 
 function showStop() {
-  const at = state.stops.indexOf(state.turn);
-  $("stop").textContent = `${at < 0 ? "–" : at + 1} of ${state.stops.length}`;
+  $("stop").textContent = `${state.stop < 0 ? "–" : state.stop + 1} of ${state.stops.length}`;
 }
 
 function legend() {
@@ -288,6 +288,7 @@ function select(i, focus = true) {
   }
   const link = (data.iterations.length > 1 && state.at !== data.iterations.length - 1 ? `i${here.name}` : "") + nameOf(i);
   history.replaceState(null, "", `#${link}`);
+  if (state.stops.includes(i)) state.stop = state.stops.indexOf(i);
   showStop();
   openPanel(i);
 }
@@ -416,8 +417,8 @@ function move(rows, turns) {
 
 function stopAt(step) {
   if (!state.stops.length) return;
-  const at = state.stops.indexOf(state.turn), count = state.stops.length;
-  select(state.stops[at < 0 ? (step > 0 ? 0 : count - 1) : (at + step + count) % count]);
+  const count = state.stops.length;
+  select(state.stops[state.stop < 0 ? (step > 0 ? 0 : count - 1) : (state.stop + step + count) % count]);
 }
 
 function cycle(step) {

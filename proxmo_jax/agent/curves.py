@@ -57,5 +57,6 @@ def _points(rows: Sequence[dict], name: str) -> list[list[float]]:
 def _number(row: dict, name: str) -> float | None:
     """A metric of a row, None if it is not a finite number."""
     value = row.get(name)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

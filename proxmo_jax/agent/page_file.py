@@ -132,7 +132,7 @@ def page_of_run(
 
 def methods_of(run: RunConfig) -> dict[str, Settings]:
     """The run's own estimator, and every preset as `proxmo train` would set it, with the run's penalty."""
-    knobs = {"invalid_penalty": run.estimator.invalid_penalty, "success_reward": run.env.reward_scale}
+    knobs: dict[str, Any] = {"invalid_penalty": run.estimator.invalid_penalty, "success_reward": run.env.reward_scale}
     presets = {name: dataclasses.replace(of_preset(name).estimator, **knobs) for name in PRESETS}
     return {run.preset: run.estimator, **{name: value for name, value in presets.items() if name != run.preset}}
 

@@ -57,7 +57,7 @@ class Parts:
         ends = np.append(starts[1:], len(order))
         names = column(steps["trajectory"])
         groups: list[dict[str, Any]] = []
-        for start, end in zip(starts, ends, strict=True):
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             rows = order[start:end]
             firsts = start + np.flatnonzero(np.diff(member[start:end], prepend=-1))
             members = [
@@ -75,7 +75,7 @@ class Parts:
                     "block": len(self.blocks),
                 }
             )  # fmt: skip
-            self.blocks.append(_packed(_block(rows, start, order, found, texts, steps)))
+            self.blocks.append(_packed(_block(rows, found, texts, steps)))
         reward = np.asarray(steps["reward"], np.float64)[order]
         self.iterations.append(
             {
@@ -130,7 +130,7 @@ def page(parts: Parts, title: str, facts: Sequence[str], notes: Sequence[str], c
 
 
 def _block(
-    rows: np.ndarray, start: int, order: np.ndarray, found: Estimates, texts: Mapping[str, list[str]], steps: Mapping
+    rows: np.ndarray, found: Estimates, texts: Mapping[str, list[str]], steps: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a turn of a group opens to: texts as numbers of distinct lines, numbers by method, nearest turns."""
     place = {int(row): at for at, row in enumerate(rows)}

@@ -236,8 +236,14 @@ function refind() {
   arrange();
 }
 
+/* What to look for, and in which texts: prompts repeat the others, so they are searched only after "prompt:". */
+function asked(query) {
+  const low = query.toLowerCase();
+  return low.startsWith("prompt:") ? [low.slice(7).trim(), ["prompt"]] : [low, ["observation", "response", "command"]];
+}
+
 async function search(query) {
-  const mine = ++searching, wanted = query.toLowerCase(), found = [];
+  const mine = ++searching, found = [], [wanted, columns] = asked(query);
   for (const group of here.groups) {
     const texts = await block(group);
     if (mine !== searching) return;
@@ -247,9 +253,9 @@ async function search(query) {
     }
     const lines = new Set();
     texts.lines.forEach((line, at) => { if (line.toLowerCase().includes(wanted)) lines.add(at); });
-    const whole = group.task.toLowerCase().includes(wanted);
+    const whole = columns.includes("response") && group.task.toLowerCase().includes(wanted), own = columns.filter((column) => texts.texts[column]);
     for (let i = 0; i < group.size; i++) {
-      if (whole || Object.values(texts.texts).some((column) => column[i].some((line) => lines.has(line)))) found.push(group.start + i);
+      if (whole || own.some((column) => texts.texts[column][i].some((line) => lines.has(line)))) found.push(group.start + i);
     }
   }
   state.stops = found;
@@ -312,7 +318,7 @@ function headOf(i, reward) {
   tags.push(here.invalid.has(i) ? "invalid action" : "valid action");
   const button = (text, label, act) => el("button", { type: "button", "aria-label": label, title: label, onclick: act }, text);
   return el("div", { className: "head" },
-    el("div", { className: "line" }, el("strong", {}, `Group ${g + 1} · member ${m + 1} · turn ${t + 1}/${member.turns}`),
+    el("div", { className: "line" }, el("strong", {}, `g${g + 1} · m${m + 1} · turn ${t + 1} of ${member.turns}`),
       button("‹", "Turn before", () => move(0, -1)), button("›", "Turn after", () => move(0, 1)),
       el("a", { href: location.hash || `#${nameOf(i)}`, title: "Link to this turn", "aria-label": "Link to this turn" }, "#"),
       button("×", "Close", () => closePanel())),
@@ -384,14 +390,15 @@ function textsOf(found, at, names) {
     if (value === null) return null;
     const shown = el("pre", { tabIndex: 0 }, ...marked(value));
     if (part !== "prompt") return el("div", { className: `${part} brief` }, el("h2", {}, text), shown);
-    return el("details", { className: part, open: Boolean(state.query && value.toLowerCase().includes(state.query.toLowerCase())) }, el("summary", {}, text), shown);
+    return el("details", { className: part, open: state.query.toLowerCase().startsWith("prompt:") }, el("summary", {}, text), shown);
   });
 }
 
 /* The text with the places marked where the query stands. */
 function marked(text) {
   if (!state.query) return [text];
-  const parts = [], low = text.toLowerCase(), wanted = state.query.toLowerCase();
+  const parts = [], low = text.toLowerCase(), [wanted] = asked(state.query);
+  if (!wanted) return [text];
   let at = 0;
   for (let hit = low.indexOf(wanted); hit >= 0 && low.length === text.length; hit = low.indexOf(wanted, at)) {
     parts.push(text.slice(at, hit), el("mark", {}, text.slice(hit, hit + wanted.length)));
@@ -466,7 +473,7 @@ function follow_link() {
 
 function help() {
   const keys = [["← →", "turn before, turn after"], ["↑ ↓", "attempt before, attempt after"], ["n p", "next or previous marked turn"],
-    ["m M", "next or previous method"], ["/", "search"], ["?", "this help"], ["Esc", "close"]];
+    ["m M", "next or previous method"], ["/", "search tasks, observations, responses and commands; prompt: words searches prompts"], ["?", "this help"], ["Esc", "close"]];
   $("help").append(
     el("h2", {}, "How to read this page"),
     el("p", {}, "A group is one task, a row an attempt at it (a member), a cell a turn. The bar in a cell goes up for a positive advantage and down for a negative one; its length and the colour say how large it is, up to the 98th percentile of the method."),

@@ -186,7 +186,7 @@ def opened(browser, name: str) -> None:
     """Wait until the panel shows this turn, with its texts."""
     g, m, t = re.match(r"g(\d+)m(\d+)t(\d+)", name).groups()
     browser.until(
-        f"document.querySelector('#panel strong')?.textContent.startsWith('Group {g} · member {m} · turn {t}/')"
+        f"document.querySelector('#panel strong')?.textContent.startsWith('g{g} · m{m} · turn {t} of')"
         " && document.querySelector('#panel .response') !== null"
     )
     assert selected(browser) == name
@@ -234,7 +234,7 @@ def test_a_reader_clicks_and_types(browser, steps, found):
 
     browser.press("/")
     assert browser.run("document.activeElement.id") == "search"
-    browser.call("Input.insertText", text="PROMPT 2 1")
+    browser.call("Input.insertText", text="prompt: PROMPT 2 1")
     browser.until(f"{visible} === 'g3'")
     assert browser.run("document.querySelectorAll('section:not([hidden]) .cell.hit').length") == 3
     browser.press("Enter")

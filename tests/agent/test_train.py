@@ -51,7 +51,7 @@ SMALL = (
     "--env.train-games 24 --env.eval-games 8 --rollout.num-groups 2 --rollout.group-size 4 --rollout.max-turns 4"
     " --warm-start.steps 6 --optimizer.rows-per-batch 8"
     " --model.hidden-size 32 --model.layers 1 --env.workers 1 --output.eval-every 2 --output.save-every 2"
-    " --output.page False"
+    " --output.no-page"
 ).split()
 
 
@@ -85,7 +85,7 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
-    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL, "--output.page", "True")
+    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL, "--output.page")
     assert done.returncode == 0, done.stderr
     assert f"{out}/page.html shows its turns" in done.stdout
     assert "--resume" in done.stdout

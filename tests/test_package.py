@@ -33,7 +33,9 @@ def test_the_wheel_holds_the_two_packages_alone(wheel):
         "proxmo_jax", "envs_bridge", f"proxmo_jax-{version('proxmo-jax')}.dist-info",
     }  # fmt: skip
     assert "proxmo_jax/agent/recipes/shop.toml" in names
-    assert {f"proxmo_jax/page/{name}" for name in ("page.html", "page.css", "charts.js", "panel.js", "page.js")} <= set(names)
+    assert {f"proxmo_jax/page/{name}" for name in ("page.html", "page.css", "charts.js", "panel.js", "page.js")} <= set(
+        names
+    )
     assert "envs_bridge/household/household.pddl" in names
 
 

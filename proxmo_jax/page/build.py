@@ -117,7 +117,8 @@ def page(parts: Parts, title: str, facts: Sequence[str], notes: Sequence[str], c
     }
     here = files("proxmo_jax.page")
     template, style, *scripts = (
-        here.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "charts.js", "panel.js", "page.js")
+        here.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "charts.js", "panel.js", "page.js")
     )
     script = "(() => {\n" + "".join(scripts) + "})();\n"
     blocks = "\n".join(f'<script type="text/plain" id="b{i}">{text}</script>' for i, text in enumerate(parts.blocks))

@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_promises(run):
     for task, prompt, response, command in zip(*(last[n] for n in "task prompt response command".split()), strict=True):
         assert task.split()[0] in prompt
         assert prompt.startswith("task")
-        assert set(command.split()) <= set(response.split())
+        assert "".join(command.split()[-1:]) in response.lower()  # of a response without tags, the last characters
     assert (run / "page.html").stat().st_size > 20_000
 
 

@@ -68,6 +68,7 @@ def test_the_environment_is_trained_in(tmp_path):
         tmp_path, "train", "--env", "corridor:SPEC", "--out", "run", "--iterations", "1", "--env.train-games", "8",
         "--env.eval-games", "8", "--warm-start.steps", "2", "--rollout.num-groups", "2", "--rollout.max-turns", "3",
         "--optimizer.rows-per-batch", "8", "--model.hidden-size", "32", "--model.layers", "1", "--env.workers", "1",
+        "--output.no-page",
     )  # fmt: skip
     assert "proxmo on 8 corridor games, 8 held out" in said
     assert "Done in" in said

@@ -16,6 +16,7 @@ RUN_BY = {
     "panel": "tests/agent/test_panel.py",
     "play": "tests/agent/test_play.py",
     "doctor": "tests/agent/test_doctor.py",
+    "report": "tests/page/test_page.py",
     "export": "tests/agent/test_language_model.py",
     "check-model": "tests/agent/test_model_files.py",
     "convert-gguf": "tests/policy/test_gguf.py",

@@ -168,7 +168,7 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
     """The run to resume, and what was asked for that it does not take.
 
     A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended. A
-    new iteration to trace is taken, and where to report to.
+    new iteration to trace is taken, and so are where to report to and what is kept for the page.
 
     Raises:
         UserError: for a longer run that would learn nothing.
@@ -184,10 +184,11 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
         planned = stored.optimizer.decay_iterations or stored.iterations
         optimizer = dataclasses.replace(stored.optimizer, decay_iterations=planned)
         config = dataclasses.replace(stored, iterations=asked.iterations, optimizer=optimizer)
-    for name in ("profile", "report_to"):
-        taken.add(f"output.{name}")
-        output = dataclasses.replace(config.output, **{name: getattr(asked.output, name)})
-        config = dataclasses.replace(config, output=output)
+    for name in ("profile", "report_to", "keep_rollouts", "page"):
+        if getattr(asked.output, name) != getattr(stored.output, name):
+            taken.add(f"output.{name}")
+            output = dataclasses.replace(config.output, **{name: getattr(asked.output, name)})
+            config = dataclasses.replace(config, output=output)
     had, wanted = flat(stored), flat(asked)
     return config, [
         f"--{name.replace('_', '-')} {wanted[name]} (the run has {had[name]})"

@@ -354,10 +354,15 @@ class OutputSettings:
     """Where metrics, sample episodes and the learning curve go beside the run's folder (TRL's report_to): tensorboard
     (event files in its folder tensorboard/), wandb (Weights & Biases, pip install 'proxmo-jax[wandb]'), both, or none
     (no value). metrics.jsonl is always written."""
+    keep_rollouts: Annotated[int, arg(aliases=["--keep-rollouts"])] = 10
+    """Iterations between rollouts that are kept in rollouts/, with prompts and responses, for `proxmo report`; those of
+    the first and the last iteration are kept, too. 0: none."""
+    page: bool = True
+    """Write page.html at the end: the learning curves and the kept rollouts, turn by turn."""
 
     def __post_init__(self) -> None:
         at_least(1, "output", self, "eval_every", "save_every")
-        at_least(0, "output", self, "eval_temperature", "profile")
+        at_least(0, "output", self, "eval_temperature", "profile", "keep_rollouts")
 
 
 @dataclass(frozen=True)

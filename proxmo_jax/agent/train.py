@@ -22,9 +22,11 @@ from rich.progress import Progress
 
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
+from proxmo_jax.agent.kept_rollouts import drop_after, is_kept, keep
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
 from proxmo_jax.agent.metrics import Trackers
+from proxmo_jax.agent.page_file import page_of_run
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
@@ -90,9 +92,11 @@ def main(config: Config, console: Console | None = None) -> Path:
     if finished:
         console.print(
             f"Done in {seconds}: {folder}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
-            " episodes_after.txt, rollout.npz and checkpoints. To train longer, at the final learning rate:"
+            " episodes_after.txt, rollout.npz, rollouts and checkpoints. To train longer, at the final learning rate:"
             f" proxmo train --out {folder} --resume --iterations {2 * config.iterations}"
         )
+        if config.output.page:
+            console.print(page_at_the_end(folder, console), soft_wrap=True)
     else:
         console.print(f"Stopped and saved after {seconds}. To go on: proxmo train --out {folder} --resume")
     return folder
@@ -128,6 +132,7 @@ def run(
             state, _ = checkpoints.restore(state)
         metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None)
         trackers = Trackers(config, first, console)
+        drop_after(folder, first)
         evaluation = Evaluation(config, player, pool, eval_games)
         if not first:
             label = "warm start" if has_warm_start(config) else "before training"
@@ -152,6 +157,8 @@ def run(
                 metrics.write({"iteration": iteration, **row})
                 trackers.write({"iteration": iteration, **row})
                 bar.update(task, advance=1, note=note(row))
+                if loop.played and is_kept(config.output.keep_rollouts, iteration, last or bool(stop)):
+                    keep(folder, iteration, loop.played, player, config.rollout.group_size)
                 if iteration % config.output.save_every == 0 or last or stop:
                     checkpoints.save(iteration, state, {"iteration": iteration})
                 if stop:
@@ -169,6 +176,15 @@ def run(
         trackers.episodes(folder / "episodes_after.txt", rows[-1]["iteration"])
     trackers.close()
     return finished
+
+
+def page_at_the_end(folder: Path, console: Console) -> str:
+    """Write the run's page, and say where it is. Whatever goes wrong there, the run has ended well."""
+    try:
+        path, said = page_of_run(folder, console=console)
+    except Exception as error:
+        return f"The page could not be made ({type(error).__name__}: {error}); again: proxmo report {folder}"
+    return " ".join([*said, f"{path} shows its turns, each with what every estimator gives it: open it in a browser."])
 
 
 def announce(config: Config, title: str, training: int, held_out: int, console: Console) -> None:

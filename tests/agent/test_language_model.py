@@ -24,7 +24,7 @@ RUN = (
     "--rollout.prompt history --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"
     " --rollout.max-turns 2 --rollout.max-prompt-length 1500 --rollout.max-response-length 12"
     " --optimizer.row-length 1536 --optimizer.rows-per-batch 2 --optimizer.micro-batch-tokens 3072"
-    " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1"
+    " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1 --output.no-page"
     " --rollout.stop </action> --rollout.top-k 50"
 ).split()
 FULL = "--model.dtype bfloat16 --model.remat full --optimizer.moments-dtype bfloat16".split()

@@ -25,6 +25,7 @@ from rich.table import Table
 from test_profile import traced
 
 from proxmo_jax import cli
+from proxmo_jax.agent import kept_rollouts
 from proxmo_jax.agent.loop import Loop, steps_of
 from proxmo_jax.agent.panel import read_panel
 from proxmo_jax.agent.report import (
@@ -37,6 +38,7 @@ from proxmo_jax.agent.report import (
     wilson,
 )
 from proxmo_jax.agent.rollout import Rollout
+from proxmo_jax.agent.train import page_at_the_end
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import dr_grpo
 from proxmo_jax.estimator.steps_file import read_steps, steps_advantages, write_steps
@@ -50,6 +52,7 @@ SMALL = (
     "--env.train-games 24 --env.eval-games 8 --rollout.num-groups 2 --rollout.group-size 4 --rollout.max-turns 4"
     " --warm-start.steps 6 --optimizer.rows-per-batch 8"
     " --model.hidden-size 32 --model.layers 1 --env.workers 1 --output.eval-every 2 --output.save-every 2"
+    " --output.no-page"
 ).split()
 
 
@@ -83,8 +86,9 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
-    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL)
+    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL, "--output.page")
     assert done.returncode == 0, done.stderr
+    assert f"{out}/page.html shows its turns" in done.stdout
     assert "--resume" in done.stdout
     assert f"perfetto.dev: {out}/profile/plugins" in done.stdout
     return out
@@ -109,6 +113,19 @@ def test_a_run_leaves_what_it_promises(run):
     assert (run / "episodes_before.txt").read_text(encoding="utf-8").count("===") == 3
     steps = read_steps(run / "rollout.npz")
     assert len(steps["texts"]) == len(steps_advantages(steps, dr_grpo())["advantage"]) >= 8
+    assert list(kept_rollouts.kept(run)) == [1, 3]
+    last = read_steps(kept_rollouts.kept(run)[3])
+    assert last["texts"] == steps["texts"]
+    for task, prompt, response, command in zip(*(last[n] for n in "task prompt response command".split()), strict=True):
+        assert task.split()[0] in prompt
+        assert prompt.startswith("task")
+        assert "".join(command.split()[-1:]) in response.lower()  # of a response without tags, the last characters
+    assert (run / "page.html").stat().st_size > 20_000
+
+
+def test_a_page_that_cannot_be_made_does_not_end_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "The page could not be made (UserError: " in page_at_the_end(tmp_path, terminal())
 
 
 @pytest.mark.slow

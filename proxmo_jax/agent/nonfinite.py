@@ -48,9 +48,10 @@ def check_rollout(folder: Path, iteration: int, rollout: Rollout, advantage: jax
         return
     arrays = {**rollout.buffer.__dict__, "advantage": advantage, "response_lengths": rollout.response_lengths}
     path = _write(folder, f"iteration_{iteration}_rollout", arrays)
-    what = " and ".join(name for name, fine in zip(CHECKED, finite, strict=True) if not fine)
+    what = ", ".join(name for name, fine in zip(CHECKED, finite, strict=True) if not fine)
     raise UserError(
-        f"iteration {iteration}: a {what} of the rollout is not finite; nothing was updated, {path} holds the rollout"
+        f"iteration {iteration}: the rollout has values that are not finite ({what}); nothing was updated, {path} holds"
+        " the rollout"
     )
 
 

@@ -303,8 +303,9 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(tmp_path, monkeypatch):
         save_params(tmp_path / "warm_start", state, {})
     assert not (tmp_path / "warm_start" / "config.json").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {})
     with pytest.raises(UserError, match="what was written is not what was to be saved"):
-        checkpoints.save(1, state, {})
+        checkpoints.wait()
     assert checkpoints.steps() == []
     checkpoints.close()
 

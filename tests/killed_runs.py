@@ -1,0 +1,94 @@
+"""`proxmo train`, stopped again and again: each process is a fork of this one, so that the imports are paid once.
+
+python tests/killed_runs.py FOLDER EVENTS SEED OPTION...
+
+Trains FOLDER/whole without a break, and FOLDER/broken with a signal at each of EVENTS, resumed after each; prints a
+JSON list of what happened. An event is the signal (kill or term), and when: `warm` (in the warm start), `save` (while a
+checkpoint is being written) or `run` (some time in the iterations).
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from proxmo_jax import cli
+from proxmo_jax.agent import train  # noqa: F401  (imported before the first fork; no device is touched)
+
+LIMIT = 600.0  # seconds until an event
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """Run the command in a process of its own; its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        code = cli.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def status(child: int) -> int:
+    """Its exit status once it has ended; minus the signal's number for a killed one."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def count(folder: Path, pattern: str) -> int:
+    return len(list(folder.glob(pattern)))
+
+
+def happened(out: Path, when: str, done: int) -> bool:
+    """Whether the moment has come, where `done` lines of metrics were there at the start."""
+    if when == "warm":
+        return count(out, "warm_start/checkpoints/[0-9]") + count(out, "warm_start/checkpoints/[0-9][0-9]") > 0
+    if when == "save":
+        return count(out, "checkpoints/*tmp*") > 0
+    return rows(out) > done
+
+
+def rows(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+
+def main(folder: Path, events: list[str], seed: int, options: list[str]) -> None:
+    rng, log = random.Random(seed), folder / "log.txt"
+    whole = ["train", "--out", str(folder / "whole"), *options]
+    story = [{"event": "whole", "status": status(start(whole, log))}]
+    out, resume = folder / "broken", []
+    for event in events:
+        name, when = event.split("-")
+        child, done, began = start(["train", "--out", str(out), *(resume or options)], log), rows(out), time.time()
+        while not ended(child) and not happened(out, when, done) and time.time() < began + LIMIT:
+            time.sleep(0.001)
+        if when != "save":
+            time.sleep(rng.uniform(0.0, 0.5))
+        os.kill(child, signal.SIGKILL if name == "kill" else signal.SIGTERM)
+        sent = time.time()
+        unfinished = count(out, "checkpoints/*tmp*") + count(out, "warm_start/checkpoints/*tmp*")
+        story.append({"event": event, "status": status(child), "rows": rows(out), "unfinished": unfinished,
+                      "seconds": round(time.time() - sent, 2)})  # fmt: skip
+        resume = ["--resume"]
+    story.append({"event": "end", "status": status(start(["train", "--out", str(out), *resume], log))})
+    print(json.dumps(story))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:])

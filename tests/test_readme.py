@@ -26,8 +26,9 @@ RUN_BY = {
 
 
 def commands() -> list[str]:
-    """The `proxmo` lines of README's shell blocks, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    """The `proxmo` lines of the shell blocks of README and docs/resuming.md, without their comments."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/resuming.md")]
+    blocks = re.findall(r"```sh\n(.*?)```", "\n".join(pages), re.S)
     lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("proxmo ")]
 

@@ -220,7 +220,8 @@ class Checkpoints:
                 self._set_aside(bad)
             return iteration, state, progress
         if reasons:
-            raise UserError(next(iter(reasons.values())) + f"; so are all {len(reasons)} there are")
+            others = f", nor can the {len(reasons) - 1} older ones be used" if len(reasons) > 1 else ""
+            raise UserError(f"{next(iter(reasons.values()))}{others}; need one that can, or the folder removed")
         return None
 
     def _set_aside(self, iteration: int) -> None:

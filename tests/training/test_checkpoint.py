@@ -97,7 +97,7 @@ def test_a_damaged_or_foreign_checkpoint_is_skipped_and_set_aside(tmp_path):
         "1", "2", "4", "3.unreadable", "4.unreadable", "5.unreadable", "notes"
     }  # fmt: skip
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match=r"4: is of another run [(]no[)]; so are all 3"):
+    with pytest.raises(UserError, match=r"4: is of another run [(]no[)], nor can the 2 older ones"):
         checkpoints.restore_newest(like, said.append, lambda progress: "no")
     checkpoints.close()
 

@@ -1,0 +1,56 @@
+"""Runs that are killed at any moment, or asked to stop, end with the numbers of a run that nothing interrupted.
+
+PROXMO_KILLS=20 makes it twenty moments instead of three, drawn at random.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ONE_DEVICE, SMALL
+
+from proxmo_jax.agent.report import read_metrics
+
+SCRIPT = Path(__file__).parents[1] / "killed_runs.py"
+MOMENTS = ("kill-warm", "kill-save", "kill-run", "term-warm", "term-run")
+EVERY_STEP = "--output.save-minutes 1e-6 --warm-start.steps 8 --iterations".split()  # a checkpoint after each
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The metrics without what a clock has measured."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
+    """Killed in the warm start and while a checkpoint is written; stopped by SIGTERM in between."""
+    events, iterations = ["kill-warm", "kill-save", "term-run"], "3"
+    if count := int(os.environ.get("PROXMO_KILLS", "0")):
+        warm = random.Random(count)
+        events = ["kill-warm"] * (count // 4) + [warm.choice(MOMENTS[1:3]) for _ in range(count - count // 4)]
+        iterations = str(2 + count)
+    command = [sys.executable, str(SCRIPT), str(tmp_path), ",".join(events), "0", *SMALL, *EVERY_STEP, iterations]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", timeout=3000, check=False,
+        env={**ONE_DEVICE, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )  # fmt: skip
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert done.returncode == 0, done.stderr + log
+    story = json.loads(done.stdout.splitlines()[-1])
+    print(*story, sep="\n")
+    for part in story:
+        assert part["status"] == (-9 if part["event"].startswith("kill") else 0), (part, log)
+        assert part["event"] != "kill-save" or part["unfinished"]  # it was killed while it wrote
+    assert "The warm start goes on after step" in log
+    assert log.count("Stopped and saved after") == sum(event.startswith("term") for event in events)
+    whole, broken = numbers(tmp_path / "whole"), numbers(tmp_path / "broken")
+    assert [row["iteration"] for row in whole] == list(range(int(iterations) + 1))
+    assert broken == whole
+    assert not list((tmp_path / "broken").rglob("*.orbax-checkpoint-tmp*"))

@@ -256,7 +256,10 @@ def checksums(state: Any) -> list[int]:
     Returns:
         One number for each leaf.
     """
-    return [int(x) for x in np.asarray(_checksums(state))]
+    found = _checksums(state)
+    if not found.is_fully_addressable:
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return [int(x) for x in np.asarray(found)]
 
 
 @jax.jit

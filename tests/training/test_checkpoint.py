@@ -1,6 +1,8 @@
 """Checkpoints: written while the state changes, kept by number and evaluation, restored on other devices, and skipped
 where they are damaged or of another run."""
 
+import resource
+import time
 from functools import partial
 
 import jax
@@ -99,6 +101,31 @@ def test_a_damaged_or_foreign_checkpoint_is_skipped_and_set_aside(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(UserError, match=r"4: is of another run [(]no[)], nor can the 2 older ones"):
         checkpoints.restore_newest(like, said.append, lambda progress: "no")
+    checkpoints.close()
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints(tmp_path):
+    like = state_on(make_mesh(devices=jax.devices()[:1]))
+    large = {**like, "matrix": jnp.asarray(np.random.default_rng(1).normal(size=(300, 300)), jnp.float32)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, like, {})
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        checkpoints.save(2, large, {})
+        deadline = time.monotonic() + 60
+        with pytest.raises(UserError, match=f"{tmp_path}: a checkpoint cannot be written there [(]File too large"):
+            while time.monotonic() < deadline:  # as each iteration does
+                checkpoints.poll()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, like, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore_newest(like, print)[0] == 2
     checkpoints.close()
 
 

@@ -20,6 +20,7 @@ from proxmo_jax import cli
 from proxmo_jax.agent import train  # noqa: F401  (imported before the first fork; no device is touched)
 
 LIMIT = 600.0  # seconds until an event
+UNFINISHED = "checkpoints/*.orbax-checkpoint-tmp*"
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -59,7 +60,7 @@ def happened(out: Path, when: str, done: int) -> bool:
     if when == "warm":
         return count(out, "warm_start/checkpoints/[0-9]") + count(out, "warm_start/checkpoints/[0-9][0-9]") > 0
     if when == "save":
-        return count(out, "checkpoints/*tmp*") > 0
+        return count(out, UNFINISHED) > 0
     return rows(out) > done
 
 
@@ -76,15 +77,21 @@ def main(folder: Path, events: list[str], seed: int, options: list[str]) -> None
     for event in events:
         name, when = event.split("-")
         child, done, began = start(["train", "--out", str(out), *(resume or options)], log), rows(out), time.time()
-        while not ended(child) and not happened(out, when, done) and time.time() < began + LIMIT:
+        while not ended(child) and time.time() < began + LIMIT:
+            if happened(out, when, done):
+                if when != "save":
+                    break
+                os.kill(child, signal.SIGSTOP)  # the save could end before the next signal
+                if happened(out, when, done):
+                    break
+                os.kill(child, signal.SIGCONT)
             time.sleep(0.001)
         if when != "save":
-            time.sleep(rng.uniform(0.0, 0.5))
+            time.sleep(rng.uniform(0.0, 0.15))
         os.kill(child, signal.SIGKILL if name == "kill" else signal.SIGTERM)
         sent = time.time()
-        unfinished = count(out, "checkpoints/*tmp*") + count(out, "warm_start/checkpoints/*tmp*")
-        story.append({"event": event, "status": status(child), "rows": rows(out), "unfinished": unfinished,
-                      "seconds": round(time.time() - sent, 2)})  # fmt: skip
+        found = {"event": event, "status": status(child), "seconds": round(time.time() - sent, 2), "rows": rows(out)}
+        story.append({**found, "unfinished": count(out, UNFINISHED) + count(out, f"warm_start/{UNFINISHED}")})
         resume = ["--resume"]
     story.append({"event": "end", "status": status(start(["train", "--out", str(out), *resume], log))})
     print(json.dumps(story))

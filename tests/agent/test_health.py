@@ -104,7 +104,7 @@ def same(a, b) -> bool:
 
 def test_numbers_that_are_not_finite_train_nothing_and_are_written_down(tmp_path, monkeypatch):
     """A reward before the update; a loss inside the step, whose state stays as it was."""
-    loop, state = make(tmp_path, 0, output__dir=tmp_path, loss__kl_coef=0.0)
+    loop, state = make(tmp_path, 0, output__dir=tmp_path)
     before, played = copy(state), loop.collect
 
     def with_bad_reward(*arguments):
@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_train_nothing_and_are_written_down(tmp_path
     assert str(file) in str(error.value)
     assert np.isnan(np.load(file)["reward"][0, 0])
 
-    loop, state = make(tmp_path / "second", 0, output__dir=tmp_path, loss__kl_coef=0.0)
+    loop, state = make(tmp_path / "second", 0, output__dir=tmp_path)
     step, seen = loop_module.policy_step, []
 
     def with_bad_row(state, rows, *arguments, **settings):

@@ -16,8 +16,7 @@ from test_train import ONE_DEVICE, SMALL
 from proxmo_jax.agent.report import read_metrics
 
 SCRIPT = Path(__file__).parents[1] / "killed_runs.py"
-MOMENTS = ("kill-warm", "kill-save", "kill-run", "term-warm", "term-run")
-EVERY_STEP = "--output.save-minutes 1e-6 --warm-start.steps 8 --iterations".split()  # a checkpoint after each
+EVERY_STEP = "--output.save-minutes 1e-6 --warm-start.steps 12 --iterations".split()  # a checkpoint after each
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -31,11 +30,14 @@ def numbers(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     """Killed in the warm start and while a checkpoint is written; stopped by SIGTERM in between."""
-    events, iterations = ["kill-warm", "kill-save", "term-run"], "3"
+    events, iterations = ["kill-warm", "kill-save", "term-run"], "10"
     if count := int(os.environ.get("PROXMO_KILLS", "0")):
-        warm = random.Random(count)
-        events = ["kill-warm"] * (count // 4) + [warm.choice(MOMENTS[1:3]) for _ in range(count - count // 4)]
-        iterations = str(2 + count)
+        draw = random.Random(count)
+        in_warm_start = sorted(draw.choice(("kill-warm", "term-warm")) for _ in range(count // 4))
+        events = in_warm_start + [
+            draw.choice(("kill-save", "kill-save", "kill-run", "term-run")) for _ in range(count - count // 4)
+        ]
+        iterations = str(10 + count)
     command = [sys.executable, str(SCRIPT), str(tmp_path), ",".join(events), "0", *SMALL, *EVERY_STEP, iterations]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", timeout=3000, check=False,

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.policy.sharding import make_mesh
+from proxmo_jax.policy.sharding import make_mesh, replicate
 from proxmo_jax.training.checkpoint import Checkpoints, checksums
 
 
@@ -26,8 +26,7 @@ def state_on(mesh, value: float = 0.0):
     matrix = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32) + value
     return {
         "matrix": jax.device_put(matrix, NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))),
-        "vector": jnp.full(7, value, jnp.bfloat16),
-        "count": jnp.int32(value),
+        **replicate(mesh, {"vector": jnp.full(7, value, jnp.bfloat16), "count": jnp.int32(value)}),
     }
 
 
@@ -114,10 +113,8 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints(tmp_p
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         checkpoints.save(2, large, {})
-        deadline = time.monotonic() + 60
         with pytest.raises(UserError, match=f"{tmp_path}: a checkpoint cannot be written there [(]File too large"):
-            while time.monotonic() < deadline:  # as each iteration does
-                checkpoints.poll()
+            poll_for_a_minute(checkpoints)  # as each iteration does
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.name for path in tmp_path.iterdir()} == {"1"}
@@ -127,6 +124,12 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints(tmp_p
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore_newest(like, print)[0] == 2
     checkpoints.close()
+
+
+def poll_for_a_minute(checkpoints):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        checkpoints.poll()
 
 
 def test_checksums_do_not_depend_on_the_mesh_and_find_every_bit():

@@ -3,8 +3,8 @@
 python tests/killed_runs.py FOLDER EVENTS SEED OPTION...
 
 Trains FOLDER/whole without a break, and FOLDER/broken with a signal at each of EVENTS, resumed after each; prints a
-JSON list of what happened. An event is the signal (kill or term), and when: `warm` (in the warm start), `save` (while a
-checkpoint is being written) or `run` (some time in the iterations).
+JSON list of what happened. An event is the signal (kill, term or int), and when: `warm` (after a checkpoint of the warm
+start), `save` (while one of the iterations is written) or `run` (after an iteration).
 """
 
 import json
@@ -20,6 +20,7 @@ from proxmo_jax import cli
 from proxmo_jax.agent import train  # noqa: F401  (imported before the first fork; no device is touched)
 
 LIMIT = 600.0  # seconds until an event
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 UNFINISHED = "checkpoints/*.orbax-checkpoint-tmp*"
 
 
@@ -55,13 +56,12 @@ def count(folder: Path, pattern: str) -> int:
     return len(list(folder.glob(pattern)))
 
 
-def happened(out: Path, when: str, done: int) -> bool:
-    """Whether the moment has come, where `done` lines of metrics were there at the start."""
+def progress(out: Path, when: str) -> int:
+    """What grows when the moment has come."""
     if when == "warm":
-        return count(out, "warm_start/checkpoints/[0-9]") + count(out, "warm_start/checkpoints/[0-9][0-9]") > 0
-    if when == "save":
-        return count(out, UNFINISHED) > 0
-    return rows(out) > done
+        names = [path.name for path in (out / "warm_start" / "checkpoints").glob("*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+    return count(out, UNFINISHED) if when == "save" else rows(out)
 
 
 def rows(out: Path) -> int:
@@ -76,19 +76,20 @@ def main(folder: Path, events: list[str], seed: int, options: list[str]) -> None
     out, resume = folder / "broken", []
     for event in events:
         name, when = event.split("-")
-        child, done, began = start(["train", "--out", str(out), *(resume or options)], log), rows(out), time.time()
+        before = progress(out, when) if when != "save" else 0
+        child, began = start(["train", "--out", str(out), *(resume or options)], log), time.time()
         while not ended(child) and time.time() < began + LIMIT:
-            if happened(out, when, done):
+            if progress(out, when) > before:
                 if when != "save":
                     break
                 os.kill(child, signal.SIGSTOP)  # the save could end before the next signal
-                if happened(out, when, done):
+                if progress(out, when) > before:
                     break
                 os.kill(child, signal.SIGCONT)
             time.sleep(0.001)
         if when != "save":
             time.sleep(rng.uniform(0.0, 0.15))
-        os.kill(child, signal.SIGKILL if name == "kill" else signal.SIGTERM)
+        os.kill(child, SIGNALS[name])
         sent = time.time()
         found = {"event": event, "status": status(child), "seconds": round(time.time() - sent, 2), "rows": rows(out)}
         story.append({**found, "unfinished": count(out, UNFINISHED) + count(out, f"warm_start/{UNFINISHED}")})

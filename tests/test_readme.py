@@ -50,6 +50,10 @@ def test_a_command_is_one_of_this_version(line, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python file=corridor.py\n(.*?)```", tutorial, re.S)
     (tmp_path / "corridor.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "runs" / "household"  # the one that is resumed
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"iterations": 50}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line)[1:]
     command = cli.find(arguments)
     assert command is not None

@@ -8,7 +8,7 @@ from proxmo_jax.policy.sharding import split
 from proxmo_jax.training.rows import gather_rows, pack_turns
 
 
-def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
+def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator, skip: int = 0):
     """Shuffled mini-batches of packed rows from a rollout.
 
     There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. With
@@ -21,6 +21,7 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         rollout: what was played; its buffer is read.
         advantage: float32 [E, T].
         rng: for the order of the turns.
+        skip: mini-batches left out at the beginning.
 
     Yields:
         `Rows` of `rows_per_batch` rows.
@@ -33,7 +34,7 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         return
     turns, offsets = pack_turns(lengths, answers, order, row_length=config.optimizer.row_length, row_answers=room)
     size = config.optimizer.rows_per_batch
-    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
+    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size))[skip:]:
         short = ((0, size - len(chosen)), (0, 0))
         part = split(mesh, (np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)))
         yield gather_rows(

@@ -55,7 +55,7 @@ from proxmo_jax.agent.panel import (
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
 from proxmo_jax.agent.rollout import collect
-from proxmo_jax.agent.run_files import stored_config
+from proxmo_jax.agent.run_files import of_another_run, stored_config
 from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import check, has_warm_start
 from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
@@ -74,8 +74,9 @@ class Config:
 
     run: tyro.conf.Positional[Path]
     """Folder of a training run; with --against, it may be the JSON file of an evaluation, and nothing is played."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint (default: the newest); 0 is the warm start."""
+    checkpoint: int | Literal["best"] | None = None
+    """Iteration of the checkpoint, or best: the best one in the run's evaluations (default: the newest); 0 is the warm
+    start."""
     env: str | None = None
     """household (the run's own held-out games), alfworld or shop (those of --data), or webshop; default: as the run was
     trained."""
@@ -258,10 +259,16 @@ def held_out_games(config: Config, stored: TrainConfig, console: Console) -> dic
 
 def trained_params(config: Config, stored: TrainConfig, player: Player):
     """(parameters, iteration) of a checkpoint, or of the warm start for iteration 0."""
-    checkpoints = Checkpoints(config.run / "checkpoints")
+    checkpoints = Checkpoints(config.run / "checkpoints", writes=False)
     try:
         steps = checkpoints.steps()
-        wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
+        if config.checkpoint == "best":
+            best = checkpoints.best()
+            if best is None:
+                raise UserError(f"--checkpoint best: {config.run} has no checkpoint of an iteration that was evaluated")
+            wanted = best
+        else:
+            wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
         if wanted == 0:
             untrained = untrained_params(stored, player, jax.random.key(0))
             return warm_params(config.run, untrained) if has_warm_start(stored) else untrained, 0
@@ -271,8 +278,13 @@ def trained_params(config: Config, stored: TrainConfig, player: Player):
         key = jax.random.key(0)
         start = pretrained_params(stored, player) if stored.model.lora_rank else fresh_params(player, key)
         state = new_state(player, start, run_optimizer(stored))
-        learned = checkpoints.restore(state, wanted)[0].params
-        return adapters.join(adapters.split(start)[0], learned), wanted
+        if config.checkpoint is None:
+            newest = checkpoints.restore_newest(state, player.say, partial(of_another_run, stored_config(config.run)))
+            assert newest is not None
+            wanted, state, _ = newest
+        else:
+            state, _ = checkpoints.restore(state, wanted)
+        return adapters.join(adapters.split(start)[0], state.params), wanted
     finally:
         checkpoints.close()
 

@@ -347,6 +347,16 @@ class OutputSettings:
     """Sampling temperature of evaluations."""
     save_every: int = 10
     """Iterations between checkpoints."""
+    save_minutes: float = 10.0
+    """Minutes after which the next iteration, or step of the warm start, is followed by a checkpoint; 0: never."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the one that was best in evaluation."""
+    grace_seconds: float = 25.0
+    """Seconds from a signal (SIGTERM, Ctrl-C) to the end of the process at the latest, even if it is compiling;
+    schedulers usually grant 30. 0: no limit."""
+    watchdog_seconds: float = 1800.0
+    """Seconds without progress (a turn, an update, a compilation) after which the part that does not go on is named,
+    and the stacks of all threads are written into the run's folder; 0: never."""
     profile: Annotated[int, arg(aliases=["--profile"])] = 0
     """Number of an iteration of which a trace is written into the run's folder, for Perfetto (ui.perfetto.dev); the
     first one compiles the programs. 0: none."""
@@ -361,8 +371,9 @@ class OutputSettings:
     """Write page.html at the end: the learning curves and the kept rollouts, turn by turn."""
 
     def __post_init__(self) -> None:
-        at_least(1, "output", self, "eval_every", "save_every")
+        at_least(1, "output", self, "eval_every", "save_every", "keep")
         at_least(0, "output", self, "eval_temperature", "profile", "keep_rollouts")
+        at_least(0, "output", self, "save_minutes", "grace_seconds", "watchdog_seconds")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_p
     done = proxmo("train", "--resume", "--out", str(out), "--iterations", "2")
     assert done.returncode == 0, done.stderr
     assert [row["iteration"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
-    done = proxmo("export", str(out), str(tmp_path / "policy"))
+    done = proxmo("export", str(out), str(tmp_path / "policy"), "--checkpoint", "best")  # of equals the newest
     assert done.returncode == 0, done.stderr
     assert "iteration 2" in done.stdout
     config = read_config(tmp_path / "policy")

@@ -1,4 +1,4 @@
-"""The main job, small: trained, interrupted, resumed and refused, in processes of its own."""
+"""The main job, small: trained, evaluated and refused, in processes of its own; test_saves.py interrupts it."""
 
 import contextlib
 import io
@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -246,32 +245,6 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(run):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
-    out = tmp_path / "run"
-    environment = ONE_DEVICE
-    command = [sys.executable, "-m", "proxmo_jax", "train", "--out", str(out), "--iterations", "400", *SMALL]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.time() + 240
-    while len(read_metrics(out / "metrics.jsonl")) < 4:
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    words = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 0
-    assert "--resume" in words
-    stopped = read_metrics(out / "metrics.jsonl")[-1]["iteration"]
-    assert stopped < 400
-
-    stored = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    (out / "config.json").write_text(json.dumps({**stored, "iterations": stopped + 2}))
-    resumed = proxmo("train", "--out", str(out), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    rows = read_metrics(out / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(stopped + 3))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -368,8 +341,9 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(tmp_path, monkeypatch):
         save_params(tmp_path / "warm_start", state, {})
     assert not (tmp_path / "warm_start" / "config.json").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {})
     with pytest.raises(UserError, match="what was written is not what was to be saved"):
-        checkpoints.save(1, state, {})
+        checkpoints.wait()
     assert checkpoints.steps() == []
     checkpoints.close()
 

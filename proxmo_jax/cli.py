@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "train": Command("proxmo_jax.agent.train", "train an agent"),
     "eval": Command("proxmo_jax.agent.evaluate", "success of a trained run by task type and split"),
+    "plan": Command("proxmo_jax.plan.command", "what a run needs of a TPU slice: memory, time, the best mesh"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
     "convert-gguf": Command("proxmo_jax.agent.convert_gguf", "convert a GGUF file to a Hugging Face folder"),

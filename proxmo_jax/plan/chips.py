@@ -27,7 +27,7 @@ class Chip:
 
     Attributes:
         flops: bfloat16 FLOP/s.
-        hbm: HBM in bytes that a program can use; what libtpu says of it where it is known.
+        hbm: bytes of HBM that a program can use, as libtpu 0.0.52 says when one does not fit; published: 16, 95 and 32 GB.
         bandwidth: of HBM, bytes/s.
         links: bytes/s over all ICI links of a chip, both directions.
         ports: ICI links of a chip.
@@ -56,16 +56,11 @@ class Chip:
         return self.links / self.ports
 
 
+DOCS = "https://docs.cloud.google.com/tpu/docs"
 CHIPS = {
-    "v5e": Chip(
-        197e12, 15.75 * GIB, 819e9, 400e9, 4, 2, 4 * 128 * 128, "https://docs.cloud.google.com/tpu/docs/v5e"
-    ),  # fmt: skip
-    "v5p": Chip(
-        459e12, 95 * GIB, 2765e9, 1200e9, 6, 3, 8 * 128 * 128, "https://docs.cloud.google.com/tpu/docs/v5p"
-    ),  # fmt: skip
-    "v6e": Chip(
-        918e12, 31.25 * GIB, 1638e9, 800e9, 4, 2, 2 * 256 * 256, "https://docs.cloud.google.com/tpu/docs/v6e"
-    ),  # fmt: skip
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 400e9, 4, 2, 4 * 128 * 128, f"{DOCS}/v5e"),
+    "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 1200e9, 6, 3, 8 * 128 * 128, f"{DOCS}/v5p"),
+    "v6e": Chip(918e12, 31.24 * GIB, 1638e9, 800e9, 4, 2, 2 * 256 * 256, f"{DOCS}/v6e"),
 }
 
 

@@ -188,9 +188,9 @@ class Analysis:
             result = fused.instructions[result.operands[0]]
         if result.kind == "dynamic-update-slice":
             return min(sum(a.bytes for a in fused.instructions[result.operands[1]].arrays), whole)
-        if result.kind == "fusion" and (inner := self.module.computations.get(result.attribute("calls") or "")):
-            if inner.root.kind != "tuple":
-                return self.stored(inner, inner.root, whole)
+        inner = self.module.computations.get(result.attribute("calls") or "") if result.kind == "fusion" else None
+        if inner is not None and inner.root.kind != "tuple":
+            return self.stored(inner, inner.root, whole)
         return 0.0 if result.kind == "parameter" else whole
 
 
@@ -286,11 +286,12 @@ def begins_collective(within: Computation, i: Instruction) -> bool:
 
 def received(i: Instruction) -> float:
     """Bytes that a chip receives in a collective by a ring algorithm."""
-    kind = i.kind.removesuffix("-start")
-    every = i.arrays
-    result = sum(a.bytes for a in every) if not i.kind.endswith("-start") else every[-1 if kind == "all-gather" else 0].bytes
+    kind, every = i.kind.removesuffix("-start"), [a.bytes for a in i.arrays]
     if kind == "collective-permute":
-        return every[0].bytes
+        return every[0]
+    result = sum(every)
+    if i.kind.endswith("-start"):  # its type is (operands, results, ...)
+        result = every[1] if kind == "all-gather" else every[0]
     n = group_size(i.rest)
     share = (n - 1) / n
     return result * {"all-reduce": 2 * share, "reduce-scatter": n * share}.get(kind, share)

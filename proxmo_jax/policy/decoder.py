@@ -220,6 +220,12 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: ja
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
+def read_lengths(size: int) -> tuple[int, list[int]]:
+    """The static lengths to which a KV cache of so many places is read, and the step between them."""
+    step = max(READ_STEP, -(-size // READ_LENGTHS // READ_STEP) * READ_STEP)
+    return step, [*range(step, size, step), size]
+
+
 def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, at: jax.Array) -> jax.Array:
     """Attention of one new token of each row to its places of the KV cache; the softmax is in float32.
 
@@ -249,8 +255,7 @@ def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: ja
         weight = jax.nn.softmax(jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min))
         return jnp.matmul(weight.astype(values.dtype), values).reshape(batch, 1, heads, head_dim)
 
-    step = max(READ_STEP, -(-size // READ_LENGTHS // READ_STEP) * READ_STEP)
-    lengths = [*range(step, size, step), size]
+    step, lengths = read_lengths(size)
     if len(lengths) == 1:
         return read(size)
     # Rows that have stopped may be past the end.

@@ -27,7 +27,8 @@ class Chip:
 
     Attributes:
         flops: bfloat16 FLOP/s.
-        hbm: bytes of HBM that a program can use, as libtpu 0.0.52 says when one does not fit; published: 16, 95 and 32 GB.
+        hbm: bytes of HBM that a program can use, as libtpu 0.0.52 says when one does not fit; published are 16, 95 and
+            32 GB.
         bandwidth: of HBM, bytes/s.
         links: bytes/s over all ICI links of a chip, both directions.
         ports: ICI links of a chip.

@@ -297,7 +297,7 @@ def reason(message: str) -> str:
 
 
 def needed(message: str) -> float:
-    """Bytes of temporaries that a program needs, from the compiler's message that it does not fit; 0 if it is silent."""
+    """Bytes of temporaries that a program needs, by the compiler's message that it does not fit; 0: unknown."""
     found = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else 0.0
 

@@ -17,6 +17,11 @@ def duration(seconds: float) -> str:
     raise AssertionError
 
 
+def percent(share: float) -> str:
+    """A share with three digits, as small ones matter."""
+    return f"{100 * share:.3g}%"
+
+
 def mesh(plan: Plan) -> str:
     """The mesh as in --mesh: data,fsdp,tensor."""
     return ",".join(str(plan.mesh[axis]) for axis in ("data", "fsdp", "tensor"))
@@ -42,7 +47,7 @@ def text(plan: Plan) -> str:
         lines.append(program_line(p))
     lines.append("")
     if plan.seconds:
-        shares = ", ".join(f"{name} {share:.2%}" for name, share in plan.shares.items())
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in plan.shares.items())
         lines += [
             f"An iteration takes at least {duration(plan.seconds)} ({shares}), by the compiler's estimate of its"
             f" operations {duration(plan.compiler_seconds)}; environments not counted.",
@@ -84,7 +89,7 @@ def markdown(plans: list[Plan]) -> str:
         cells = [plan.model, plan.topology, mesh(plan).replace(",", ", "), size(sum(plan.held.values()))]
         cells += [size(peaks[part]) for part in ("update", "rollout")]
         if plan.seconds and plan.fits:
-            shares = " / ".join(f"{plan.shares[name]:.2%}" for name in ("rollout", "estimator", "update"))
+            shares = " / ".join(percent(plan.shares[name]) for name in ("rollout", "estimator", "update"))
             cells += [duration(plan.seconds), shares, f"{plan.tokens_per_second:,.0f}", f"{plan.update_mfu:.0%}"]
         else:
             cells += ["does not fit", "", "", ""]

@@ -1,6 +1,6 @@
 """The plans of docs/pods.md: what is not there yet is compiled, then the page's tables are written from the JSON files.
 
-    python -m experiments.plan_tables            # minutes of CPU for each plan; needs libtpu (pip install 'proxmo-jax[plan]')
+    python -m experiments.plan_tables            # minutes of CPU for each plan; needs pip install 'proxmo-jax[plan]'
     python -m experiments.plan_tables --tables   # only the tables
 
 A plan that does not fit is a result, too, and is kept.

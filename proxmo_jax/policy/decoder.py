@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -431,8 +431,9 @@ LOGICAL_AXES = {
 }
 
 
+@cache
 def parameter_shapes(config: PolicyConfig):
-    """Shapes and dtypes of the parameters as a tree, without allocation."""
+    """Shapes and dtypes of the parameters as a tree, without allocation; not to be changed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

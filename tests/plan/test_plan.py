@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import plan_tables
 from proxmo_jax import cli
 from proxmo_jax.agent.settings import Config, check_devices, micro_batches
 from proxmo_jax.agent.throughput import Work
 from proxmo_jax.errors import UserError
 from proxmo_jax.plan import command
-from proxmo_jax.plan.chips import topology
+from proxmo_jax.plan.chips import CHIPS, topology
 from proxmo_jax.plan.iteration import Lengths, Plan, ProgramPlan, advice, calls_of, make_plan, needed
 from proxmo_jax.plan.programs import Case, bytes_on_a_chip, programs
 from proxmo_jax.plan.search import candidates, rough_seconds, with_mesh
@@ -258,3 +260,18 @@ def test_a_small_run_is_planned_for_a_tpu(tmp_path):
     assert 0 < plan["shares"]["estimator"] < 0.1
     assert 0 < plan["mfu"] < 1
     assert 0 < plan["update_mfu"] < 1
+
+
+def test_the_page_shows_commands_of_this_version_and_the_plans_that_are_kept():
+    text = plan_tables.PAGE.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("proxmo plan ")]
+    assert len(lines) >= 4
+    for line in lines:
+        config = cli.parse(shlex.split(line)[1:], cli.find(["plan"]))
+        where = topology(config.topology)
+        run = with_mesh(config.run, config.mesh, where) if config.mesh else config.run
+        shape(run.model.path)
+        assert config.search or check_devices(run, where.count) is None
+    assert plan_tables.page(text) == text
+    for name in ("v5e", "v5p", "v6e"):
+        assert f"| {name} | {CHIPS[name].flops / 1e12:.0f}e12 | {CHIPS[name].hbm / 2**30:.2f} GiB |" in text

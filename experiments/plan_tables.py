@@ -7,7 +7,6 @@ A plan that does not fit is a result, too, and is kept.
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +107,8 @@ def page(text: str) -> str:
     """The page with its tables between their markers."""
     for name, table in tables().items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        text = re.sub(f"(?s){re.escape(start)}.*?{re.escape(end)}", lambda _, t=start + table + end: t, text)
+        before, _, rest = text.partition(start)
+        text = before + start + table + end + rest.partition(end)[2]
     return text
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -200,7 +200,7 @@ def programs(case: Case) -> dict[str, Callable[[], Program]]:
         del found["first turn"]
     if not _policies(case):
         del found["log-probs"]
-    return {name: lambda make=make: make(case) for name, make in found.items()}
+    return {name: partial(make, case) for name, make in found.items()}
 
 
 def _merge(case: Case) -> Program:
@@ -260,15 +260,14 @@ def _packing(case: Case) -> Program:
 def _rows(case: Case) -> Rows:
     """Shapes of a mini-batch."""
     count, length = case.config.optimizer.rows_per_batch, case.config.optimizer.row_length
-    answers, kinds = response_room(case.config), {"mask": bool}
+    answers, kinds = response_room(case.config), {"mask": jnp.bool_}
     kinds |= dict.fromkeys(("advantage", "old_log_probs", "reference"), jnp.float32)
     wide = ("tokens", "positions", "segments")
-    return Rows(
-        **{
-            f.name: case.split(count, length if f.name in wide else answers, dtype=kinds.get(f.name, jnp.int32))
-            for f in dataclasses.fields(Rows)
-        }
-    )
+    shapes: dict[str, Any] = {
+        f.name: case.split(count, length if f.name in wide else answers, dtype=kinds.get(f.name, jnp.int32))
+        for f in dataclasses.fields(Rows)
+    }
+    return Rows(**shapes)
 
 
 def _policies(case: Case) -> int:

@@ -89,7 +89,7 @@ def main(config: Config, console: Console | None = None) -> bool:
     choices = {name: getattr(run.model, name) for name in names}
     policy = shape(run.model.path, attention=chosen_attention(run), **choices)
     found, lengths = devices(where), lengths_of(config)
-    recipe = str(run.config or RECIPE)
+    recipe = config.recipe or str(run.config or RECIPE)
     runs = [run]
     if config.search:
         runs = candidates(run, policy, where, found, lengths)

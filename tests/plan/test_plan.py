@@ -21,6 +21,7 @@ from proxmo_jax.plan import command
 from proxmo_jax.plan.chips import CHIPS, topology
 from proxmo_jax.plan.iteration import Lengths, Plan, ProgramPlan, advice, calls_of, make_plan, needed
 from proxmo_jax.plan.programs import Case, bytes_on_a_chip, programs
+from proxmo_jax.plan.report import markdown, text
 from proxmo_jax.plan.search import candidates, rough_seconds, with_mesh
 from proxmo_jax.plan.shapes import shape
 from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
@@ -212,6 +213,13 @@ def test_what_does_not_fit_names_the_knob():
         "--model.remat full", "--optimizer.micro-batch-tokens 256", "--rollout.max-num-seqs 16", "--mesh.tensor",
     ):  # fmt: skip
         assert knob in said
+    plan.advice = advice(plan, here)
+    plan.programs[1].problem, plan.programs[1].peak = "Ran out of memory on HBM", 3 * 2**30
+    shown = text(plan)
+    assert "not a measurement" in shown
+    assert "update               3      3.00  does not compile: Ran out of memory on HBM" in shown
+    assert shown.endswith("\n".join(["It does not fit.", *plan.advice]))
+    assert "| m | v5e:4x2 | 8, 1, 1 | 0.00 | 3.00 | 0.00 | does not fit |" in markdown([plan])
     plan.programs = [ProgramPlan("turn", 4, fits=True)]
     assert advice(plan, here) == []
 
@@ -263,8 +271,8 @@ def test_a_small_run_is_planned_for_a_tpu(tmp_path):
 
 
 def test_the_page_shows_commands_of_this_version_and_the_plans_that_are_kept():
-    text = plan_tables.PAGE.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("proxmo plan ")]
+    shown = plan_tables.PAGE.read_text(encoding="utf-8")
+    lines = [line for line in shown.splitlines() if line.startswith("proxmo plan ")]
     assert len(lines) >= 4
     for line in lines:
         config = cli.parse(shlex.split(line)[1:], cli.find(["plan"]))
@@ -272,6 +280,6 @@ def test_the_page_shows_commands_of_this_version_and_the_plans_that_are_kept():
         run = with_mesh(config.run, config.mesh, where) if config.mesh else config.run
         shape(run.model.path)
         assert config.search or check_devices(run, where.count) is None
-    assert plan_tables.page(text) == text
+    assert plan_tables.page(shown) == shown
     for name in ("v5e", "v5p", "v6e"):
-        assert f"| {name} | {CHIPS[name].flops / 1e12:.0f}e12 | {CHIPS[name].hbm / 2**30:.2f} GiB |" in text
+        assert f"| {name} | {CHIPS[name].flops / 1e12:.0f}e12 | {CHIPS[name].hbm / 2**30:.2f} GiB |" in shown

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "play": Command("proxmo_jax.agent.play", "play an environment yourself, and keep the episodes as demonstrations"),
     "doctor": Command("proxmo_jax.agent.doctor", "check this machine: devices, packages, data, interpreters, disk"),
     "report": Command("proxmo_jax.agent.page_file", "write a page that shows rollouts turn by turn"),
+    "plan": Command("proxmo_jax.plan.command", "what a run needs of a TPU slice: memory, time, the best mesh"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
     "steps": {

@@ -21,6 +21,7 @@ RUN_BY = {
     "check-model": "tests/agent/test_model_files.py",
     "convert-gguf": "tests/policy/test_gguf.py",
     "fetch-model": "tests/agent/test_fetch_model.py",
+    "plan": "tests/plan/test_plan.py",
     "advantages": "tests/estimator/test_steps_file.py",
     "ablate estimator": "tests/ablation/test_grid.py",
     "ablate train": "tests/ablation/test_runner.py",

@@ -22,6 +22,8 @@ ALLOWED = {
     | {"proxmo_jax.estimator", "proxmo_jax.page", "proxmo_jax.policy", "proxmo_jax.training", "envs_bridge"},
     "proxmo_jax.ablation": COMMON
     | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "proxmo_jax.agent", "envs_bridge"},
+    "proxmo_jax.plan": COMMON
+    | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "proxmo_jax.agent", "envs_bridge"},
     "envs_bridge": set(),
 }
 ESTIMATOR_MAY_USE = {"jax", "numpy", "chex"}

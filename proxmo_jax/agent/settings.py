@@ -530,10 +530,13 @@ def check_from_run(config: Config) -> None:
         )
 
 
-def micro_batches(config: Config) -> int:
-    """Into how many equal parts a mini-batch is cut: the fewest whose rows, on each device, keep to the budget."""
+def micro_batches(config: Config, count: int = 0) -> int:
+    """Into how many equal parts a mini-batch is cut: the fewest whose rows, on each device, keep to the budget.
+
+    `count` is the number of devices; 0: all that there are.
+    """
     settings = config.optimizer
-    rows = settings.rows_per_batch * config.mesh.tensor // jax.device_count()
+    rows = settings.rows_per_batch * config.mesh.tensor // (count or jax.device_count())
     at_most = max(settings.micro_batch_tokens // settings.row_length, 1)
     return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_most)
 

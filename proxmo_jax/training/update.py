@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.states import at_next
 from proxmo_jax.estimator.types import Advantages, Batch, Settings
@@ -233,6 +234,9 @@ def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
 
 def _micro_batches(tree, count: int):
     """Arrays [B, ...] as [count, B / count, ...], interleaved: a sharded axis stays sharded in every micro-batch."""
+    rows = len(jax.tree.leaves(tree)[0])
+    if rows % count:
+        raise UserError(f"micro_batches: {rows} rows of a mini-batch cannot be cut into {count} equal parts")
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 

@@ -1,10 +1,10 @@
-# The two commands of the README. Both make the environment first; run again, they start at once.
+# The two commands of the README, and the documentation. Each makes the environment first; run again, it starts at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test clean
+.PHONY: train test docs clean
 
 train: $(VENV)/.ready
 	$(BIN)/proxmo train $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "The site is build/site/index.html."
 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "proxmo-jax needs Python 3.11 or newer; name one with PYTHON=...")'

@@ -1,4 +1,4 @@
-"""The environments by name, and what each tells the trainer. Adding one is a line in `ENVIRONMENTS`.
+"""The environments by name, and what each tells the trainer. `module:SPEC` names one that is not in `ENVIRONMENTS`.
 
 Nothing here imports JAX. Modules are imported when their environment is asked for.
 """
@@ -6,12 +6,14 @@ Nothing here imports JAX. Modules are imported when their environment is asked f
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from envs_bridge.errors import UserError
 from envs_bridge.prompts import Memory, Notes
 from envs_bridge.turn import Demonstrated, Game, Observation
 
@@ -78,6 +80,8 @@ class Spec:
         tail: characters of a response without action tags that are taken for its command.
         scored: rewards are shares in [0, 1], reported beside success.
         check: refuses `env` settings that cannot work, by a UserError.
+        fingerprint: what identifies a task wherever its files are: name, content, world (hashes of the whole task, and
+            of the problem alone) and more for a reader; None: panels cannot be made of its tasks.
     """
 
     title: str
@@ -92,12 +96,34 @@ class Spec:
     tail: int = 30
     scored: bool = False
     check: Callable[[Any], None] = lambda options: None
+    fingerprint: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 def find(name: str) -> Spec:
-    """The environment of a name in `ENVIRONMENTS`."""
-    module, _, attribute = ENVIRONMENTS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """The environment of a name.
+
+    Args:
+        name: one of `ENVIRONMENTS`, or `module:attribute` of a `Spec` that is installed or in the current folder.
+
+    Raises:
+        UserError: if there is no such module, or no `Spec` in it.
+    """
+    module, colon, attribute = ENVIRONMENTS.get(name, name).partition(":")
+    if not (colon and module and attribute):
+        known = ", ".join(ENVIRONMENTS)
+        raise UserError(f"--env must be one of {known}, or module:attribute of a Spec of your own; got {name!r}")
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, which an installed command does not search
+    try:
+        spec = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        raise UserError(f"--env {name}: no module {error.name!r} is installed or in the current folder") from error
+    if not isinstance(spec, Spec):
+        found = "nothing" if spec is None else type(spec).__name__
+        raise UserError(f"--env {name}: {attribute} in {module} must be a Spec; found {found}")
+    return spec
 
 
 def evenly(tasks: list[Any], count: int) -> list[Any]:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
         rloo,
     )
     from proxmo_jax.estimator.proximity import proximity_weights
+    from proxmo_jax.estimator.steps_file import steps_advantages
     from proxmo_jax.estimator.types import Advantages, Batch, Group, Settings, sweep
     from proxmo_jax.estimator.words import Vocabulary, WordCounts
 
-_MODULES = ("types", "presets", "estimator", "batch", "embeddings", "packing", "proximity", "words")
+_MODULES = ("types", "presets", "estimator", "batch", "embeddings", "packing", "proximity", "steps_file", "words")
 
 __all__ = [
     "PRESETS",
@@ -55,6 +56,7 @@ __all__ = [
     "rloo",
     "sharded_advantages",
     "similar_anchors",
+    "steps_advantages",
     "sweep",
     "tfidf",
     "token_counts",

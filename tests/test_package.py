@@ -33,6 +33,9 @@ def test_the_wheel_holds_the_two_packages_alone(wheel):
         "proxmo_jax", "envs_bridge", f"proxmo_jax-{version('proxmo-jax')}.dist-info",
     }  # fmt: skip
     assert "proxmo_jax/agent/recipes/shop.toml" in names
+    assert {f"proxmo_jax/page/{name}" for name in ("page.html", "page.css", "charts.js", "panel.js", "page.js")} <= set(
+        names
+    )
     assert "envs_bridge/household/household.pddl" in names
 
 
@@ -60,6 +63,7 @@ def test_the_installed_package_trains(installed):
     done = installed(
         "train", "--iterations", "1", "--out", "run", "--env.train-games", "8", "--env.eval-games", "8",
         "--warm-start.steps", "2", "--rollout.num-groups", "8", "--rollout.max-turns", "3", "--model.layers", "1",
+        "--output.no-page",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Done in" in done.stdout

@@ -1,4 +1,4 @@
-"""The commands that README.md shows are commands of this version, and each kind of them is run by a test."""
+"""The commands that README.md and docs/ show are commands of this version, and each kind is run by a test."""
 
 import re
 import shlex
@@ -13,10 +13,15 @@ ROOT = Path(__file__).parents[1]
 RUN_BY = {
     "train": "tests/agent/test_train.py",
     "eval": "tests/agent/test_train.py",
+    "panel": "tests/agent/test_panel.py",
+    "play": "tests/agent/test_play.py",
+    "doctor": "tests/agent/test_doctor.py",
+    "report": "tests/page/test_page.py",
     "export": "tests/agent/test_language_model.py",
     "check-model": "tests/agent/test_model_files.py",
     "convert-gguf": "tests/policy/test_gguf.py",
     "fetch-model": "tests/agent/test_fetch_model.py",
+    "plan": "tests/plan/test_plan.py",
     "advantages": "tests/estimator/test_steps_file.py",
     "ablate estimator": "tests/ablation/test_grid.py",
     "ablate train": "tests/ablation/test_runner.py",
@@ -26,10 +31,13 @@ RUN_BY = {
 
 
 def commands() -> list[str]:
-    """The `proxmo` lines of README's shell blocks, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    """The `proxmo` lines of the shell blocks of README and docs, without their comments."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [
+        block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    ]
     lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("proxmo ")]
+    return sorted({line for line in lines if line.startswith("proxmo ")})
 
 
 def test_there_are_commands():
@@ -39,6 +47,14 @@ def test_there_are_commands():
 @pytest.mark.parametrize("line", commands())
 def test_a_command_is_one_of_this_version(line, tmp_path, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python file=corridor.py\n(.*?)```", tutorial, re.S)
+    (tmp_path / "corridor.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "runs" / "household"  # the one that is resumed
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"iterations": 50}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     arguments = shlex.split(line)[1:]
     command = cli.find(arguments)
     assert command is not None

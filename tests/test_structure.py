@@ -15,9 +15,14 @@ ALLOWED = {
     "proxmo_jax.paths": set(),
     "proxmo_jax.estimator": {"proxmo_jax.errors"},
     "proxmo_jax.policy": COMMON,
+    "proxmo_jax.integrations": {"proxmo_jax.errors", "proxmo_jax.estimator"},
     "proxmo_jax.training": COMMON | {"proxmo_jax.estimator", "proxmo_jax.policy"},
-    "proxmo_jax.agent": COMMON | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "envs_bridge"},
+    "proxmo_jax.page": {"proxmo_jax.errors", "proxmo_jax.estimator"},
+    "proxmo_jax.agent": COMMON
+    | {"proxmo_jax.estimator", "proxmo_jax.page", "proxmo_jax.policy", "proxmo_jax.training", "envs_bridge"},
     "proxmo_jax.ablation": COMMON
+    | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "proxmo_jax.agent", "envs_bridge"},
+    "proxmo_jax.plan": COMMON
     | {"proxmo_jax.estimator", "proxmo_jax.policy", "proxmo_jax.training", "proxmo_jax.agent", "envs_bridge"},
     "envs_bridge": set(),
 }

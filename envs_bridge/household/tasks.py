@@ -13,6 +13,7 @@ from envs_bridge.environments import Demonstrator, Episode, Spec, TaskRequest, e
 from envs_bridge.household import lexicon
 from envs_bridge.household.dataset import SPLITS, data_folder, survey
 from envs_bridge.household.expert import Habits, episodes
+from envs_bridge.household.fingerprint import fingerprint
 from envs_bridge.household.generate import generate_games
 from envs_bridge.turn import Game
 
@@ -90,5 +91,6 @@ HOUSEHOLD = Spec(
     demonstrations=demonstrations,
     words=words(),
     tail=ALFWORLD_TAIL,
+    fingerprint=fingerprint,
 )
 ALFWORLD = replace(HOUSEHOLD, title="ALFWorld", tasks=alfworld_games, check=check_data)

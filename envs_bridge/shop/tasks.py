@@ -15,6 +15,7 @@ from envs_bridge.shop import upstream
 from envs_bridge.shop.catalogue import SPLITS, Catalogue, prepare, splits
 from envs_bridge.shop.engine import Shopping
 from envs_bridge.shop.expert import episodes
+from envs_bridge.shop.fingerprint import fingerprint
 from envs_bridge.shop.generate import FILES, generate_catalogue
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Game, Goal
@@ -88,6 +89,7 @@ SHOP = Spec(
     words=" ".join(f"{number:02d}" for number in range(100)),
     tail=WEBSHOP_TAIL,
     scored=True,
+    fingerprint=fingerprint,
 )
 WEBSHOP = replace(
     SHOP,
@@ -96,4 +98,5 @@ WEBSHOP = replace(
     worker=lambda options: ("webshop", 900.0),
     demonstrations=None,
     check=check_webshop,
+    fingerprint=None,
 )

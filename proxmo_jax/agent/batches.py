@@ -8,7 +8,7 @@ from proxmo_jax.policy.sharding import split, split_by_host
 from proxmo_jax.training.rows import gather_rows, pack_turns
 
 
-def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator):
+def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator, skip: int = 0):
     """Shuffled mini-batches of packed rows from a rollout.
 
     There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. With
@@ -21,6 +21,7 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         rollout: what was played; its buffer is read.
         advantage: float32 [E, T].
         rng: for the order of the turns.
+        skip: mini-batches left out at the beginning.
 
     Yields:
         `Rows` of `rows_per_batch` rows.
@@ -35,7 +36,7 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
     size = config.optimizer.rows_per_batch
     assert rollout.buffer is not None
     by_host = split_by_host(rollout.buffer.mask)
-    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size)):
+    for chosen in np.array_split(np.arange(len(turns)), -(-len(turns) // size))[skip:]:
         short = ((0, size - len(chosen)), (0, 0))
         part = np.pad(turns[chosen], short, constant_values=-1), np.pad(offsets[chosen], short)
         rows = gather_rows(

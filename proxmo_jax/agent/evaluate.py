@@ -3,6 +3,9 @@
     proxmo eval runs/household                         # the newest checkpoint on the run's held-out games
     proxmo eval runs/household --env alfworld --data DIR --greedy
     proxmo eval runs/shop                              # mean score and success, as WebShop counts them
+    proxmo eval RUN --panel FILE                       # on a fixed panel (proxmo panel), task by task
+    proxmo eval RUN --panel FILE --against OTHER.json  # and compared with another result, pair by pair
+    proxmo eval RUN.json --against OTHER.json          # two results, nothing played
 
 The sampling temperature is the published one, 0.4. Counts and 95% intervals (Wilson) stand beside every rate; all of it
 goes into a JSON file, too.
@@ -10,9 +13,12 @@ goes into a JSON file, too.
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +34,7 @@ from envs_bridge.errors import UserError as EnvironmentUserError
 from envs_bridge.household.game import TASK_TYPES
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
+from proxmo_jax.agent import paired
 from proxmo_jax.agent.make_player import (
     fresh_params,
     make_player,
@@ -37,10 +44,18 @@ from proxmo_jax.agent.make_player import (
     untrained_params,
     warm_params,
 )
+from proxmo_jax.agent.panel import (
+    Panel,
+    panel_games,
+    read_panel,
+    refuse_shared,
+    training_of,
+    with_panel,
+)
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
 from proxmo_jax.agent.rollout import collect
-from proxmo_jax.agent.run_files import stored_config
+from proxmo_jax.agent.run_files import of_another_run, stored_config
 from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import check, has_warm_start
 from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
@@ -58,9 +73,10 @@ class Config:
     """What to evaluate, where, and how."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a training run."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint (default: the newest); 0 is the warm start."""
+    """Folder of a training run; with --against, it may be the JSON file of an evaluation, and nothing is played."""
+    checkpoint: int | Literal["best"] | None = None
+    """Iteration of the checkpoint, or best: the best one in the run's evaluations (default: the newest); 0 is the warm
+    start."""
     env: str | None = None
     """household (the run's own held-out games), alfworld or shop (those of --data), or webshop; default: as the run was
     trained."""
@@ -80,18 +96,85 @@ class Config:
     greedy: bool = False
     """Take the likeliest token instead of sampling."""
     seed: int = 0
+    """Seed of sampling; a panel has its own."""
     batch: int = 64
     """Episodes played side by side."""
     workers: int | None = None
+    """Worker processes; default: the run's."""
     out: Path | None = None
     """JSON file to write; default: eval.json in the run's folder."""
+    panel: Path | None = None
+    """A fixed panel (proxmo panel): its tasks, seeds and turn limit in place of the run's held-out games."""
+    against: Path | None = None
+    """The JSON file of another evaluation on the same panel, to compare with pair by pair."""
 
 
 def main(config: Config, console: Console | None = None) -> dict:
-    """Evaluate, print the table, write the JSON; returns what was written."""
+    """Evaluate, print the table, write the JSON; returns what was written, or the comparison of two files."""
     console = console or terminal()
-    stored = run_settings(config)
-    games = held_out_games(config, stored, console)
+    if config.against is None:
+        return evaluate(config, console)
+    if not config.run.is_file():
+        if config.panel is None:
+            raise UserError("--against compares results on a panel; name it with --panel")
+        temperature = 0.0 if config.greedy else config.temperature
+        planned = {"run": config.run, "panel": {"hash": read_panel(config.panel).hash}, "temperature": temperature}
+        paired.refuse_mixed(paired.read_result(config.against), planned)  # before anything is played
+        evaluate(config, console)
+    result = config.run if config.run.is_file() else target_of(config)
+    names, panel, found = paired.load_and_compare(config.against, result)
+    console.print(paired.comparison_table(names, panel, found))
+    console.print(paired.verdict(names, found))
+    return found
+
+
+def target_of(config: Config) -> Path:
+    """The JSON file to write."""
+    return config.out or config.run / "eval.json"
+
+
+def evaluate(config: Config, console: Console) -> dict:
+    """Play, print the table, write the JSON; returns what was written."""
+    if config.panel is None:
+        stored = run_settings(config)
+        return play_all(config, stored, held_out_games(config, stored, console), None, console)
+    panel = read_panel(config.panel)
+    fixed = {"--splits": config.splits, "--games": config.games, "--seed": config.seed}
+    if given := [name for name, value in fixed.items() if value]:
+        raise UserError(f"--panel: fixes {', '.join(given)}; leave that out, or write another panel")
+    if config.env not in (None, panel.env):
+        raise UserError(f"--panel: {config.panel} is a panel of {panel.env}, got --env {config.env}")
+    stored = run_settings(dataclasses.replace(config, env=panel.env))
+    with tempfile.TemporaryDirectory(prefix="proxmo-panel-") as folder:
+        here = with_panel(panel, stored, Path(folder))
+        games = panel_games(panel, here, console)
+        check_training(config, panel, console)
+        here = dataclasses.replace(here, output=stored.output, seed=stored.seed)  # the policy is the run's
+        return play_all(config, here, games, panel, console)
+
+
+def check_training(config: Config, panel: Panel, console: Console) -> None:
+    """Refuse a run that was trained on tasks of the panel; say so where its training tasks are not here."""
+    settings = stored_config(config.run)
+    try:
+        training = training_of(settings, console)
+    except (UserError, EnvironmentUserError, OSError) as error:
+        console.print(f"The run's training tasks are not compared with the panel: {error}", soft_wrap=True)
+        return
+    refuse_shared(panel, training, config.run)
+    if not training.count:
+        console.print("The run's training tasks are not compared with the panel: none is in its folder.")
+    seed = panel.source.get("seed", settings.seed)
+    if panel.env == settings.env.name == "household" and seed != settings.seed:
+        console.print(
+            f"The panel's houses are those of seed {seed}, the run's of seed {settings.seed}: valid_seen is new to it."
+        )
+
+
+def play_all(
+    config: Config, stored: TrainConfig, games: dict[str, list[Game]], panel: Panel | None, console: Console
+) -> dict:
+    """Play the games of every split, once with each seed; print and write the result."""
     mesh = make_mesh(0, stored.mesh.fsdp, stored.mesh.tensor)
     player = make_player(stored, mesh)
     player.decoding = dataclasses.replace(player.decoding, greedy=config.greedy)
@@ -99,13 +182,14 @@ def main(config: Config, console: Console | None = None) -> dict:
     params, iteration = trained_params(config, stored, player)
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
+    seeds = panel.seeds if panel else (config.seed,)
     with make_pool(stored) as pool:
-        results = {split: play(config, player, params, pool, games[split], split, console) for split in games}
+        results = {split: play(config, seeds, player, params, pool, games[split], split, console) for split in games}
     answer = {
         "run": str(config.run),
         "iteration": iteration,
         "temperature": temperature,
-        "seed": config.seed,
+        "seed": seeds[0],
         "env": stored.env.name,
         "engine": stored.env.engine,
         "seconds": round(time.time() - began, 1),
@@ -114,13 +198,30 @@ def main(config: Config, console: Console | None = None) -> dict:
             for split, result in results.items()
         },
     }
+    if panel:
+        answer["panel"] = {"hash": panel.hash, "file": str(config.panel), "turns": panel.turns, "seeds": seeds}
+        answer["episodes"] = episodes_of(panel, results)
     console.print(table(answer))
-    target = config.out or config.run / "eval.json"
+    target = target_of(config)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
-    console.print(f"{target} holds these numbers.")
+    on = f"on panel {panel.hash[:12]} " if panel else ""
+    console.print(f"{target} holds these numbers {on}".rstrip() + ".")
     return answer
+
+
+def episodes_of(panel: Panel, results: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[dict]:
+    """The outcomes of each task, in the panel's order, a value for each seed."""
+    episodes = []
+    for split, tasks in panel.splits().items():
+        won, finished, score = results[split]
+        episodes += [
+            {"name": task["name"], "content": task["content"], "split": split, "won": won[:, i].tolist(),
+             "finished": finished[:, i].tolist(), "score": [round(float(x), 6) for x in score[:, i]]}
+            for i, task in enumerate(tasks)
+        ]  # fmt: skip
+    return episodes
 
 
 def run_settings(config: Config) -> TrainConfig:
@@ -158,10 +259,16 @@ def held_out_games(config: Config, stored: TrainConfig, console: Console) -> dic
 
 def trained_params(config: Config, stored: TrainConfig, player: Player):
     """(parameters, iteration) of a checkpoint, or of the warm start for iteration 0."""
-    checkpoints = Checkpoints(config.run / "checkpoints")
+    checkpoints = Checkpoints(config.run / "checkpoints", writes=False)
     try:
         steps = checkpoints.steps()
-        wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
+        if config.checkpoint == "best":
+            best = checkpoints.best()
+            if best is None:
+                raise UserError(f"--checkpoint best: {config.run} has no checkpoint of an iteration that was evaluated")
+            wanted = best
+        else:
+            wanted = config.checkpoint if config.checkpoint is not None else max(steps, default=0)
         if wanted == 0:
             untrained = untrained_params(stored, player, jax.random.key(0))
             return warm_params(config.run, untrained) if has_warm_start(stored) else untrained, 0
@@ -171,45 +278,67 @@ def trained_params(config: Config, stored: TrainConfig, player: Player):
         key = jax.random.key(0)
         start = pretrained_params(stored, player) if stored.model.lora_rank else fresh_params(player, key)
         state = new_state(player, start, run_optimizer(stored))
-        learned = checkpoints.restore(state, wanted)[0].params
-        return adapters.join(adapters.split(start)[0], learned), wanted
+        if config.checkpoint is None:
+            newest = checkpoints.restore_newest(state, player.say, partial(of_another_run, stored_config(config.run)))
+            assert newest is not None
+            wanted, state, _ = newest
+        else:
+            state, _ = checkpoints.restore(state, wanted)
+        return adapters.join(adapters.split(start)[0], state.params), wanted
     finally:
         checkpoints.close()
 
 
 def play(
-    config: Config, player: Player, params, pool: Pool, games: list[Game], split: str, console: Console
+    config: Config,
+    seeds: Sequence[int],
+    player: Player,
+    params,
+    pool: Pool,
+    games: list[Game],
+    split: str,
+    console: Console,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(won bool, finished bool, score float32) of every game of a split, a batch at a time."""
-    won, finished, score = np.zeros(len(games), bool), np.zeros(len(games), bool), np.zeros(len(games), np.float32)
-    key = jax.random.key(config.seed)
+    """(won bool, finished bool, score float32) [seeds, games] of a split, a batch at a time."""
+    shape = len(seeds), len(games)
+    won, finished, score = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, np.float32)
     with progress_bar(console) as bar:
-        task = bar.add_task(split, total=len(games), note="")
-        for start in range(0, len(games), config.batch):
+        task = bar.add_task(split, total=won.size, note="")
+        for s, start in itertools.product(range(len(seeds)), range(0, len(games), config.batch)):
             part = slice(start, start + config.batch)
             rollout = collect(
                 player,
                 params,
                 pool,
                 games[part],
-                jax.random.fold_in(key, start),
+                jax.random.fold_in(jax.random.key(seeds[s]), start),
                 temperature=0.0 if config.greedy else config.temperature,
             )
-            won[part], finished[part], score[part] = rollout.won, rollout.finished, rollout.score
-            bar.update(task, completed=min(start + config.batch, len(games)), note=f"{won.sum()} solved")
+            won[s, part], finished[s, part], score[s, part] = rollout.won, rollout.finished, rollout.score
+            done = s * len(games) + min(start + config.batch, len(games))
+            bar.update(task, completed=done, note=f"{won.sum()} solved")
     return won, finished, score
 
 
 def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
-    """Wins, games, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score;
-    games that could not be played are left out."""
+    """Wins, episodes, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score.
+
+    Episodes that could not be played are left out.
+
+    Args:
+        kind_of: the type of each game.
+        won, finished, score: [seeds, games]. Of several seeds, intervals are bootstrapped over games, since attempts
+            at the same game are not independent.
+    """
     kinds = np.array(kind_of)
     household = set(kinds) <= set(COLUMNS)
     names = COLUMNS if household else {kind: kind for kind in sorted(set(kinds))}
     answer: dict[str, dict] = {}
     for name, chosen in [*((name, kinds == kind) for kind, name in names.items()), ("All", np.ones(len(kinds), bool))]:
-        wins, count = int(won[chosen & finished].sum()), int((chosen & finished).sum())
+        wins, count = int(won[:, chosen][finished[:, chosen]].sum()), int(finished[:, chosen].sum())
         low, high = wilson(wins, count)
+        if len(won) > 1 and count:
+            _, low, high = bootstrap(_means(won, finished)[chosen & finished.any(0)])
         answer[name] = {
             "wins": wins,
             "games": count,
@@ -219,9 +348,14 @@ def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.n
         }
     answer["All"]["lost"] = int((~finished).sum())
     if not household and finished.any():
-        mean, low, high = bootstrap(score[finished])
+        mean, low, high = bootstrap(_means(score, finished)[finished.any(0)])
         answer["Score"] = {"mean": mean, "low": low, "high": high, "games": int(finished.sum())}
     return answer
+
+
+def _means(values: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """The mean over the finished seeds of each game; 0 where there is none."""
+    return (values * finished).sum(0) / np.maximum(finished.sum(0), 1)
 
 
 def table(answer: dict) -> Table:

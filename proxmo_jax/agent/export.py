@@ -6,6 +6,7 @@ proxmo export runs/household out/policy      # the newest checkpoint; `transform
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -29,8 +30,9 @@ class Config:
     """Folder of a training run."""
     target: tyro.conf.Positional[Path]
     """Folder to write; must not hold anything yet."""
-    checkpoint: int | None = None
-    """Iteration of the checkpoint (default: the newest); 0 is the start."""
+    checkpoint: int | Literal["best"] | None = None
+    """Iteration of the checkpoint, or best: the best one in the run's evaluations (default: the newest); 0 is the
+    start."""
 
 
 def main(config: Config, console: Console | None = None) -> Path:

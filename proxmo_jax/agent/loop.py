@@ -1,8 +1,10 @@
 """One iteration of training: collect, estimate, update, report. What is large stays on the device."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,11 +18,13 @@ from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.dynamic_sampling import Draws
-from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes, join_texts
+from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes
+from proxmo_jax.agent.nonfinite import check_losses, check_rollout
 from proxmo_jax.agent.overlong import length_penalty
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.rollout import Rollout, collect
 from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
+from proxmo_jax.agent.stop import StopOnSignal, Stopped
 from proxmo_jax.agent.tasks import environment
 from proxmo_jax.agent.throughput import Work, throughput_row
 from proxmo_jax.estimator.packing import similar_anchors
@@ -29,7 +33,7 @@ from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.importance import weighted
-from proxmo_jax.training.losses import token_mean
+from proxmo_jax.training.losses import PolicyLoss, token_mean
 from proxmo_jax.training.rows import Rows
 from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
 
@@ -38,9 +42,27 @@ class Loop:
     """What the iterations share: the policy, the workers, the buffer, and the success rate of each kind of task."""
 
     def __init__(
-        self, config: Config, player: Player, pool: Pool, games: list[Game], mesh, optimizer, reference, last: dict
-    ):  # fmt: skip
-        """`last` is the metrics row of the iteration before the next one."""
+        self,
+        config: Config,
+        player: Player,
+        pool: Pool,
+        games: list[Game],
+        mesh,
+        optimizer,
+        reference,
+        last: dict,
+        watch: Callable[[str], None] = lambda part: None,
+        stop: StopOnSignal | None = None,
+    ):
+        """Make what the iterations share.
+
+        Args:
+            config, player, pool, games, mesh, optimizer, reference: of the run.
+            last: the metrics row of the iteration before the next one.
+            watch: is told what begins.
+            stop: ends a rollout between two turns, and the iteration after it (default: nothing does).
+        """
+        self.watch, self.stop = watch, StopOnSignal() if stop is None else stop
         self.config, self.player, self.pool, self.games = config, player, pool, games
         kind = environment(config).kind
         self.kind_names, self.kinds = np.unique([kind(game) for game in games], return_inverse=True)
@@ -79,17 +101,24 @@ class Loop:
 
         Returns:
             The new state, and the iteration's row of metrics.
+
+        Raises:
+            Stopped: the iteration was dropped before its update; `state` is as it was.
+            UserError: for numbers that are not finite.
         """
+        self.played = None  # its buffer is written anew
         rng = np.random.default_rng([self.config.seed, iteration])
         chosen, times = self.draw(rng, self.config.rollout.num_groups, np.zeros(0, int)), [time.time()]
         params = adapters.join(self.frozen, state.params)
         draw_others = partial(self.draw, np.random.default_rng([self.config.seed, iteration, 1]))
         draws = Draws(self.config, self.games, chosen, draw_others, self.note_success)
         with jax.profiler.TraceAnnotation("rollout"), hosts.together(f"rollout of iteration {iteration}"):
-            rollout = self.collect(params, chosen, draws, key)
+            rollout = self.collect(params, chosen, draws, key, iteration)
         times.append(time.time())
+        self.watch(f"iteration {iteration}, estimator")
         with jax.profiler.TraceAnnotation("estimator"):
             advantage = self.estimate(rollout)
+        check_rollout(self.config.output.dir, iteration, rollout, advantage)
         times.append(time.time())
         with jax.profiler.TraceAnnotation("update"):
             state, losses = self.update(state, params, rollout, advantage, iteration, rng)
@@ -97,17 +126,40 @@ class Loop:
         self.played = rollout
         return state, self.report(rollout, draws, advantage, losses, times)
 
-    def collect(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array) -> Rollout:
+    def collect(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array, iteration: int) -> Rollout:
         """Play the chosen tasks, and those drawn in their place, `group_size` times each, into the buffer.
 
         Each host plays its share of the groups; the rollout is that of all hosts, with this host's texts.
+
+        Raises:
+            Stopped: between two turns, or after them where another host was stopped.
         """
+        rollout: Rollout | None = None
+        with contextlib.suppress(Stopped):
+            rollout = self.play(params, chosen, draws, key, iteration)
+        if self.stop or rollout is None:  # all hosts ask here
+            raise Stopped
+        jax.block_until_ready(rollout.buffer)
+        if self.settings.aggregation == "similar":
+            self.number_similar_texts(rollout)
+        assert rollout.buffer is not None
+        self.buffer = rollout.buffer
+        join_buffers(rollout, self.words, self.mesh)
+        return join_episodes(rollout)
+
+    def play(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array, iteration: int) -> Rollout:
+        """This host's episodes of `collect`."""
         config = self.config
+
+        def on_turn(turn: int, _: int) -> None:
+            self.watch(f"iteration {iteration}, rollout, turn {turn + 1}")
+            self.stop.check()
+
         penalty = partial(
             length_penalty, limit=config.rollout.max_response_length, buffer=config.rollout.overlong_buffer,
             factor=config.rollout.overlong_penalty,
         )  # fmt: skip
-        rollout = collect(
+        return collect(
             self.player,
             params,
             self.pool,
@@ -120,15 +172,9 @@ class Loop:
             penalise_inadmissible=config.rollout.penalise_inadmissible,
             length_penalty=penalty if config.rollout.overlong == "penalise" else None,
             redraw=draws,
+            on_turn=on_turn,
             first=self.own.start * config.rollout.group_size,
         )
-        jax.block_until_ready(rollout.buffer)
-        if self.settings.aggregation == "similar":
-            self.number_similar_texts(rollout)
-        assert rollout.buffer is not None
-        self.buffer = rollout.buffer
-        join_buffers(rollout, self.words, self.mesh)
-        return join_episodes(rollout)
 
     def estimate(self, rollout: Rollout) -> jax.Array:
         """Joint advantages of a rollout: float32 [E, T]."""
@@ -153,9 +199,11 @@ class Loop:
             self.with_log_probs(rows, params) for rows in batches(config, self.mesh, rollout, advantage, rng)
         ]
         rate = jnp.float32(learning_rate_share(config, iteration))
-        parts = []
+        parts: list[PolicyLoss] = []
+        taken: list[Rows] = []
         for _ in range(config.optimizer.num_iterations):
             for rows, _ in with_log_probs:
+                self.watch(f"iteration {iteration}, update, mini-batch {len(parts) + 1}")
                 with jax.set_mesh(self.mesh):
                     state, part = policy_step(
                         state,
@@ -169,10 +217,13 @@ class Loop:
                         micro_batches=self.micro_batches,
                     )
                 parts.append(part)
+                taken.append(rows)
         jax.block_until_ready(state)
         if not parts:
             return state, {"loss/steps": 0}
-        mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(parts))
+        parts = jax.device_get(parts)
+        check_losses(config.output.dir, f"iteration {iteration}", [part.loss for part in parts], taken)
+        mean = jax.tree.map(lambda *x: float(np.mean(x)), *parts)
         losses = {f"loss/{name}": value for name, value in mean._asdict().items()}
         losses |= {"loss/steps": len(parts), "loss/sampler_mismatch": float(parts[0].sampler_mismatch)}
         if config.loss.old_log_probs == "trainer":
@@ -270,10 +321,17 @@ def rollout_row(config: Config, rollout: Rollout) -> dict[str, float]:
 
 
 def steps_of(rollout: Rollout, members: int) -> dict[str, Any]:
-    """A rollout's steps, of all hosts, as `proxmo advantages` and `proxmo ablate estimator` read them."""
+    """A rollout's steps as `proxmo advantages` and `proxmo ablate estimator` read them; all hosts call it.
+
+    Args:
+        rollout: with its buffer and the texts of all hosts (`join_texts`).
+        members: episodes of a group.
+
+    Returns:
+        The fields of a steps file (`estimator.steps_file`).
+    """
     assert rollout.buffer is not None
     reward, valid = process_allgather((rollout.buffer.reward, rollout.buffer.action_valid), tiled=True)
-    rollout = join_texts(rollout)
     at = [(e, t) for e, turns in enumerate(rollout.transcripts) for t in range(len(turns))]
     episode, turn = np.array(at, int).reshape(-1, 2).T
 

@@ -79,7 +79,7 @@ def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) 
 def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
     """The run's tokenizer; built the first time from the demonstrations' prompts, and names or numbers they lack."""
     folder = config.output.dir / "tokenizer"
-    if folder.exists():
+    if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     if config.warm_start.from_run:
         tokenizer = load_tokenizer(config.warm_start.from_run / "tokenizer")

@@ -17,6 +17,15 @@ from proxmo_jax.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 ON_THE_COMMAND_LINE = ("config", "resume")
+# What a resumed run takes from the command line: where and how it runs, and none of what it learns.
+TAKEN_BY_RESUME = (
+    *(
+        f"output.{name}"
+        for name in ("profile", "report_to", "keep_rollouts", "page", "save_every", "save_minutes", "keep")
+    ),
+    "output.grace_seconds",
+    *("output.watchdog_seconds", "mesh.fsdp", "mesh.tensor", "env.workers", "optimizer.micro_batch_tokens"),
+)
 # Bytes of file names that are not UTF-8 are lone surrogates in Python, which JSON must not hold: private characters
 # stand in for them while settings are validated.
 STAND_INS = {0xDC80 + i: 0xF780 + i for i in range(128)}
@@ -167,14 +176,14 @@ def stored_config(folder: Path) -> Config:
 def resumed(asked: Config) -> tuple[Config, list[str]]:
     """The run to resume, and what was asked for that it does not take.
 
-    A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended. A
-    new iteration to trace is taken.
+    A larger number of iterations makes it longer: its learning rate falls as planned and then stays where it ended.
+    `TAKEN_BY_RESUME` is taken.
 
     Raises:
         UserError: for a longer run that would learn nothing.
     """
     stored = dataclasses.replace(stored_config(asked.output.dir), hosts=asked.hosts)
-    config, taken = stored, {"resume", "output.dir", "config"}
+    config, taken = stored, {"resume", "output.dir", "config", *TAKEN_BY_RESUME}
     if asked.iterations > stored.iterations:
         taken.add("iterations")
         need(
@@ -184,16 +193,34 @@ def resumed(asked: Config) -> tuple[Config, list[str]]:
         planned = stored.optimizer.decay_iterations or stored.iterations
         optimizer = dataclasses.replace(stored.optimizer, decay_iterations=planned)
         config = dataclasses.replace(stored, iterations=asked.iterations, optimizer=optimizer)
-    if asked.output.profile != stored.output.profile:
-        taken.add("output.profile")
-        output = dataclasses.replace(config.output, profile=asked.output.profile)
-        config = dataclasses.replace(config, output=output)
+    for part, _, name in (setting.partition(".") for setting in TAKEN_BY_RESUME):
+        changed = dataclasses.replace(getattr(config, part), **{name: getattr(getattr(asked, part), name)})
+        config = dataclasses.replace(config, **{part: changed})
     had, wanted = flat(stored), flat(asked)
     return config, [
-        f"--{name.replace('_', '-')} {wanted[name]} (the run has {had[name]})"
+        f"{option(name)} {wanted[name]} (the run has {had[name]})"
         for name in had
         if had[name] != wanted[name] and name not in taken
     ]
+
+
+def of_another_run(config: Config, progress: dict) -> str:
+    """What tells that a checkpoint is not of this run: the settings that it learned with and that differ, or "".
+
+    Args:
+        config: the run's settings.
+        progress: what the checkpoint holds beside the arrays.
+    """
+    free = {*TAKEN_BY_RESUME, "output.dir", "iterations", "optimizer.decay_iterations", "resume", "config"}
+    own = json.loads(json.dumps(flat(config), default=str))
+    other = progress.get("settings", {})  # checkpoints of version 0.1 have none
+    differ = [name for name in own if name in other and name not in free and own[name] != other[name]]
+    return ", ".join(f"{option(name)} {other[name]} instead of {own[name]}" for name in differ)
+
+
+def option(name: str) -> str:
+    """A setting as it is written on the command line."""
+    return f"--{name}".replace("_", "-")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import jax
 from tyro.conf import arg
 
-from envs_bridge.environments import ENVIRONMENTS, find
+from envs_bridge.environments import find
 from proxmo_jax.agent.chat import template_arguments
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import PRESETS, proxmo
@@ -65,7 +65,8 @@ class EnvSettings:
 
     name: Annotated[str, arg(aliases=["--env"])] = "household"
     """household (games generated into the run's folder), alfworld (ALFWorld's own games, from --data), shop (WebShop's
-    rules in our engine, on --data or on invented products) or webshop (WebShop itself, from --env.webshop)."""
+    rules in our engine, on --data or on invented products), webshop (WebShop itself, from --env.webshop), or
+    module:attribute of an environment of your own (docs/tutorial.md)."""
     data: Annotated[Path | None, arg(aliases=["--data"])] = None
     """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's: a folder with WebShop's items_shuffle*.json,
     items_ins_v2*.json and items_human_ins.json, or one of its product files (default: invented products)."""
@@ -94,7 +95,7 @@ class EnvSettings:
     """Factor of the reward."""
 
     def __post_init__(self) -> None:
-        need(self.name in ENVIRONMENTS, f"--env must be one of {', '.join(ENVIRONMENTS)}; got {self.name!r}")
+        find(self.name)
         at_least(1, "env", self, "train_games", "eval_games", "workers")
         at_least(0, "env", self, "worker_timeout")
         above_zero("env", self, "reward_scale")
@@ -308,6 +309,9 @@ class WarmStartSettings:
     """How often a careless demonstrator wastes a turn, though never two in a row."""
     careless_share: float = 0.15
     """Last part of the steps that clones careless demonstrations, so that something is left to learn."""
+    demonstrations: Path | None = None
+    """Episodes to clone beside those of the environment's demonstrator, or alone where it has none: a file of `proxmo
+    play --keep`."""
     from_run: Path | None = None
     """Take the warm start and tokenizer of another run's folder instead."""
 
@@ -377,13 +381,33 @@ class OutputSettings:
     """Sampling temperature of evaluations."""
     save_every: int = 10
     """Iterations between checkpoints."""
+    save_minutes: float = 10.0
+    """Minutes after which the next iteration, or step of the warm start, is followed by a checkpoint; 0: never."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the one that was best in evaluation."""
+    grace_seconds: float = 25.0
+    """Seconds from a signal (SIGTERM, Ctrl-C) to the end of the process at the latest, even if it is compiling;
+    schedulers usually grant 30. 0: no limit."""
+    watchdog_seconds: float = 1800.0
+    """Seconds without progress (a turn, an update, a compilation) after which the part that does not go on is named,
+    and the stacks of all threads are written into the run's folder; 0: never."""
     profile: Annotated[int, arg(aliases=["--profile"])] = 0
     """Number of an iteration of which a trace is written into the run's folder, for Perfetto (ui.perfetto.dev); the
     first one compiles the programs. 0: none."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], arg(aliases=["--report-to"])] = ("tensorboard",)
+    """Where metrics, sample episodes and the learning curve go beside the run's folder (TRL's report_to): tensorboard
+    (event files in its folder tensorboard/), wandb (Weights & Biases, pip install 'proxmo-jax[wandb]'), both, or none
+    (no value). metrics.jsonl is always written."""
+    keep_rollouts: Annotated[int, arg(aliases=["--keep-rollouts"])] = 10
+    """Iterations between rollouts that are kept in rollouts/, with prompts and responses, for `proxmo report`; those of
+    the first and the last iteration are kept, too. 0: none."""
+    page: bool = True
+    """Write page.html at the end: the learning curves and the kept rollouts, turn by turn."""
 
     def __post_init__(self) -> None:
-        at_least(1, "output", self, "eval_every", "save_every")
-        at_least(0, "output", self, "eval_temperature", "profile")
+        at_least(1, "output", self, "eval_every", "save_every", "keep")
+        at_least(0, "output", self, "eval_temperature", "profile", "keep_rollouts")
+        at_least(0, "output", self, "save_minutes", "grace_seconds", "watchdog_seconds")
 
 
 @dataclass(frozen=True)
@@ -549,10 +573,13 @@ def check_from_run(config: Config) -> None:
         )
 
 
-def micro_batches(config: Config) -> int:
-    """Into how many equal parts a mini-batch is cut: the fewest whose rows, on each device, keep to the budget."""
+def micro_batches(config: Config, count: int = 0) -> int:
+    """Into how many equal parts a mini-batch is cut: the fewest whose rows, on each device, keep to the budget.
+
+    `count` is the number of devices; 0: all that there are.
+    """
     settings = config.optimizer
-    rows = settings.rows_per_batch * config.mesh.tensor // jax.device_count()
+    rows = settings.rows_per_batch * config.mesh.tensor // (count or jax.device_count())
     at_most = max(settings.micro_batch_tokens // settings.row_length, 1)
     return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= at_most)
 

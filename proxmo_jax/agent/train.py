@@ -8,9 +8,11 @@
 Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollout, estimate, update) -> report.
 """
 
+import contextlib
 import functools
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +26,11 @@ from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
 from proxmo_jax.agent.join import join_episodes, join_texts
+from proxmo_jax.agent.kept_rollouts import drop_after, is_kept, keep
 from proxmo_jax.agent.loop import Loop, note, steps_of
 from proxmo_jax.agent.make_player import make_player, new_state, run_optimizer
+from proxmo_jax.agent.metrics import Trackers
+from proxmo_jax.agent.page_file import page_of_run
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.profile import profiled, warn_if_over
 from proxmo_jax.agent.report import (
@@ -37,18 +42,25 @@ from proxmo_jax.agent.report import (
     wilson,
     write_episodes,
 )
-from proxmo_jax.agent.rollout import collect
+from proxmo_jax.agent.rollout import Rollout, collect
 from proxmo_jax.agent.run_files import default as default  # the command line's
 from proxmo_jax.agent.run_files import flat, open_folder, resumed
+from proxmo_jax.agent.saves import CHECKPOINTS, Saves
 from proxmo_jax.agent.settings import Config, check, has_warm_start, need
-from proxmo_jax.agent.stop import StopOnSignal
+from proxmo_jax.agent.stop import StopOnSignal, Stopped
 from proxmo_jax.agent.tasks import environment, make_pool, make_tasks
-from proxmo_jax.agent.warm_start import careful_and_careless, needs_demonstrations, starting_point
-from proxmo_jax.errors import UserError
+from proxmo_jax.agent.warm_start import (
+    careful_and_careless,
+    needs_demonstrations,
+    refuse_missing_demonstrations,
+    starting_point,
+)
+from proxmo_jax.agent.watchdog import Watchdog
 from proxmo_jax.estimator.steps_file import write_steps
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.training.checkpoint import Checkpoints
+from proxmo_jax.training.update import TrainState
 
 
 def main(config: Config, console: Console | None = None) -> Path:
@@ -75,30 +87,35 @@ def main(config: Config, console: Console | None = None) -> Path:
                     f"--resume goes on with the run's own settings; ignored: {', '.join(ignored)}", soft_wrap=True
                 )
         check(config)
-        if needs_demonstrations(config) and environment(config).demonstrations is None:
-            raise UserError(
-                f"--env {config.env.name} has no demonstrations for a warm start; need a --model and"
-                " --warm-start.steps 0"
-            )
+        refuse_missing_demonstrations(config)
         mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor)
         # A model or data set that cannot be read is refused before a folder is made.
         language_model = make_player(config, mesh) if config.model.path else None
         tasks = make_tasks(config, console) if config.env.data is not None else None
     with hosts.first_before_others("the run's folder"):
         open_run(config)
-    with StopOnSignal(console) as stop:
+    folder, finished = config.output.dir, False
+    say = partial(console.print, soft_wrap=True)
+    with (
+        StopOnSignal(console, config.output.grace_seconds, hosts.any_host) as stop,
+        Watchdog(folder, config.output.watchdog_seconds, say) as watch,
+        contextlib.suppress(Stopped),
+    ):
+        stop.where = lambda: watch.part
+        watch("the games")
         with hosts.first_before_others("tasks"):
             train_games, eval_games = tasks or make_tasks(config, console)
-        finished = run(config, mesh, train_games, eval_games, language_model, console, stop)
+        finished = run(config, mesh, train_games, eval_games, language_model, console, watch, stop)
     hosts.finish()
     seconds = f"{time.time() - began:.0f} s"
-    folder = config.output.dir
     if finished:
         console.print(
             f"Done in {seconds}: {folder}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
-            " episodes_after.txt, rollout.npz and checkpoints. To train longer, at the final learning rate:"
+            " episodes_after.txt, rollout.npz, rollouts and checkpoints. To train longer, at the final learning rate:"
             f" proxmo train --out {folder} --resume --iterations {2 * config.iterations}"
         )
+        if config.output.page and hosts.is_first():
+            console.print(page_at_the_end(folder, console), soft_wrap=True)
     else:
         console.print(f"Stopped and saved after {seconds}. To go on: proxmo train --out {folder} --resume")
     return folder
@@ -126,12 +143,18 @@ def run(
     eval_games: list[Game],
     language_model: Player | None,
     console: Console,
+    watch: Watchdog,
     stop: StopOnSignal,
 ) -> bool:
-    """Policy, warm start, iterations and figures of a run whose folder is open; whether it came to its end."""
+    """Policy, warm start, iterations and figures of a run whose folder is open; whether it came to its end.
+
+    Raises:
+        Stopped: before its first iteration.
+    """
     folder = config.output.dir
     title = f"{config.env.level} household" if config.env.name == "household" else environment(config).title
     announce(config, title, len(train_games), len(eval_games), console)
+    watch("the demonstrations")
     demos = careful_and_careless(config, train_games, console) if needs_demonstrations(config) else []
     with hosts.first_before_others("the tokenizer"):
         player = language_model or make_player(config, mesh, [example for part in demos for example in part])
@@ -140,53 +163,118 @@ def run(
     optimizer = run_optimizer(config)
 
     with make_pool(config) as pool:
-        reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, stop)
-        if hosts.any_host(stop):
-            return False
+        reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, watch, stop)
+        if stop:
+            raise Stopped
         state = new_state(player, reference, optimizer)
-        checkpoints = Checkpoints(folder / "checkpoints")
-        first = hosts.of_first("checkpoints", checkpoints.latest() or 0)
-        if first:
-            state, _ = checkpoints.restore(state, first)
-        metrics = Metrics(folder / "metrics.jsonl", keep_until=first if first else None) if hosts.is_first() else None
-        evaluation = Evaluation(config, player, pool, eval_games)
-        if not first:
-            label = "warm start" if has_warm_start(config) else "before training"
-            with progress_bar(console) as bar:
-                row = {"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")}
-            if metrics:
-                metrics.write(row)
-        last_row = hosts.of_first("metrics", [{}, *read_metrics(folder / "metrics.jsonl")][-1])
-        loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row)
-        warn_if_over(folder, config.output.profile, first, console)
-        with progress_bar(console) as bar:
-            task = bar.add_task("training", total=config.iterations, completed=first, note="")
-            for iteration in range(first + 1, config.iterations + 1):
-                with profiled(folder, iteration == config.output.profile and hosts.is_first(), console):
-                    state, row = loop.iteration(state, iteration, jax.random.fold_in(key, iteration))
-                last = iteration == config.iterations
-                if iteration % config.output.eval_every == 0 or last:
-                    params = adapters.join(loop.frozen, state.params)
-                    episodes = "episodes_after.txt" if last else None
-                    row |= evaluation.run(params, bar, f"iteration {iteration}", episodes)
+        with contextlib.closing(Checkpoints(folder / CHECKPOINTS, keep=config.output.keep)) as checkpoints:
+            saves = Saves(config, checkpoints, stop)
+            first, state, progress = saves.newest(state, console) or (0, state, {})
+            evaluated = progress.get("evaluated", True)
+            keep_until = first - (not evaluated) if first else None
+            metrics = Metrics(folder / "metrics.jsonl", keep_until) if hosts.is_first() else None
+            trackers = Trackers(config, keep_until or 0, console)
+            if hosts.is_first():
+                drop_after(folder, first)
+
+            def record(row: dict) -> None:
                 if metrics:
-                    metrics.write({"iteration": iteration, **row})
-                bar.update(task, advance=1, note=note(row))
-                stopped = hosts.any_host(stop)
-                if iteration % config.output.save_every == 0 or last or stopped:
-                    checkpoints.save(iteration, state, {"iteration": iteration})
-                if stopped:
-                    break
-        checkpoints.close()
+                    metrics.write(row)
+                trackers.write(row)
+
+            newest_row = hosts.of_first("metrics", [{}, *read_metrics(folder / "metrics.jsonl")][-1])
+            last_row = progress.get("row") or newest_row
+            evaluation = Evaluation(config, player, pool, eval_games, watch, stop)
+            if not first:
+                label = "warm start" if has_warm_start(config) else "before training"
+                with progress_bar(console) as bar:
+                    record({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
+                trackers.episodes(folder / "episodes_before.txt", 0)
+            loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row, watch, stop)
+            warn_if_over(folder, config.output.profile, first, console)
+            iterations(loop, saves, record, evaluation, (first, state, last_row, evaluated), key, console)
         if loop.played:
-            steps = steps_of(loop.played, config.rollout.group_size)
+            steps = steps_of(join_texts(loop.played), config.rollout.group_size)
             if hosts.is_first():
                 write_steps(folder / "rollout.npz", steps)
 
     rows = read_metrics(folder / "metrics.jsonl")
     if hosts.is_first():
         learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
-    return bool(rows) and rows[-1]["iteration"] >= config.iterations
+    finished = bool(rows) and rows[-1]["iteration"] >= config.iterations
+    if rows:
+        trackers.curve(folder / "learning_curve.png", rows[-1]["iteration"])
+    if finished:
+        trackers.episodes(folder / "episodes_after.txt", rows[-1]["iteration"])
+    trackers.close()
+    return finished
+
+
+def page_at_the_end(folder: Path, console: Console) -> str:
+    """Write the run's page, and say where it is. Whatever goes wrong there, the run has ended well."""
+    try:
+        path, said = page_of_run(folder, console=console)
+    except Exception as error:
+        return f"The page could not be made ({type(error).__name__}: {error}); again: proxmo report {folder}"
+    return " ".join([*said, f"{path} shows its turns, each with what every estimator gives it: open it in a browser."])
+
+
+def iterations(
+    loop: Loop,
+    saves: Saves,
+    record: Callable[[dict], None],
+    evaluation: "Evaluation",
+    begin: tuple[int, TrainState, dict, bool],
+    key: jax.Array,
+    console: Console,
+) -> None:
+    """Train to the last iteration or to a signal, and save.
+
+    Args:
+        loop, saves, evaluation: of the run.
+        record: writes a row of metrics.
+        begin: the last iteration done, the state and the metrics row after it, and whether its evaluation is done, too
+            (False if a signal came before).
+        key: random key of the run.
+        console: where progress is shown.
+    """
+    config, folder = loop.config, loop.config.output.dir
+    done, state, row, evaluated = begin
+    score_name = "eval/score" if config.env.reward == "score" else "eval/success_rate"
+
+    def is_evaluated(iteration: int) -> bool:
+        return iteration % config.output.eval_every == 0 or iteration == config.iterations
+
+    with progress_bar(console) as bar, contextlib.suppress(Stopped):
+        task = bar.add_task("training", total=config.iterations, completed=done - (not evaluated), note="")
+        while done < config.iterations or not evaluated:
+            if evaluated:
+                with profiled(folder, done + 1 == config.output.profile and hosts.is_first(), console):
+                    state, row = loop.iteration(state, done + 1, jax.random.fold_in(key, done + 1))
+                done, evaluated = done + 1, False
+                row = {"iteration": done, **row, "time/save": saves.stall}
+                saves.stall = 0.0
+                saves.note(done, state, {"row": row, "evaluated": False})
+                if loop.played and is_kept(
+                    config.output.keep_rollouts, done, done == config.iterations or saves.stopping
+                ):
+                    keep(folder, done, loop.played, loop.player, config.rollout.group_size)
+            last = done == config.iterations
+            best = False
+            if is_evaluated(done):
+                params = adapters.join(loop.frozen, state.params)
+                row = row | evaluation.run(params, bar, f"iteration {done}", "episodes_after.txt" if last else None)
+                best = saves.checkpoints.note_score(done, row[score_name])
+            evaluated = True
+            record(row)
+            saves.note(done, state, {"row": row, "evaluated": True})
+            bar.update(task, completed=done, note=note(row))
+            if saves.due() or best or done % config.output.save_every == 0 or last:
+                saves.save(done, state, {"row": row, "evaluated": True})
+            if saves.stopping:
+                return
+    if done:  # stopped between two turns, of the next iteration or of this one's evaluation
+        saves.save(done, state, {"row": row, "evaluated": evaluated})
 
 
 def announce(config: Config, title: str, training: int, held_out: int, console: Console) -> None:
@@ -211,23 +299,34 @@ class Evaluation:
     player: Player
     pool: Pool
     games: list[Game]
+    watch: Callable[[str], None] = lambda part: None
+    stop: StopOnSignal = field(default_factory=StopOnSignal)
 
     def __post_init__(self) -> None:
         self.environment = environment(self.config)
 
     def run(self, params, bar: Progress, label: str, episodes: str | None = None) -> dict:
+        """Play the held-out games; their row of metrics. Raises Stopped between two turns."""
         began = time.time()
         key, own = jax.random.key(self.config.seed + 1), hosts.share(len(self.games))
         games = self.games[own]
         task = bar.add_task("held-out games", total=len(games), note="")
-        with hosts.together(label):
+
+        def on_turn(turn: int, active: int) -> None:
+            bar.update(task, completed=len(games) - active, note=f"turn {turn + 1}")
+            self.watch(f"evaluation, turn {turn + 1}")
+            self.stop.check()
+
+        rollout: Rollout | None = None
+        with hosts.together(label), contextlib.suppress(Stopped):
             rollout = collect(
                 self.player, params, self.pool, games, key, temperature=self.config.output.eval_temperature,
-                on_turn=lambda turn, active: bar.update(task, completed=len(games) - active, note=f"turn {turn + 1}"),
-                first=own.start,
+                on_turn=on_turn, first=own.start,
             )  # fmt: skip
-        rollout = join_episodes(rollout)
         bar.remove_task(task)
+        if self.stop or rollout is None:  # all hosts ask here
+            raise Stopped
+        rollout = join_episodes(rollout)
         wins, count = int(rollout.won.sum()), int(rollout.finished.sum())
         row = {
             "eval/success_rate": wins / count,

@@ -271,19 +271,26 @@ def similar_anchors(texts: Sequence[str], group: Any, threshold: float = SIMILAR
     if len(texts) != len(owners):
         raise UserError(f"texts: got {len(texts)} rows, need {len(owners)}, one per step")
     anchor = np.empty(len(texts), np.int32)
-    clusters: dict[int, list[tuple[str, int]]] = {}
+    known: dict[tuple[int, str], int] = {}  # an equal text has joined the same cluster
+    clusters: dict[int, list[tuple[difflib.SequenceMatcher, int]]] = {}
     founded = 0
     for i, (text, owner) in enumerate(zip(texts, owners.tolist(), strict=True)):
-        mine = clusters.setdefault(owner, [])
-        for representative, cluster in mine:
-            if difflib.SequenceMatcher(None, text, representative).ratio() >= threshold:
-                anchor[i] = cluster
-                break
-        else:
-            anchor[i] = founded
-            mine.append((text, founded))
-            founded += 1
+        if (owner, text) not in known:
+            mine = clusters.setdefault(owner, [])
+            joined = next((cluster for first, cluster in mine if _similar(first, text, threshold)), founded)
+            if joined == founded:
+                mine.append((difflib.SequenceMatcher(None, "", text), founded))
+                founded += 1
+            known[owner, text] = joined
+        anchor[i] = known[owner, text]
     return anchor
+
+
+def _similar(first: difflib.SequenceMatcher, text: str, threshold: float) -> bool:
+    """Whether the ratio of a text with a cluster's first is at least the threshold; its upper bounds are cheap."""
+    first.set_seq1(text)
+    bounds = first.real_quick_ratio, first.quick_ratio, first.ratio
+    return all(bound() >= threshold for bound in bounds)
 
 
 class Packing:

@@ -135,11 +135,11 @@ def _for_settings(steps: Mapping[str, Any], settings: Settings) -> dict[str, Any
     if settings.entropy:
         if "entropy" not in steps:
             raise UserError("entropy is missing; settings with entropy (empg) need that of each response or token")
-        found["entropy"] = _entropy(steps["entropy"], steps.get("response_mask"))
+        found["entropy"] = mean_entropy(steps["entropy"], steps.get("response_mask"))
     return found
 
 
-def _entropy(entropy: Any, response_mask: Any) -> np.ndarray:
+def mean_entropy(entropy: Any, response_mask: Any) -> np.ndarray:
     """Mean entropy of each response, [N], from such means or from tokens [N, L]; 0 for a response without tokens."""
     values = column(entropy)
     tokens = values.ndim == 2 if isinstance(values, np.ndarray) else any(isinstance(v, (list, tuple)) for v in values)
@@ -275,13 +275,14 @@ def _read_lines(path: Path) -> dict[str, list]:
     return steps
 
 
-def write_steps(path: Path, values: Mapping[str, Any]) -> None:
+def write_steps(path: Path, values: Mapping[str, Any], *, compressed: bool = False) -> None:
     """Write arrays or lists with one row for each step to an `.npz` or `.jsonl` file. The file is written atomically.
 
     Args:
         path: the target. An `.npz` pads rows of different lengths with zeros, and stores strings as UTF-8 JSON in an
             array `NAME.json`, since an array of strings is as wide as its longest.
         values: N numbers, strings or arrays [L] by name.
+        compressed: compress an `.npz`.
 
     Raises:
         UserError: for another ending of the name.
@@ -292,7 +293,8 @@ def write_steps(path: Path, values: Mapping[str, Any]) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             if path.suffix == ".npz":
-                np.savez(file, **dict(_stored(name, rows) for name, rows in values.items()))  # type: ignore[arg-type]
+                save = np.savez_compressed if compressed else np.savez
+                save(file, **dict(_stored(name, rows) for name, rows in values.items()))  # type: ignore[arg-type]
             else:
                 for i in range(len(next(iter(values.values())))):
                     row = {name: _plain(rows[i]) for name, rows in values.items()}

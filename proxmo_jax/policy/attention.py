@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.policy.sharding import RULES
 
 BLOCK = 128  # lengths must be a multiple
@@ -40,6 +41,11 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return here(query, key, value, segments)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if len(query) % devices:
+        raise UserError(
+            f"splash attention: has {len(query)} rows, need a multiple of the {devices} devices of data x fsdp"
+        )
     heads, tokens = PartitionSpec(RULES["batch"], None, RULES["heads"], None), PartitionSpec(RULES["batch"], None)
     specs = (heads, heads, heads, tokens)
     return jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, segments)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -220,6 +220,12 @@ def dense_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: ja
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
+def read_lengths(size: int) -> tuple[int, list[int]]:
+    """The static lengths to which a KV cache of so many places is read, and the step between them."""
+    step = max(READ_STEP, -(-size // READ_LENGTHS // READ_STEP) * READ_STEP)
+    return step, [*range(step, size, step), size]
+
+
 def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, at: jax.Array) -> jax.Array:
     """Attention of one new token of each row to its places of the KV cache; the softmax is in float32.
 
@@ -240,21 +246,33 @@ def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: ja
     rows = query.reshape(batch, kv_heads, -1, head_dim)
     last = jnp.broadcast_to(at, batch)
 
-    def read(length: int) -> jax.Array:
-        keys = jax.lax.dynamic_slice_in_dim(cache.keys, layer, 1)[0, ..., :length]
-        values = jax.lax.dynamic_slice_in_dim(cache.values, layer, 1)[0, :, :, :length]
+    def of_layer(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, layer, 1)[0]
+
+    def read(length: int, keys: jax.Array, values: jax.Array) -> jax.Array:
+        keys, values = keys[..., :length], values[:, :, :length]
         places = jnp.arange(length)
         seen = (places >= start[:, None]) & (places <= last[:, None])
         logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
         weight = jax.nn.softmax(jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min))
         return jnp.matmul(weight.astype(values.dtype), values).reshape(batch, 1, heads, head_dim)
 
-    step = max(READ_STEP, -(-size // READ_LENGTHS // READ_STEP) * READ_STEP)
-    lengths = [*range(step, size, step), size]
+    step, lengths = read_lengths(size)
     if len(lengths) == 1:
-        return read(size)
+        return read(size, of_layer(cache.keys), of_layer(cache.values))
     # Rows that have stopped may be past the end.
-    return jax.lax.switch(jnp.minimum(last.max() // step, len(lengths) - 1), [partial(read, n) for n in lengths])
+    branch = jnp.minimum(last.max() // step, len(lengths) - 1)
+
+    def sliced_before(keys, values):
+        return jax.lax.switch(branch, [partial(read, n) for n in lengths], of_layer(keys), of_layer(values))
+
+    def sliced_within(keys, values):
+        reads = [lambda keys, values, n=n: read(n, of_layer(keys), of_layer(values)) for n in lengths]
+        return jax.lax.switch(branch, reads, keys, values)
+
+    # A branch of a program for a TPU changes the layout of all that it is given, here of the cache of all layers; on a
+    # CPU a slice outside of it is a copy of the whole length.
+    return jax.lax.platform_dependent(cache.keys, cache.values, tpu=sliced_before, default=sliced_within)
 
 
 class Kernel(nn.Module):
@@ -426,8 +444,9 @@ LOGICAL_AXES = {
 }
 
 
+@cache
 def parameter_shapes(config: PolicyConfig):
-    """Shapes and dtypes of the parameters as a tree, without allocation."""
+    """Shapes and dtypes of the parameters as a tree, without allocation; not to be changed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

@@ -217,6 +217,24 @@ def parameter_shardings(mesh: Mesh, config: PolicyConfig, *, gathered: bool = Fa
     return tree
 
 
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+    """Sharding of each array of the optimiser state: as its parameter, or replicated.
+
+    Args:
+        optimizer: the optimiser.
+        params: trainable parameters, or their shapes.
+        shardings: their shardings, a tree.
+
+    Returns:
+        A tree of NamedSharding.
+    """
+    whole = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    shapes = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, shapes, shardings, transform_non_params=lambda _: whole
+    )
+
+
 def place_optimizer(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
     """Initialise the optimiser state, each array sharded as its parameter.
 
@@ -228,9 +246,5 @@ def place_optimizer(optimizer: optax.GradientTransformation, params: Any, shardi
     Returns:
         The state on the mesh.
     """
-    whole = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    shapes = jax.eval_shape(optimizer.init, params)
-    placed = optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, shapes, shardings, transform_non_params=lambda _: whole
-    )
+    placed = optimizer_shardings(optimizer, params, shardings)
     return jax.jit(optimizer.init, out_shardings=placed)(params)

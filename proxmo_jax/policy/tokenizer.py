@@ -1,5 +1,6 @@
 """Tokenizers: a word-level one for small policies, stored as a Hugging Face folder, and those of language models."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,16 @@ def build_word_tokenizer(texts: Iterable[str], folder: Path) -> PreTrainedTokeni
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write a Hugging Face tokenizer to a folder of any name."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with plain_path(folder) as plain:
+    """Write a Hugging Face tokenizer to a folder of any name; its `tokenizer.json` is there when all of it is."""
+    temporary = Path(folder).with_name(Path(folder).name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with plain_path(temporary) as plain:
         tokenizer.save_pretrained(plain)
+    Path(folder).mkdir(exist_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "tokenizer.json"):
+        path.replace(Path(folder) / path.name)
+    temporary.rmdir()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -1,37 +1,75 @@
-"""Checkpoints of a run with Orbax: parameters, optimiser state and progress."""
+"""Checkpoints of a run with Orbax: parameters, optimiser state and progress.
+
+Saves are asynchronous: the arrays are copied to the host, and written while training goes on. A folder gets its final
+name when all is written, so that a process killed at any moment leaves whole checkpoints alone, and what is not whole
+is removed by the next run that writes there.
+"""
 
 import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import LINK, linked, plain_path
 
 STATE, PROGRESS = "state", "progress"
+SCORES = "scores.json"  # of the evaluations, by iteration, beside the checkpoints
+ASIDE = ".unreadable"  # suffix of a checkpoint that a resumed run could not use
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 _STATUS = re.compile(r"[A-Z_]+: ")  # prefix of TensorStore's errors: NOT_FOUND, RESOURCE_EXHAUSTED, ...
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest two are kept. Saves are atomic."""
+    """The checkpoints of one run folder: the newest ones, and the one that was best in evaluation.
 
-    def __init__(self, folder: Path):
-        self._folder = Path(folder)
+    Several processes make the same calls in the same order, as Orbax requires.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, writes: bool = True):
+        """Open the folder.
+
+        Args:
+            folder: of the checkpoints; made if it does not exist.
+            keep: newest checkpoints that are kept.
+            writes: whether saves are to come; what an interrupted save left is removed then.
+        """
+        self._folder, self._keep, self._writes = Path(folder), keep, writes
         self._folder.mkdir(parents=True, exist_ok=True)
         self._holder = linked(self._folder)
         self._plain = Path(self._holder.name) / LINK
-        self._manager = ocp.CheckpointManager(
-            self._plain, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._lock = threading.RLock()  # a rescue at the end of a grace period comes from another thread
+        self._unverified: tuple[int, Any] | None = None  # a save that may still go on, and its shapes
+        self._scores = self._read_scores()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, create=True, cleanup_tmp_directories=writes, lightweight_initialize=True
         )
+        self._quiet = contextlib.ExitStack()  # a failing save logs from its own thread
+        self._quiet.enter_context(_unlogged())
+        with _writing(self._folder):
+            self._manager = ocp.CheckpointManager(self._plain, options=options)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which checkpoints stay, in order of their iterations."""
+        steps = [info.step for info in checkpoints]
+        kept = {*steps[-self._keep :], self._best(steps)}
+        return [step in kept for step in steps]
 
     def save(self, iteration: int, state: Any, progress: dict) -> None:
-        """Save the run after an iteration; nothing happens if there is a checkpoint of it.
+        """Begin to save the run after an iteration; nothing happens if there is a checkpoint of it.
+
+        Returns when the arrays are on the host, so that `state` may be donated.
 
         Args:
             iteration: number of the iteration.
@@ -39,19 +77,84 @@ class Checkpoints:
             progress: plain JSON.
 
         Raises:
-            UserError: if it cannot be written or read back; no checkpoint of this iteration is left.
+            UserError: if this or an earlier checkpoint cannot be written or read back; none of that iteration is left.
         """
-        if iteration in self._manager.all_steps():
-            return
-        arguments = {STATE: ocp.args.StandardSave(state), PROGRESS: ocp.args.JsonSave(progress)}
-        with _writing(self._folder):
-            self._manager.save(iteration, args=ocp.args.Composite(**arguments))
-            self._manager.wait_until_finished()
+        with self._lock:
+            self.wait()
+            if iteration in self._manager.all_steps():
+                return
+            progress = {**progress, "checksums": checksums(state)}
+            arguments = {STATE: ocp.args.StandardSave(state), PROGRESS: ocp.args.JsonSave(progress)}
+            self._unverified = iteration, jax.eval_shape(lambda x: x, state)
+            with self._given_up_if_it_fails():
+                self._manager.save(iteration, args=ocp.args.Composite(**arguments))
+
+    def poll(self) -> None:
+        """Raise UserError if the last save has failed meanwhile; does not wait for it.
+
+        Several processes, which do not end it at the same moment, hear of it at the next save.
+        """
+        if self._unverified and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of a save. Raises UserError if it failed; no checkpoint of its iteration is left then."""
+        with self._lock:
+            if not self._unverified:
+                return
+            iteration, like = self._unverified
+            with self._given_up_if_it_fails():
+                self._manager.wait_until_finished()
+            self._unverified = None
+            try:
+                _verify(self._plain / str(iteration) / STATE, like, self._folder / str(iteration))
+            except UserError:
+                self._manager.delete(iteration)
+                raise
+
+    @contextlib.contextmanager
+    def _given_up_if_it_fails(self) -> Iterator[None]:
+        """Remove what a failed save has written: on a full disk nothing else could be."""
         try:
-            _verify(self._plain / str(iteration) / STATE, state, self._folder / str(iteration))
+            with _writing(self._folder):
+                yield
         except UserError:
-            self._manager.delete(iteration)
+            self._unverified = None
+            for path in self._folder.glob(UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
             raise
+
+    def note_score(self, iteration: int, score: float) -> bool:
+        """Record the evaluation of an iteration, before its checkpoint is saved: the best one's stays.
+
+        Args:
+            iteration: its number.
+            score: more is better.
+
+        Returns:
+            Whether no saved checkpoint has one as good.
+        """
+        known = {step: self._scores[step] for step in self.steps() if step in self._scores and step != iteration}
+        self._scores = {**known, iteration: score}
+        if jax.process_index() == 0:
+            temporary = self._folder / (SCORES + ".tmp")
+            temporary.write_text(json.dumps(self._scores), encoding="utf-8")
+            temporary.replace(self._folder / SCORES)
+        return score > max(known.values(), default=-float("inf"))
+
+    def _read_scores(self) -> dict[int, float]:
+        try:
+            found = json.loads((self._folder / SCORES).read_text(encoding="utf-8"))
+            return {int(iteration): float(score) for iteration, score in found.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def best(self) -> int | None:
+        """The saved iteration with the best evaluation, the newest of equals; None if none was evaluated."""
+        return self._best(self.steps())
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        return max((step for step in steps if step in self._scores), key=lambda i: (self._scores[i], i), default=None)
 
     def latest(self) -> int | None:
         """The newest saved iteration, or None."""
@@ -62,7 +165,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
-        """Restore a checkpoint.
+        """Restore a checkpoint, onto whatever devices there are now.
 
         Args:
             like: pytree with the structure, shapes and shardings of the state.
@@ -72,19 +175,105 @@ class Checkpoints:
             (state, progress).
 
         Raises:
-            UserError: if there is no such state.
+            UserError: if there is no such state, or it is not what was saved.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = {STATE: ocp.args.StandardRestore(target), PROGRESS: ocp.args.JsonRestore()}
         iteration = iteration or self.latest()
-        with _reading(self._folder / str(iteration)):
+        named = self._folder / str(iteration)
+        with _reading(named):
             restored = self._manager.restore(iteration, args=ocp.args.Composite(**arguments))
-        return restored[STATE], restored[PROGRESS]
+        state, progress = restored[STATE], restored[PROGRESS]
+        saved = progress.pop("checksums", None)  # checkpoints of version 0.1 have none
+        if saved is not None and saved != checksums(state):
+            raise UserError(f"{named}: is damaged (its arrays do not have the checksums that were saved with them)")
+        return state, progress
+
+    def restore_newest(
+        self, like: Any, say: Callable[[str], None], refuse: Callable[[dict], str] = lambda progress: ""
+    ) -> tuple[int, Any, dict] | None:
+        """Restore the newest checkpoint that can be used. Newer ones that cannot are renamed, if `writes`.
+
+        Args:
+            like: as in `restore`.
+            say: receives a sentence about each that cannot be used.
+            refuse: why a checkpoint with this progress is not of this run, "" if it is.
+
+        Returns:
+            (iteration, state, progress), or None if there is no checkpoint.
+
+        Raises:
+            UserError: if there are checkpoints, but none can be used.
+        """
+        reasons: dict[int, str] = {}
+        for iteration in reversed(self.steps()):
+            try:
+                state, progress = self.restore(like, iteration)
+                reason = refuse(progress)
+                if reason:
+                    raise UserError(f"{self._folder / str(iteration)}: is of another run ({reason})")
+            except UserError as error:
+                reasons[iteration] = str(error)
+                continue
+            for bad, reason in reasons.items():
+                say(f"{reason}; skipped, {iteration} is used")
+                self._set_aside(bad)
+            return iteration, state, progress
+        if reasons:
+            others = f", nor can the {len(reasons) - 1} older ones be used" if len(reasons) > 1 else ""
+            raise UserError(f"{next(iter(reasons.values()))}{others}; need one that can, or the folder removed")
+        return None
+
+    def _set_aside(self, iteration: int) -> None:
+        """Rename a checkpoint, so that another one of its iteration can be written."""
+        if not self._writes:
+            return
+        if jax.process_index() == 0:
+            target = self._folder / f"{iteration}{ASIDE}"
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(iteration)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {iteration} set aside")
+        self._manager.reload()
 
     def close(self) -> None:
-        """Release Orbax's resources."""
-        self._manager.close()
-        self._holder.cleanup()
+        """Wait for the end of a save and release Orbax's resources. Raises UserError if the save failed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it raises what `wait` has raised
+                self._manager.close()
+            self._quiet.close()
+            self._holder.cleanup()
+
+
+def checksums(state: Any) -> list[int]:
+    """A checksum of each array, the same on every mesh: sums of its bits, weighted by position, modulo 2**32.
+
+    Args:
+        state: pytree of arrays.
+
+    Returns:
+        One number for each leaf.
+    """
+    found = _checksums(state)
+    if not found.is_fully_addressable:
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return [int(x) for x in np.asarray(found)]
+
+
+@jax.jit
+def _checksums(state: Any) -> jax.Array:
+    def of(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        weight, stride = jnp.ones(x.shape, jnp.uint32), 2  # odd weights: no bit is lost
+        for axis in reversed(range(x.ndim)):
+            weight += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % (1 << 32))
+            stride *= x.shape[axis]
+        return (bits * weight).sum(dtype=jnp.uint32)
+
+    return jnp.stack([of(x) for x in jax.tree.leaves(state)])
 
 
 def save_params(folder: Path, params: Any, config: dict) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.batch import batch_advantages
 from proxmo_jax.estimator.states import at_next
 from proxmo_jax.estimator.types import Advantages, Batch, Settings
@@ -157,7 +158,8 @@ def policy_step(
         micro_batches: number of micro-batches; divides B.
 
     Returns:
-        The new state, the loss and its diagnostics.
+        The new state, the loss and its diagnostics. If the loss or the gradient is not finite, the state is as it was,
+        and the loss is NaN.
     """
 
     def loss(params, micro_batch: Rows, weight, total):
@@ -171,7 +173,8 @@ def policy_step(
 
     weight = token_weights(rows.mask, rows.turn_tokens, settings.aggregation, settings.longest_response)
     gradient, terms = _gradient(loss, state.params, rows, weight, micro_batches)
-    return _apply(state, gradient, optimizer, rate), terms
+    finite = _finite(terms.loss, gradient)
+    return _apply(state, gradient, optimizer, rate, finite), terms._replace(loss=jnp.where(finite, terms.loss, jnp.nan))
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "micro_batches"), donate_argnums=0)
@@ -195,7 +198,8 @@ def cloning_step(
         micro_batches: number of micro-batches; divides B.
 
     Returns:
-        The new state, and the loss float32 [].
+        The new state, and the loss float32 []. If the loss or the gradient is not finite, the state is as it was, and
+        the loss is NaN.
     """
 
     def loss(params, micro_batch: Rows, weight, _):
@@ -206,7 +210,8 @@ def cloning_step(
 
     weight = token_weights(rows.mask, rows.turn_tokens, "token_mean", 1)
     gradient, value = _gradient(loss, state.params, rows, weight, micro_batches)
-    return _apply(state, gradient, optimizer, 1.0), value
+    finite = _finite(value, gradient)
+    return _apply(state, gradient, optimizer, 1.0, finite), jnp.where(finite, value, jnp.nan)
 
 
 def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
@@ -229,15 +234,26 @@ def _gradient(loss, params, rows: Rows, weight: jax.Array, micro_batches: int):
 
 def _micro_batches(tree, count: int):
     """Arrays [B, ...] as [count, B / count, ...], interleaved: a sharded axis stays sharded in every micro-batch."""
+    rows = len(jax.tree.leaves(tree)[0])
+    if rows % count:
+        raise UserError(f"micro_batches: {rows} rows of a mini-batch cannot be cut into {count} equal parts")
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 
-def _apply(state: TrainState, gradient, optimizer: optax.GradientTransformation, rate) -> TrainState:
-    """The state after one optimiser step."""
+def _finite(loss: jax.Array, gradient) -> jax.Array:
+    """Whether the loss and every entry of the gradient are finite numbers (so is the norm, then): bool []."""
+    return jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(optax.tree.cast(gradient, "float32")))
+
+
+def _apply(
+    state: TrainState, gradient, optimizer: optax.GradientTransformation, rate, finite: jax.Array
+) -> TrainState:  # fmt: skip
+    """The state after one optimiser step; unchanged if the step is not `finite`."""
     gradient = optax.tree.cast(gradient, "float32")
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     updates = jax.tree.map(lambda x: rate * x, updates)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state)
+    stepped = TrainState(optax.apply_updates(state.params, updates), opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
 
 
 @partial(jax.jit, static_argnames="texts")

@@ -24,7 +24,7 @@ RUN = (
     "--rollout.prompt history --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"
     " --rollout.max-turns 2 --rollout.max-prompt-length 1500 --rollout.max-response-length 12"
     " --optimizer.row-length 1536 --optimizer.rows-per-batch 2 --optimizer.micro-batch-tokens 3072"
-    " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1"
+    " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1 --output.no-page"
     " --rollout.stop </action> --rollout.top-k 50"
 ).split()
 FULL = "--model.dtype bfloat16 --model.remat full --optimizer.moments-dtype bfloat16".split()
@@ -54,7 +54,7 @@ def test_a_language_model_is_trained_resumed_evaluated_and_exported(model, tmp_p
     done = proxmo("train", "--resume", "--out", str(out), "--iterations", "2")
     assert done.returncode == 0, done.stderr
     assert [row["iteration"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
-    done = proxmo("export", str(out), str(tmp_path / "policy"))
+    done = proxmo("export", str(out), str(tmp_path / "policy"), "--checkpoint", "best")  # of equals the newest
     assert done.returncode == 0, done.stderr
     assert "iteration 2" in done.stdout
     config = read_config(tmp_path / "policy")

@@ -15,7 +15,7 @@ from proxmo_jax import cli
 from proxmo_jax.agent import train
 from proxmo_jax.agent.loop import learning_rate_share
 from proxmo_jax.agent.player import batch_bucket
-from proxmo_jax.agent.run_files import RECIPES, default, flat, open_folder, resumed, stored_config
+from proxmo_jax.agent.run_files import RECIPES, default, flat, of_another_run, open_folder, resumed, stored_config
 from proxmo_jax.agent.settings import (
     Config,
     EnvSettings,
@@ -296,6 +296,12 @@ def test_a_resumed_run_names_what_it_does_not_take(resume, tmp_path):
     recipe.write_text("iterations = 40\nseed = 3\n")
     config, ignored = resume("--config", str(recipe))
     assert (config.iterations, config.seed, ignored) == (7, 0, ["--seed 3 (the run has 0)"])
+    config, ignored = resume("--mesh.fsdp", "2", "--output.keep", "5", "--env.workers", "3")  # where it runs is free
+    assert (config.mesh.fsdp, config.output.keep, config.env.workers, ignored) == (2, 5, 3, [])
+    elsewhere = {"settings": json.loads(json.dumps(flat(config), default=str))}
+    assert of_another_run(resume()[0], elsewhere) == of_another_run(config, {}) == ""
+    elsewhere["settings"]["loss.clip"] = 0.1
+    assert of_another_run(config, elsewhere) == "--loss.clip 0.1 instead of 0.2"
     assert resume("--env", "household")[1] == []
     assert resume("--env", "shop")[1] == ["--env.name shop (the run has household)"]  # its recipe is not asked for
 

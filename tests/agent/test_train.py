@@ -1,4 +1,4 @@
-"""The main job, small: trained, interrupted, resumed and refused, in processes of its own."""
+"""The main job, small: trained, evaluated and refused, in processes of its own; test_saves.py interrupts it."""
 
 import contextlib
 import io
@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,9 @@ from rich.table import Table
 from test_profile import traced
 
 from proxmo_jax import cli
+from proxmo_jax.agent import kept_rollouts
 from proxmo_jax.agent.loop import Loop, steps_of
+from proxmo_jax.agent.panel import read_panel
 from proxmo_jax.agent.report import (
     Metrics,
     ProgressLines,
@@ -36,6 +37,7 @@ from proxmo_jax.agent.report import (
     wilson,
 )
 from proxmo_jax.agent.rollout import Rollout
+from proxmo_jax.agent.train import page_at_the_end
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import dr_grpo
 from proxmo_jax.estimator.steps_file import read_steps, steps_advantages, write_steps
@@ -49,6 +51,7 @@ SMALL = (
     "--env.train-games 24 --env.eval-games 8 --rollout.num-groups 2 --rollout.group-size 4 --rollout.max-turns 4"
     " --warm-start.steps 6 --optimizer.rows-per-batch 8"
     " --model.hidden-size 32 --model.layers 1 --env.workers 1 --output.eval-every 2 --output.save-every 2"
+    " --output.no-page"
 ).split()
 
 
@@ -82,8 +85,9 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "small"
-    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL)
+    done = proxmo("train", "--out", str(out), "--iterations", "3", "--profile", "2", *SMALL, "--output.page")
     assert done.returncode == 0, done.stderr
+    assert f"{out}/page.html shows its turns" in done.stdout
     assert "--resume" in done.stdout
     assert f"perfetto.dev: {out}/profile/plugins" in done.stdout
     return out
@@ -102,9 +106,25 @@ def test_a_run_leaves_what_it_promises(run):
     assert traced(trace) >= {"rollout", "estimator", "update"}
     for name in ("learning_curve.png", "episodes_before.txt", "episodes_after.txt", "tokenizer/tokenizer.json"):
         assert (run / name).stat().st_size > 0
+    reported = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
+    for name in (b"critic/score/mean", b"timing_s/gen", b"episodes_before", b"episodes_after", b"learning_curve"):
+        assert name in reported
     assert (run / "episodes_before.txt").read_text(encoding="utf-8").count("===") == 3
     steps = read_steps(run / "rollout.npz")
     assert len(steps["texts"]) == len(steps_advantages(steps, dr_grpo())["advantage"]) >= 8
+    assert list(kept_rollouts.kept(run)) == [1, 3]
+    last = read_steps(kept_rollouts.kept(run)[3])
+    assert last["texts"] == steps["texts"]
+    for task, prompt, response, command in zip(*(last[n] for n in "task prompt response command".split()), strict=True):
+        assert task.split()[0] in prompt
+        assert prompt.startswith("task")
+        assert "".join(command.split()[-1:]) in response.lower()  # of a response without tags, the last characters
+    assert (run / "page.html").stat().st_size > 20_000
+
+
+def test_a_page_that_cannot_be_made_does_not_end_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "The page could not be made (UserError: " in page_at_the_end(tmp_path, terminal())
 
 
 @pytest.mark.slow
@@ -130,6 +150,50 @@ def test_evaluation_prints_the_papers_table(run, tmp_path):
     warm = proxmo("eval", str(run), "--checkpoint", "0", "--games", "3", "--batch", "2", "--splits", "valid_seen")
     assert "iteration 0" in plain(warm.stdout)
     assert list(json.loads((run / "eval.json").read_text(encoding="utf-8"))["splits"]) == ["valid_seen"]
+
+
+@pytest.mark.slow
+def test_a_panel_is_played_task_by_task(run, tmp_path):
+    """Every task once with each seed, the outcomes in the panel's order; compared with a result of the same panel."""
+    panel, first, second = (tmp_path / name for name in ("panel.json", "first.json", "second.json"))
+    options = "--games 2 --train-games 24 --turns 4 --seeds 0 1".split()
+    assert here("panel", "household", "--out", str(panel), *options).returncode == 0
+    done = proxmo("eval", str(run), "--panel", str(panel), "--out", str(first))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(first.read_text(encoding="utf-8"))
+    assert answer["panel"]["hash"] == json.loads(panel.read_text(encoding="utf-8"))["hash"]
+    names = [task["name"] for task in read_panel(panel).tasks]
+    assert [episode["name"] for episode in answer["episodes"]] == names
+    assert len(names) == 4
+    assert all(len(episode[name]) == 2 for episode in answer["episodes"] for name in ("won", "finished", "score"))
+    for split, cells in answer["splits"].items():
+        wins = sum(sum(episode["won"]) for episode in answer["episodes"] if episode["split"] == split)
+        assert (cells["All"]["wins"], cells["All"]["games"]) == (wins, 4)
+    for episode in answer["episodes"]:
+        episode["won"] = [True, True]
+    second.write_text(json.dumps(answer), encoding="utf-8")
+    compared = here("eval", str(second), "--against", str(first))
+    assert compared.returncode == 0, compared.stderr
+    assert f"on panel {answer['panel']['hash'][:12]}" in plain(compared.stdout)
+    refused = here("eval", str(run), "--panel", str(panel), "--against", str(first), "--greedy")
+    assert "is of temperature 0.4" in refused.stderr
+    assert (
+        "--panel: fixes --games; leave that out" in here("eval", str(run), "--panel", str(panel), "--games", "3").stderr
+    )
+
+
+@pytest.mark.slow
+def test_a_run_is_not_evaluated_on_what_it_was_trained_on(run, tmp_path):
+    trained = sorted((run / "games" / "train").glob("*/*"))
+    for split, folder in (("train", trained[0]), ("valid_seen", trained[1])):
+        shutil.copytree(folder, tmp_path / split / folder.parts[-2] / folder.parts[-1])
+    panel = tmp_path / "panel.json"
+    options = ["--data", str(tmp_path), "--splits", "valid_seen"]
+    written = here("panel", "alfworld", "--out", str(panel), *options)
+    assert written.returncode == 0, written.stderr
+    refused = here("eval", str(run), "--panel", str(panel), "--data", str(tmp_path))
+    assert refused.returncode == 2
+    assert "was trained on 1 of the panel's 1 tasks" in refused.stderr
 
 
 @pytest.mark.slow
@@ -179,32 +243,6 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(run):
     assert "holds another run" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
-    out = tmp_path / "run"
-    environment = ONE_DEVICE
-    command = [sys.executable, "-m", "proxmo_jax", "train", "--out", str(out), "--iterations", "400", *SMALL]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.time() + 240
-    while len(read_metrics(out / "metrics.jsonl")) < 4:
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    words = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 0
-    assert "--resume" in words
-    stopped = read_metrics(out / "metrics.jsonl")[-1]["iteration"]
-    assert stopped < 400
-
-    stored = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    (out / "config.json").write_text(json.dumps({**stored, "iterations": stopped + 2}))
-    resumed = proxmo("train", "--out", str(out), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    rows = read_metrics(out / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == list(range(stopped + 3))
 
 
 @pytest.mark.parametrize(
@@ -303,8 +341,9 @@ def test_a_checkpoint_that_cannot_be_read_back_is_none(tmp_path, monkeypatch):
         save_params(tmp_path / "warm_start", state, {})
     assert not (tmp_path / "warm_start" / "config.json").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {})
     with pytest.raises(UserError, match="what was written is not what was to be saved"):
-        checkpoints.save(1, state, {})
+        checkpoints.wait()
     assert checkpoints.steps() == []
     checkpoints.close()
 

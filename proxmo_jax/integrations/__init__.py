@@ -1,0 +1,1 @@
+"""Other trainers: their rollouts in, advantages of their turns out."""

@@ -100,7 +100,10 @@ def main(config: Config, console: Console | None = None) -> dict:
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
     with make_pool(stored) as pool:
-        results = {split: play(config, player, params, pool, games[split], split, console) for split in games}
+        results = {
+            split: play(config, player, params, pool, games[split], split, stored.output.eval_turns, console)
+            for split in games
+        }
     answer = {
         "run": str(config.run),
         "iteration": iteration,
@@ -178,9 +181,9 @@ def trained_params(config: Config, stored: TrainConfig, player: Player):
 
 
 def play(
-    config: Config, player: Player, params, pool: Pool, games: list[Game], split: str, console: Console
+    config: Config, player: Player, params, pool: Pool, games: list[Game], split: str, turns: int, console: Console
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(won bool, finished bool, score float32) of every game of a split, a batch at a time."""
+    """(won bool, finished bool, score float32) of every game of a split, a batch at a time; `turns` as in `collect`."""
     won, finished, score = np.zeros(len(games), bool), np.zeros(len(games), bool), np.zeros(len(games), np.float32)
     key = jax.random.key(config.seed)
     with progress_bar(console) as bar:
@@ -194,6 +197,7 @@ def play(
                 games[part],
                 jax.random.fold_in(key, start),
                 temperature=0.0 if config.greedy else config.temperature,
+                turns=turns,
             )
             won[part], finished[part], score[part] = rollout.won, rollout.finished, rollout.score
             bar.update(task, completed=min(start + config.batch, len(games)), note=f"{won.sum()} solved")

@@ -190,6 +190,7 @@ class Evaluation:
         task = bar.add_task("held-out games", total=len(self.games), note="")
         rollout = collect(
             self.player, params, self.pool, self.games, key, temperature=self.config.output.eval_temperature,
+            turns=self.config.output.eval_turns,
             on_turn=lambda turn, active: bar.update(task, completed=len(self.games) - active, note=f"turn {turn + 1}"),
         )  # fmt: skip
         bar.remove_task(task)

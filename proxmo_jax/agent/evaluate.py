@@ -184,7 +184,10 @@ def play_all(
     began = time.time()
     seeds = panel.seeds if panel else (config.seed,)
     with make_pool(stored) as pool:
-        results = {split: play(config, seeds, player, params, pool, games[split], split, console) for split in games}
+        results = {
+            split: play(config, seeds, player, params, pool, games[split], split, stored.output.eval_turns, console)
+            for split in games
+        }
     answer = {
         "run": str(config.run),
         "iteration": iteration,
@@ -297,9 +300,10 @@ def play(
     pool: Pool,
     games: list[Game],
     split: str,
+    turns: int,
     console: Console,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(won bool, finished bool, score float32) [seeds, games] of a split, a batch at a time."""
+    """(won bool, finished bool, score float32) [seeds, games] of a split, a batch at a time; turns: as in `collect`."""
     shape = len(seeds), len(games)
     won, finished, score = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, np.float32)
     with progress_bar(console) as bar:
@@ -313,6 +317,7 @@ def play(
                 games[part],
                 jax.random.fold_in(jax.random.key(seeds[s]), start),
                 temperature=0.0 if config.greedy else config.temperature,
+                turns=turns,
             )
             won[s, part], finished[s, part], score[s, part] = rollout.won, rollout.finished, rollout.score
             done = s * len(games) + min(start + config.batch, len(games))

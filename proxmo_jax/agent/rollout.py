@@ -78,6 +78,7 @@ def collect(
     key: jax.Array,
     *,
     temperature: float,
+    turns: int = 0,
     buffer: Buffer | None = None,
     reward_scale: float = 10.0,
     reward_score: bool = False,
@@ -99,6 +100,7 @@ def collect(
         games: one task per episode; the members of a group have the same one, group after group.
         key: random key of the responses.
         temperature: of sampling; 0 is greedy.
+        turns: the turn limit; 0: the player's, as it must be with a buffer.
         buffer: where every turn is written, donated; None: nowhere.
         reward_scale: factor of the rewards.
         reward_score: write the environment's own rewards; False: success.
@@ -115,8 +117,8 @@ def collect(
     Raises:
         WorkerError: if no episode could be played.
     """
-    limits, count = player.limits, len(games)
-    shape = (count, limits.turns)
+    count = len(games)
+    shape = (count, turns or player.limits.turns)
     rollout = Rollout(
         None, np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(count, bool),
         np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
@@ -175,7 +177,7 @@ class _Play:
 
     def to_the_end(self, key: jax.Array, drawn: int, on_turn: Callable[[int, int], None] | None) -> None:
         """Play all episodes that are not finished, with random numbers of their own for each number `drawn`."""
-        rollout, turns = self.rollout, self.player.limits.turns
+        rollout, turns = self.rollout, self.rollout.prompt_lengths.shape[1]
         for attempt in range(drawn * TRIES, (drawn + 1) * TRIES):
             self.start(np.flatnonzero(~rollout.finished))
             for turn in range(turns):

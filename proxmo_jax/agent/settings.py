@@ -379,6 +379,8 @@ class OutputSettings:
     """Iterations between evaluations on held-out games."""
     eval_temperature: float = 0.4
     """Sampling temperature of evaluations."""
+    eval_turns: int = 0
+    """Turns after which an episode of an evaluation ends; 0: as in training."""
     save_every: int = 10
     """Iterations between checkpoints."""
     save_minutes: float = 10.0
@@ -406,7 +408,7 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         at_least(1, "output", self, "eval_every", "save_every", "keep")
-        at_least(0, "output", self, "eval_temperature", "profile", "keep_rollouts")
+        at_least(0, "output", self, "eval_temperature", "eval_turns", "profile", "keep_rollouts")
         at_least(0, "output", self, "save_minutes", "grace_seconds", "watchdog_seconds")
 
 

@@ -321,7 +321,7 @@ class Evaluation:
         with hosts.together(label), contextlib.suppress(Stopped):
             rollout = collect(
                 self.player, params, self.pool, games, key, temperature=self.config.output.eval_temperature,
-                on_turn=on_turn, first=own.start,
+                on_turn=on_turn, turns=self.config.output.eval_turns, first=own.start,
             )  # fmt: skip
         bar.remove_task(task)
         if self.stop or rollout is None:  # all hosts ask here

@@ -23,6 +23,8 @@ RUN_BY = {
     "fetch-model": "tests/agent/test_fetch_model.py",
     "plan": "tests/plan/test_plan.py",
     "advantages": "tests/estimator/test_steps_file.py",
+    "steps trl": "tests/integrations/test_trainers.py",
+    "steps verl": "tests/integrations/test_trainers.py",
     "ablate estimator": "tests/ablation/test_grid.py",
     "ablate train": "tests/ablation/test_runner.py",
     "verify-env household": "tests/envs_bridge/test_verify.py",

@@ -249,7 +249,7 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(run):
     ("arguments", "message"),
     [
         (["fly"], "Unrecognized options: fly"),
-        (["train", "--env", "zoo"], "--env must be one of household, alfworld, shop, webshop; got 'zoo'"),
+        (["train", "--env", "zoo"], "or module:attribute of a Spec of your own; got 'zoo'"),
         (["train", "--env.level", "huge"], "invalid choice 'huge' for argument '--level/--env.level'"),
         (["train", "--rollout.group-size", "1"], "--rollout.group-size must be at least 2, got 1"),
         (["train", "--env.train-games", "0"], "--env.train-games must be at least 1, got 0"),

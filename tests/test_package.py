@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from test_train import SMALL
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,11 +61,7 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_installed_package_trains(installed):
-    done = installed(
-        "train", "--iterations", "1", "--out", "run", "--env.train-games", "8", "--env.eval-games", "8",
-        "--warm-start.steps", "2", "--rollout.num-groups", "8", "--rollout.max-turns", "3", "--model.layers", "1",
-        "--output.no-page",
-    )  # fmt: skip
+    done = installed("train", "--iterations", "1", "--out", "run", *SMALL)  # programs that test_train.py has compiled
     assert done.returncode == 0, done.stderr
     assert "Done in" in done.stdout
 

@@ -1,6 +1,8 @@
 """Mini-batches of packed rows from a rollout."""
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
@@ -8,17 +10,19 @@ from proxmo_jax.policy.sharding import split, split_by_host
 from proxmo_jax.training.rows import gather_rows, pack_turns
 
 
-def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Generator, skip: int = 0):
+def batches(
+    config: Config, mesh, rollout: Rollout, trained: np.ndarray, advantage, rng: np.random.Generator, skip: int = 0
+):
     """Shuffled mini-batches of packed rows from a rollout.
 
-    There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. With
-    `rollout.overlong="mask"` turns whose response was cut off are left out of all counts; if no turn is left there is
-    no mini-batch.
+    There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. Turns
+    that are not trained on are left out of all counts; if none is left there is no mini-batch.
 
     Args:
         config: the run's settings.
         mesh: devices over which the rows are split.
         rollout: what was played; its buffer is read.
+        trained: bool [E, T], the turns that are trained on (`trained_turns`).
         advantage: float32 [E, T].
         rng: for the order of the turns.
         skip: mini-batches left out at the beginning.
@@ -29,7 +33,7 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
     lengths = (rollout.prompt_lengths + rollout.response_lengths).reshape(-1)
     answers = rollout.response_lengths.reshape(-1)
     room = response_room(config)
-    order = rng.permutation(np.flatnonzero(trained_turns(config, rollout)))
+    order = rng.permutation(np.flatnonzero(trained))
     if len(order) == 0:
         return
     turns, offsets = pack_turns(lengths, answers, order, row_length=config.optimizer.row_length, row_answers=room)
@@ -46,10 +50,24 @@ def batches(config: Config, mesh, rollout: Rollout, advantage, rng: np.random.Ge
         yield split(mesh, rows) if by_host else rows
 
 
-def trained_turns(config: Config, rollout: Rollout) -> np.ndarray:
-    """Turns in the update: bool [E, T]."""
-    happened = rollout.prompt_lengths + rollout.response_lengths > 0
-    return happened & ~rollout.overlong if config.rollout.overlong == "mask" else happened
+def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array) -> np.ndarray:
+    """Turns in the update.
+
+    Args:
+        config: the run's settings; with `rollout.overlong="mask"` turns whose response was cut off are left out, with
+            `optimizer.skip_zero_advantages` those without an advantage.
+        rollout: of all hosts.
+        advantage: float32 [E, T].
+
+    Returns:
+        bool [E, T].
+    """
+    trained = rollout.prompt_lengths + rollout.response_lengths > 0
+    if config.rollout.overlong == "mask":
+        trained &= ~rollout.overlong
+    if config.optimizer.skip_zero_advantages:
+        trained &= process_allgather(advantage, tiled=True) != 0
+    return trained
 
 
 def response_room(config: Config) -> int:

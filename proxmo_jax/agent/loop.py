@@ -16,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
-from proxmo_jax.agent.batches import batches
+from proxmo_jax.agent.batches import batches, trained_turns
 from proxmo_jax.agent.dynamic_sampling import Draws
 from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes
 from proxmo_jax.agent.nonfinite import check_losses, check_rollout
@@ -121,10 +121,11 @@ class Loop:
         check_rollout(self.config.output.dir, iteration, rollout, advantage)
         times.append(time.time())
         with jax.profiler.TraceAnnotation("update"):
-            state, losses = self.update(state, params, rollout, advantage, iteration, rng)
+            trained = trained_turns(self.config, rollout, advantage)
+            state, losses = self.update(state, params, rollout, trained, advantage, iteration, rng)
         times.append(time.time())
         self.played = rollout
-        return state, self.report(rollout, draws, advantage, losses, times)
+        return state, self.report(rollout, draws, trained, advantage, losses, times)
 
     def collect(self, params: Any, chosen: np.ndarray, draws: Draws, key: jax.Array, iteration: int) -> Rollout:
         """Play the chosen tasks, and those drawn in their place, `group_size` times each, into the buffer.
@@ -189,6 +190,7 @@ class Loop:
         state: TrainState,
         params: Any,
         rollout: Rollout,
+        trained: np.ndarray,
         advantage: jax.Array,
         iteration: int,
         rng: np.random.Generator,
@@ -196,7 +198,7 @@ class Loop:
         """Policy updates on the rollout's packed rows; the new state, and the mean of what the loss reports."""
         config = self.config
         with_log_probs = [
-            self.with_log_probs(rows, params) for rows in batches(config, self.mesh, rollout, advantage, rng)
+            self.with_log_probs(rows, params) for rows in batches(config, self.mesh, rollout, trained, advantage, rng)
         ]
         rate = jnp.float32(learning_rate_share(config, iteration))
         parts: list[PolicyLoss] = []
@@ -238,8 +240,14 @@ class Loop:
                 self.solved[self.kinds[game]] += 0.1 * (wins / attempts - self.solved[self.kinds[game]])
 
     def report(
-        self, rollout: Rollout, draws: Draws, advantage: jax.Array, losses: dict, times: list[float]
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        rollout: Rollout,
+        draws: Draws,
+        trained: np.ndarray,
+        advantage: jax.Array,
+        losses: dict,
+        times: list[float],
+    ) -> dict[str, float]:
         """The iteration's row of metrics; `times` are the seconds at which its parts began and ended."""
         seconds = dict(zip(("rollout", "estimator", "update"), np.diff(times).tolist(), strict=True))
         batch = rollout_row(self.config, rollout)
@@ -251,7 +259,7 @@ class Loop:
             **losses,
             **{f"time/{name}": value for name, value in seconds.items()},
             "time/iteration": times[-1] - times[0],
-            **throughput_row(self.config, self.work, rollout, seconds),
+            **throughput_row(self.config, self.work, rollout, trained, seconds),
         }
 
     def with_log_probs(self, rows: Rows, params: Any) -> tuple[Rows, dict[str, jax.Array]]:

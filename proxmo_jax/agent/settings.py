@@ -232,6 +232,9 @@ class OptimizerSettings:
     """Passes over each rollout (PPO epochs)."""
     rows_per_batch: int = 32
     """Packed rows in a mini-batch."""
+    skip_zero_advantages: bool = False
+    """Leave turns whose advantage is exactly 0 out of the update, such as those of a group that won nothing. Without KL
+    and entropy terms they have no gradient, but they take time, and count in token means."""
     micro_batch_tokens: int = 640
     """Tokens a device computes at once, at least one row. Gradients are accumulated over the micro-batches of a
     mini-batch: the result is the same, memory and speed are not."""
@@ -496,6 +499,7 @@ def check(config: Config) -> None:
     check_estimator(config.estimator, config.env)
     check_devices(config, jax.device_count())
     check_hosts(config, jax.process_count())
+    check_skipped(config)
     check_from_run(config)
     if not config.model.path:
         check_small_policy(config)
@@ -519,6 +523,16 @@ def check_hosts(config: Config, count: int) -> None:
     groups, games = config.rollout.num_groups, config.env.eval_games
     need(groups % count == 0, f"--rollout.num-groups must be a multiple of the {count} hosts, got {groups}")
     need(games >= count, f"--env.eval-games must be at least the {count} hosts, got {games}")
+
+
+def check_skipped(config: Config) -> None:
+    """Refuse to leave out turns that have a gradient."""
+    terms = [f"--loss.{name}-coef {getattr(config.loss, name + '_coef'):g}" for name in ("kl", "entropy")
+             if getattr(config.loss, name + "_coef")]  # fmt: skip
+    need(
+        not (config.optimizer.skip_zero_advantages and terms),
+        f"--optimizer.skip-zero-advantages needs 0 instead of {' and '.join(terms)}, which train all turns",
+    )
 
 
 def warm_steps(config: Config) -> int:

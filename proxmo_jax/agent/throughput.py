@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from proxmo_jax.agent.batches import trained_turns
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
@@ -74,7 +73,9 @@ class Work:
         return 3 * self.forward(prompt, response) - frozen
 
 
-def throughput_row(config: Config, work: Work, rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:
+def throughput_row(
+    config: Config, work: Work, rollout: Rollout, trained: np.ndarray, seconds: dict[str, float]
+) -> dict[str, float]:
     """Metrics of an iteration.
 
     `perf/total_num_tokens` and `perf/throughput` are verl's: tokens that are trained on, and those per second and
@@ -85,13 +86,13 @@ def throughput_row(config: Config, work: Work, rollout: Rollout, seconds: dict[s
         config: the run's settings.
         work: of the policy.
         rollout: what was played.
+        trained: bool [E, T], the turns that were trained on.
         seconds: of the rollout, the estimator and the update, by these names.
 
     Returns:
         The metrics by name.
     """
     prompts, responses = (np.concatenate([turn[i] for turn in rollout.sampled]).astype(np.int64) for i in (0, 1))
-    trained = trained_turns(config, rollout)
     lengths = rollout.prompt_lengths[trained], rollout.response_lengths[trained]
     tokens = int(sum(x.sum(dtype=np.int64) for x in lengths))
     passes = (config.loss.kl_coef > 0) + (config.loss.old_log_probs == "trainer")  # for log-probs

@@ -166,7 +166,7 @@ def warm_start(
             rollout, until = (rollouts[0], turning_point) if step < turning_point else (rollouts[1], steps)
             zero = np.zeros(rollout.prompt_lengths.shape, np.float32)
             order, passed = rng.bit_generator.state, skip
-            for rows in batches(config, player.mesh, rollout, zero, rng, skip):
+            for rows in batches(config, player.mesh, rollout, rollout.prompt_lengths > 0, zero, rng, skip):
                 watch(f"warm start, step {step + 1}")
                 with jax.set_mesh(player.mesh):
                     state, loss = cloning_step(

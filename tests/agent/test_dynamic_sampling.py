@@ -14,7 +14,7 @@ from proxmo_jax.agent.dynamic_sampling import without_spread
 from proxmo_jax.agent.loop import Loop
 from proxmo_jax.agent.make_player import new_state, run_optimizer
 from proxmo_jax.agent.rollout import collect
-from proxmo_jax.agent.settings import RolloutSettings
+from proxmo_jax.agent.settings import RolloutSettings, check
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.decoder import init_params
 from proxmo_jax.policy.sharding import replicate
@@ -52,7 +52,7 @@ def test_replaced_groups_leave_nothing_behind(tmp_path):
 
     def redraw(rollout):
         asked.append(rollout.won.copy())
-        return {0: f"new{len(asked)}"} if len(asked) < 3 else {}
+        return {0: f"new{len(asked)}"} if len(asked) < 3 else None
 
     params = init_params(player.config, jax.random.key(0))
     buffer = replicate(player.mesh, Buffer.empty(GROUPS, MEMBERS, TURNS, prompt=64, response=2, words=16))
@@ -183,3 +183,31 @@ def test_fewer_games_than_groups_are_drawn_again(tmp_path):
 def test_a_negative_number_is_refused():
     with pytest.raises(UserError, match=r"--rollout.dynamic-sampling must be at least 0, got -1"):
         RolloutSettings(dynamic_sampling=-1)
+
+
+NO_TERMS = {
+    "loss__kl_coef": 0.0, "loss__entropy_coef": 0.0, "optimizer__weight_decay": 0.0, "estimator__invalid_penalty": 0.0,
+}  # fmt: skip
+
+
+def test_turns_without_an_advantage_can_be_left_out(tmp_path):
+    """Groups that won nothing have no gradient; without them the update counts the tokens of the others alone."""
+    (tmp_path / "all").mkdir()
+    lost, state = make(tmp_path / "all", 0, **NO_TERMS)
+    lost.pool.won = lambda slot: False
+    before = jax.device_get(state.params)
+    state, (row,) = go(lost, state, [1])
+    assert row["loss/steps"] > 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
+
+    loop, state = make(tmp_path, 0, **NO_TERMS, optimizer__skip_zero_advantages=True)
+    _, row = loop.iteration(state, 1, jax.random.key(1))
+    played = loop.played
+    some = played.won.reshape(-1, MEMBERS).any(1).repeat(MEMBERS)
+    assert 0 < some.sum() < len(some)
+    assert row["perf/total_num_tokens"] == (played.prompt_lengths + played.response_lengths)[some].sum()
+
+
+def test_turns_that_have_a_gradient_are_not_left_out():
+    with pytest.raises(UserError, match=r"needs 0 instead of --loss.kl-coef 0.01, which train all turns"):
+        check(config_with(**{**NO_TERMS, "loss__kl_coef": 0.01}, optimizer__skip_zero_advantages=True))

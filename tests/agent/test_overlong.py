@@ -9,7 +9,7 @@ from nested import config_with
 from scripted import ScriptedPool, say, small_player
 from test_dynamic_sampling import MEMBERS, go, make
 
-from proxmo_jax.agent.batches import batches
+from proxmo_jax.agent.batches import batches, trained_turns
 from proxmo_jax.agent.overlong import length_penalty, unended
 from proxmo_jax.agent.rollout import collect
 from proxmo_jax.errors import UserError
@@ -105,7 +105,8 @@ def test_masked_turns_are_not_in_the_rows_and_the_others_are_as_before(player):
         """Response tokens in the rows by turn."""
         found = {}
         config = config_of(rollout__overlong=overlong)
-        for rows in batches(config, player.mesh, rollout, number, np.random.default_rng(0)):
+        trained = trained_turns(config, rollout, number)
+        for rows in batches(config, player.mesh, rollout, trained, number, np.random.default_rng(0)):
             mask = np.asarray(rows.mask)
             for turn, token in zip(np.asarray(rows.advantage)[mask], np.asarray(rows.targets)[mask], strict=True):
                 found.setdefault(int(turn), []).append(int(token))

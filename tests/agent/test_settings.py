@@ -186,7 +186,9 @@ pool = ScriptedPool(lambda slot, attempt, turn: say(f"turn {turn}", done=slot < 
 with jax.set_mesh(mesh):
     played = collect(player, params, pool, ["x"] * 5, jax.random.key(1), temperature=1.0, buffer=buffer)
     assert played.finished.all()
-    shapes = {rows.tokens.shape for rows in batches(config, mesh, played, jnp.zeros((5, 3)), np.random.default_rng(0))}
+    turns, zero = played.prompt_lengths > 0, jnp.zeros((5, 3))
+    found = batches(config, mesh, played, turns, zero, np.random.default_rng(0))
+    shapes = {rows.tokens.shape for rows in found}
 assert shapes == {(count, config.optimizer.row_length)}
 """
 

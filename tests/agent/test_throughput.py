@@ -7,6 +7,7 @@ import pytest
 from nested import config_with
 from test_dynamic_sampling import make
 
+from proxmo_jax.agent.batches import trained_turns
 from proxmo_jax.agent.throughput import Work, throughput_row
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import Policy, PolicyConfig, init_params
@@ -91,15 +92,16 @@ def test_an_iteration_reports_its_tokens_and_rates(tmp_path):
     assert row["loss/sampler_mismatch"] < 0.01
 
     seconds = {"rollout": 2.0, "estimator": 1.0, "update": 4.0}
-    row = throughput_row(loop.config, loop.work, rollout, seconds)
     happened = rollout.prompt_lengths > 0
+    row = throughput_row(loop.config, loop.work, rollout, happened, seconds)
     lengths = rollout.prompt_lengths[happened], rollout.response_lengths[happened]
     forward = slow_forward(loop.player.config, *lengths)
     assert row["perf/update_flops_per_second"] == pytest.approx((2 * forward + 2 * 3 * forward) / 4.0)
     assert row["perf/throughput"] == pytest.approx(kept / 7.0 / jax.device_count())
     assert row["perf/update_tokens_per_second"] == pytest.approx(kept / 4.0)
     assert row["perf/rollout_response_tokens_per_second"] == pytest.approx(row["perf/response_tokens"] / 2.0)
-    masked = throughput_row(config_with(rollout__overlong="mask"), loop.work, rollout, seconds)
     cut = rollout.overlong
+    trained = trained_turns(config_with(rollout__overlong="mask"), rollout, jnp.zeros(cut.shape))
+    masked = throughput_row(loop.config, loop.work, rollout, trained, seconds)
     left_out = int((rollout.prompt_lengths + rollout.response_lengths)[cut].sum())
     assert masked["perf/total_num_tokens"] == kept - left_out

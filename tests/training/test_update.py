@@ -269,7 +269,7 @@ def test_rows_are_spread_evenly_over_the_steps(rows, size, steps):
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     advantage = jnp.arange(1.0, rows + 1)[:, None]
-    found = list(batches(config, mesh, played, advantage, np.random.default_rng(0)))
+    found = list(batches(config, mesh, played, prompts > 0, advantage, np.random.default_rng(0)))
     assert {part.tokens.shape for part in found} == {(size, 9)}
     assert [int((part.segments > 0).any(1).sum()) for part in found] == steps
     seen = np.concatenate([np.asarray(part.advantage)[np.asarray(part.mask)] for part in found])

@@ -1,18 +1,27 @@
 """Mini-batches of packed rows from a rollout."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.policy.sharding import split, split_by_host
-from proxmo_jax.training.rows import gather_rows, pack_turns
+from proxmo_jax.training.rows import Rows, gather_rows, pack_turns
 
 
 def batches(
-    config: Config, mesh, rollout: Rollout, trained: np.ndarray, advantage, rng: np.random.Generator, skip: int = 0
-):
+    config: Config,
+    mesh: Mesh,
+    rollout: Rollout,
+    trained: np.ndarray,
+    advantage: jax.Array | np.ndarray,
+    rng: np.random.Generator,
+    skip: int = 0,
+) -> Iterator[Rows]:
     """Shuffled mini-batches of packed rows from a rollout.
 
     There are as few as possible, equally full, and of one shape: empty rows, which change nothing, fill them up. Turns

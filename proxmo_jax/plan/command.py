@@ -28,7 +28,11 @@ from proxmo_jax.plan.search import candidates, with_mesh
 from proxmo_jax.plan.shapes import shape
 
 RECIPE = "alfworld_qwen2.5_1.5b"  # whose settings are taken if none is named
-before_jax_starts = prepare_compiler
+
+
+def before_jax_starts(_: object) -> None:
+    """Called by the command line with the command's settings."""
+    prepare_compiler()
 
 
 @dataclass(frozen=True)

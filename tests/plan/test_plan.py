@@ -226,7 +226,7 @@ def test_what_does_not_fit_names_the_knob():
 
 def test_without_the_compiler_a_sentence_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(command, "before_jax_starts", lambda: None)
+    monkeypatch.setattr(command, "before_jax_starts", lambda config: None)
     assert cli.main(["plan", "--model", "qwen2.5-0.5b", "--topology", "v5e:2x2"]) == 2
     assert "needs Google's TPU compiler, libtpu: pip install 'proxmo-jax[plan]'" in capsys.readouterr().err
 

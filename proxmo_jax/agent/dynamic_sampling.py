@@ -8,6 +8,7 @@ from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
+from proxmo_jax.agent.stop import Stopped
 
 
 def without_spread(outcome: np.ndarray, finished: np.ndarray, members: int) -> np.ndarray:
@@ -66,9 +67,16 @@ class Draws:
         Returns:
             New games by the number of the group on this host; None if no host has any, as after
             `rollout.dynamic_sampling` rounds.
+
+        Raises:
+            Stopped: where another host was stopped before its episodes had ended.
         """
         members = self.config.rollout.group_size
-        every = hosts.concatenate("episodes", won=rollout.won, finished=rollout.finished, score=rollout.score)
+        own = {"won": rollout.won, "finished": rollout.finished, "score": rollout.score}
+        found = hosts.exchange("episodes", own)
+        if any("stopped" in value for value in found):
+            raise Stopped
+        every = {name: np.concatenate([value[name] for value in found]) for name in own}
         won, finished = (
             x.reshape(-1, members).sum(1)[self.latest] for x in (every["won"] & every["finished"], every["finished"])
         )
@@ -84,8 +92,12 @@ class Draws:
             self.rounds, self.redrawn = self.rounds + 1, self.redrawn + len(self.latest)
         else:
             return None
-        own = hosts.share(len(self.chosen))
-        return {int(g) - own.start: self.games[self.chosen[g]] for g in self.latest if own.start <= g < own.stop}
+        part = hosts.share(len(self.chosen))
+        return {int(g) - part.start: self.games[self.chosen[g]] for g in self.latest if part.start <= g < part.stop}
+
+    def give_up(self) -> None:
+        """Tell the other hosts that this one stops: it answers what they ask at the end of their episodes."""
+        hosts.exchange("episodes", {"stopped": True})
 
     def row(self, batch: dict[str, float]) -> dict[str, float]:
         """Metrics: success of all episodes played, and with dynamic sampling of those that are trained on.

@@ -247,12 +247,6 @@ def _unpack(data: bytes) -> dict[str, Any]:
         return {**json.loads(found["json"].tobytes()), **arrays}
 
 
-def concatenate(what: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-    """Arrays of all hosts, concatenated along their first axis, which may differ between hosts."""
-    found = exchange(what, arrays)
-    return {name: np.concatenate([value[name] for value in found]) for name in arrays}
-
-
 def of_first(what: str, value: Any) -> Any:
     """Host 0's value, plain JSON."""
     return value if count() == 1 else exchange(what, {"value": value if is_first() else None})[0]["value"]

@@ -154,7 +154,11 @@ class Loop:
 
         def on_turn(turn: int, _: int) -> None:
             self.watch(f"iteration {iteration}, rollout, turn {turn + 1}")
-            self.stop.check()
+            try:
+                self.stop.check()
+            except Stopped:
+                draws.give_up()
+                raise
 
         penalty = partial(
             length_penalty, limit=config.rollout.max_response_length, buffer=config.rollout.overlong_buffer,

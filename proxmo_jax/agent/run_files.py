@@ -214,7 +214,8 @@ def of_another_run(config: Config, progress: dict) -> str:
     free = {*TAKEN_BY_RESUME, "output.dir", "iterations", "optimizer.decay_iterations", "resume", "config"}
     own = json.loads(json.dumps(flat(config), default=str))
     other = progress.get("settings", {})  # checkpoints of version 0.1 have none
-    differ = [name for name in own if name in other and name not in free and own[name] != other[name]]
+    compared = [name for name in own if name in other and name not in free and not name.startswith("hosts.")]
+    differ = [name for name in compared if own[name] != other[name]]
     return ", ".join(f"{option(name)} {other[name]} instead of {own[name]}" for name in differ)
 
 

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxmo_jax.agent import hosts
+from proxmo_jax.agent.dynamic_sampling import Draws
 from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes, join_texts
 from proxmo_jax.agent.rollout import Rollout
-from proxmo_jax.agent.settings import HostSettings
+from proxmo_jax.agent.settings import Config, HostSettings
+from proxmo_jax.agent.stop import Stopped
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.words import Vocabulary, bucket
@@ -163,6 +165,18 @@ def agree() -> list[str]:
     assert not hosts.any_host(False)
     assert hosts.of_first("a value", hosts.index()) == 0
     hosts.check_same({"seed": 0})
+    for stopping in (True, False):  # a host that stops answers those whose episodes have ended
+        draws = Draws(Config(), [], np.zeros(0, int), lambda *_: np.zeros(0, int), lambda *_: None)
+        if hosts.index() == 0 and stopping:
+            draws.give_up()
+            continue
+        nobody = np.zeros(0, bool)
+        rollout = Rollout(None, nobody, nobody, nobody, nobody, [], [], finished=nobody)
+        try:
+            assert draws(rollout) is None
+            assert not stopping
+        except Stopped:
+            assert stopping
     for refused in (lambda: hosts.check_same({"seed": hosts.index()}), lambda: lose_disk(first)):
         try:
             refused()

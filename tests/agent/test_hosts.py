@@ -3,9 +3,11 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import host_program
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 import yaml
 from nested import config_with
+from test_train import ONE_DEVICE, SMALL, proxmo
 
 from proxmo_jax import cli
 from proxmo_jax.agent import hosts
+from proxmo_jax.agent.report import read_metrics
 from proxmo_jax.agent.settings import HostSettings, check_hosts
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.sharding import by_host, join_hosts, local_mesh, make_mesh
@@ -62,6 +66,48 @@ def test_two_hosts_compute_what_one_does(tmp_path):
         if name not in ("numbers", "task"):
             np.testing.assert_array_equal(both[0][name], both[1][name], err_msg=name)
             np.testing.assert_allclose(both[0][name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_hosts_stops_on_both_and_goes_on_on_one(tmp_path):
+    """The whole command. SIGTERM reaches one host alone; what it was doing then is any part of an iteration."""
+    out, address, running = tmp_path / "run", f"127.0.0.1:{free_port()}", []
+    for index in range(2):
+        hosts_of = ["--hosts.coordinator", address, "--hosts.count", "2", "--hosts.index", str(index)]
+        command = [
+            sys.executable,
+            "-m",
+            "proxmo_jax",
+            "train",
+            "--out",
+            str(out),
+            "--iterations",
+            "4",
+            *SMALL,
+            *hosts_of,
+        ]
+        with (tmp_path / f"{index}.log").open("w", encoding="utf-8") as log:
+            running.append(
+                subprocess.Popen(
+                    [*command, "--output.save-every", "1"], env=ONE_DEVICE, cwd=ROOT, stdout=log, stderr=log
+                )
+            )
+    deadline = time.monotonic() + 240
+    while not (out / "checkpoints" / "1").exists() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in running), (tmp_path / "0.log").read_text(encoding="utf-8")
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    said = [
+        process.wait(timeout=100) or (tmp_path / f"{i}.log").read_text("utf-8") for i, process in enumerate(running)
+    ]
+    assert "Stopped and saved" in said[0], said
+    assert "Stopped" not in said[1]
+    rows = read_metrics(out / "metrics.jsonl")
+    resumed = proxmo("train", "--resume", "--out", str(out))
+    assert resumed.returncode == 0, resumed.stderr
+    every = read_metrics(out / "metrics.jsonl")
+    assert [row["iteration"] for row in every] == [0, 1, 2, 3, 4]
+    assert every[: len(rows)] == rows  # nothing was played again
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ MESHES = {
     "7b": {"v5e:4x4": "1,4,4", "v6e:4x4": "1,4,4", "v5p:4x4x4": "2,8,4", "v5e:16x16": "4,16,4"},
 }
 ROWS = {"alfworld": 64, "webshop": 24}
+MORE = {"v5e:16x16": ["--rollout.num-groups", "64"]}  # a group for each of its 64 hosts
 
 
 def wanted() -> dict[str, list[str]]:
@@ -36,6 +37,7 @@ def wanted() -> dict[str, list[str]]:
                 plans[f"{task}_{size}_{topology.replace(':', '_')}"] = [
                     *("--recipe", f"{task}_qwen2.5_{size}", "--topology", topology, "--mesh", mesh),
                     *("--optimizer.rows-per-batch", str(rows)),
+                    *MORE.get(topology, []),
                 ]
     first = ["webshop_7b_v5e_4x4", "webshop_7b_v5e_16x16", "alfworld_1.5b_v5e_4x4"]
     return {name: plans[name] for name in [*first, *plans]} | PEERS

@@ -1,5 +1,6 @@
 """A plan: the programs of a run compiled for a slice, and what an iteration of them takes."""
 
+import contextlib
 import math
 import re
 import time
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from proxmo_jax.agent.batches import response_room
-from proxmo_jax.agent.settings import Config, check_devices, micro_batches
+from proxmo_jax.agent.settings import Config, check_devices, check_hosts, micro_batches
 from proxmo_jax.agent.throughput import Work
 from proxmo_jax.plan.chips import GIB, Topology
 from proxmo_jax.plan.costs import Analysis, Cost
@@ -23,6 +24,7 @@ from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.sharding import make_mesh
 
 COMPILERS = 2  # programs that are compiled at the same time
+ON_MESH = {"log-probs", "update"}  # programs that training calls with the mesh set
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,13 @@ def make_plan(
     check_devices(config, len(devices))
     mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor, devices=devices)
     case = Case(config, policy, mesh)
+    check_hosts(config, case.hosts)
     held = {name: bytes_on_a_chip(tree) for name, tree in case.held.items()}
     wanted = {name: make() for name, make in programs(case).items() if not only or name in only}
     calls = calls_of(case, lengths)
 
     def run(program: Program) -> ProgramPlan:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh) if program.name in ON_MESH else contextlib.nullcontext():
             found = plan_program(program, case, where, held, lengths, calls[program.name])
         on_program(program.name)
         return found
@@ -353,7 +356,7 @@ def advice(plan: Plan, case: Case) -> list[str]:
         knobs.append("a larger --mesh.fsdp or --mesh.tensor")
         found.append(f"{_names(training)} does not fit: {', '.join(knobs)}")
     if sampling:
-        knobs, devices = [], case.mesh.shape["data"] * case.mesh.shape["fsdp"]
+        knobs, devices = [], case.local.shape["data"] * case.local.shape["fsdp"]
         half = case.slots // 2 // devices * devices
         if half:
             knobs.append(f"--rollout.max-num-seqs {half}")
@@ -361,9 +364,11 @@ def advice(plan: Plan, case: Case) -> list[str]:
             knobs.append("--rollout.gather-weights False (slower)")
         knobs.append("a larger --mesh.tensor")
         found.append(f"{_names(sampling)} does not fit: {', '.join(knobs)}")
-    if case.rows > case.episodes:
+    prompts = case.episodes // case.hosts
+    if case.rows > prompts:
+        of_host = " of a host" if case.hosts > 1 else ""
         found.append(
-            f"a turn has {case.episodes} prompts on {case.rows} rows: {1 - case.episodes / case.rows:.0%} of the"
+            f"a turn{of_host} has {prompts} prompts on {case.rows} rows: {1 - prompts / case.rows:.0%} of the"
             " sampler computes padding; a larger --mesh.tensor or --rollout.num-groups fills it"
         )
     return found

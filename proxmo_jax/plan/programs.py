@@ -18,9 +18,9 @@ from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes, read_lengths
-from proxmo_jax.policy.decoding import decoding_params, sample
+from proxmo_jax.policy.decoding import converted, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
-from proxmo_jax.policy.sharding import RULES, optimizer_shardings, parameter_shardings
+from proxmo_jax.policy.sharding import RULES, by_host, local_mesh, optimizer_shardings, parameter_shardings
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.rows import Rows, gather_rows
 from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
@@ -55,12 +55,27 @@ class Case:
     Attributes:
         config: the run's settings.
         policy: shape of the policy.
-        mesh: the slice's devices.
+        mesh: the slice's devices, of one host or several: each samples on its own ones, the same programs as the first.
     """
 
     config: Config
     policy: PolicyConfig
     mesh: Mesh
+
+    @property
+    def hosts(self) -> int:
+        """The hosts of the slice."""
+        return by_host(self.mesh).shape["host"]
+
+    @property
+    def local(self) -> Mesh:
+        """The devices on which a host samples."""
+        return local_mesh(self.mesh)
+
+    @property
+    def groups(self) -> int:
+        """Groups that a host plays."""
+        return self.config.rollout.num_groups // self.hosts
 
     @property
     def devices(self) -> int:
@@ -74,12 +89,12 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Prompts of a turn, batch padding included."""
-        return batch_bucket(self.episodes, self.mesh)
+        """Prompts of a turn of a host, batch padding included."""
+        return batch_bucket(self.groups * self.config.rollout.group_size, self.local)
 
     @property
     def slots(self) -> int:
-        """Responses that are decoded at the same time."""
+        """Responses that a host decodes at the same time."""
         slots = self.config.rollout.max_num_seqs
         return slots if 0 < slots < self.rows else self.rows
 
@@ -91,9 +106,9 @@ class Case:
 
     @property
     def texts(self) -> int | None:
-        """Prompts of the first turn, which the members of a group share; None: each is read by itself."""
-        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        size = devices * bucket(-(-self.config.rollout.num_groups // devices), 1)
+        """A host's prompts of the first turn, which the members of a group share; None: each is read by itself."""
+        devices = self.local.shape["data"] * self.local.shape["fsdp"]
+        size = devices * bucket(-(-self.groups // devices), 1)
         return None if 2 * size > self.rows else size
 
     @property
@@ -114,7 +129,7 @@ class Case:
             "trained parameters": learned,
             "optimiser": _like(state, placed),
             "reference": params,
-            "rollout buffer": self.whole(self.buffer),
+            "rollout buffer": self.joined(self.buffer),
         }
 
     @property
@@ -128,23 +143,29 @@ class Case:
             )
         )  # fmt: skip
 
-    def whole(self, tree: Any) -> Any:
-        """Shapes with their arrays on every device."""
-        return jax.tree.map(lambda x: _placed(x.shape, x.dtype, NamedSharding(self.mesh, PartitionSpec())), tree)
+    def joined(self, tree: Any) -> Any:
+        """Shapes with their arrays split by the host that makes them, as `sharding.join_hosts` does."""
+        if self.hosts == 1:
+            return whole(self.mesh, tree)
+        sharding = NamedSharding(by_host(self.mesh), PartitionSpec("host"))
+        return jax.tree.map(lambda x: _placed(x.shape, x.dtype, sharding), tree)
 
-    def split(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array that is split by rows."""
+    def with_buffer(self, tree: Any) -> Any:
+        """Shapes with their arrays on every device, for programs that read the rollout buffer."""
+        return whole(self.mesh if self.hosts == 1 else by_host(self.mesh), tree)
+
+    def rows_of(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array of the update, split by rows."""
         return _placed(shape, dtype, NamedSharding(self.mesh, PartitionSpec(RULES["batch"])))
 
-    @property
-    def number(self) -> jax.ShapeDtypeStruct:
-        """A float32 on every device."""
-        return _placed((), jnp.float32, NamedSharding(self.mesh, PartitionSpec()))
+    def prompts_of(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """An int32 array of a host's rollout, split by rows."""
+        return _placed(shape, jnp.int32, NamedSharding(self.local, PartitionSpec(RULES["batch"])))
 
     @property
     def cache_bytes(self) -> float:
         """Bytes of the KV cache on a device."""
-        rows, heads = self.mesh.shape["data"] * self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
+        rows, heads = self.local.shape["data"] * self.local.shape["fsdp"], self.local.shape["tensor"]
         places = self.width + self.config.rollout.max_response_length
         c = self.sampler
         of_row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * places * jnp.dtype(c.dtype).itemsize
@@ -153,8 +174,8 @@ class Case:
     @property
     def decoding_shapes(self) -> Any:
         """Parameters as the sampler reads them."""
-        gathered = self.config.rollout.gather_weights and self.mesh.shape["fsdp"] > 1
-        shardings = parameter_shardings(self.mesh, self.sampler, gathered=gathered)
+        gathered = self.config.rollout.gather_weights and self.local.shape["fsdp"] > 1
+        shardings = parameter_shardings(self.local, self.sampler, gathered=gathered)
         shapes = parameter_shapes(dataclasses.replace(self.sampler, param_dtype=self.sampler.dtype))
         return _like(shapes, shardings)
 
@@ -205,36 +226,37 @@ def programs(case: Case) -> dict[str, Callable[[], Program]]:
 
 def _merge(case: Case) -> Program:
     held = ("reference", "trained parameters")
-    return Program("merge adapters", adapters.merge, (case.held["reference"], case.number), {}, held)
+    return Program("merge adapters", adapters.merge, (case.held["reference"], number(case.mesh)), {}, held)
 
 
 def _gather(case: Case) -> Program:
     params = case.held["reference"]
     if case.policy.lora_rank:
         params, _ = adapters.split(params)
-    gather = case.config.rollout.gather_weights
-    function = jax.jit(decoding_params, static_argnames=("config", "mesh", "gather"))
+    # With several hosts the copy to each host's devices gathers over the same axes.
+    gather = case.config.rollout.gather_weights and case.mesh.shape["fsdp"] > 1
     options = {"config": case.sampler, "mesh": case.mesh, "gather": gather}
-    return Program("gather weights", function, (params,), options, ("trained parameters",))
+    return Program("gather weights", converted, (params,), options, ("trained parameters",))
 
 
 def _sample(case: Case, name: str, prompts: int, prompt_of: jax.ShapeDtypeStruct | None) -> Program:
     rollout, table = case.config.rollout, None
-    key = case.whole(jax.eval_shape(lambda: jax.random.key(0)))
+    key = whole(case.local, jax.eval_shape(lambda: jax.random.key(0)))
     if rollout.stop:
         states = stop_table([""], rollout.stop).shape[0]
-        table = case.whole(jax.ShapeDtypeStruct((states, case.policy.vocab_size), jnp.int16))
+        table = whole(case.local, jax.ShapeDtypeStruct((states, case.policy.vocab_size), jnp.int16))
     decoding = Decoding(rollout.max_response_length, STOP_IDS, 0, rollout.top_k, rollout.top_p)
     arguments = (
-        case.decoding_shapes, case.split(prompts, case.width), case.split(prompts), key, case.number, table, prompt_of,
+        case.decoding_shapes, case.prompts_of(prompts, case.width), case.prompts_of(prompts), key, number(case.local),
+        table, prompt_of, case.prompts_of(case.rows),
     )  # fmt: skip
-    options = {"config": case.sampler, "decoding": decoding, "slots": rollout.max_num_seqs, "mesh": case.mesh}
+    options = {"config": case.sampler, "decoding": decoding, "slots": rollout.max_num_seqs, "mesh": case.local}
     return Program(name, sample, arguments, options, ())
 
 
 def _first_turn(case: Case) -> Program:
     assert case.texts is not None
-    return _sample(case, "first turn", case.texts, case.split(case.rows))
+    return _sample(case, "first turn", case.texts, case.prompts_of(case.rows))
 
 
 def _turn(case: Case) -> Program:
@@ -244,16 +266,17 @@ def _turn(case: Case) -> Program:
 def _estimator(case: Case) -> Program:
     texts = case.buffer.word_ids.shape[1]
     numbers = (((case.episodes,), bool), ((case.episodes,), jnp.int32), ((WORDS,), jnp.int32))
-    arrays = case.whole(tuple(jax.ShapeDtypeStruct(*x) for x in numbers))
+    arrays = case.with_buffer(tuple(jax.ShapeDtypeStruct(*x) for x in numbers))
     arguments = (case.held["rollout buffer"], *arrays, case.config.estimator)
     return Program("estimator", estimate, arguments, {"texts": texts}, ("rollout buffer",))
 
 
 def _packing(case: Case) -> Program:
     shape = (case.episodes, case.config.rollout.max_turns)
-    turns = case.whole(tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
-    rows = (case.split(case.config.optimizer.rows_per_batch, case.config.optimizer.row_length),) * 2
-    arguments = (case.held["rollout buffer"], *turns, *rows)
+    turns = case.with_buffer(tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    rows = jax.ShapeDtypeStruct((case.config.optimizer.rows_per_batch, case.config.optimizer.row_length), jnp.int32)
+    placed = case.rows_of(*rows.shape) if case.hosts == 1 else case.with_buffer(rows)
+    arguments = (case.held["rollout buffer"], *turns, placed, placed)
     return Program("packing", gather_rows, arguments, {"row_answers": response_room(case.config)}, ("rollout buffer",))
 
 
@@ -264,7 +287,7 @@ def _rows(case: Case) -> Rows:
     kinds |= dict.fromkeys(("advantage", "old_log_probs", "reference"), jnp.float32)
     wide = ("tokens", "positions", "segments")
     shapes: dict[str, Any] = {
-        f.name: case.split(count, length if f.name in wide else answers, dtype=kinds.get(f.name, jnp.int32))
+        f.name: case.rows_of(count, length if f.name in wide else answers, dtype=kinds.get(f.name, jnp.int32))
         for f in dataclasses.fields(Rows)
     }
     return Rows(**shapes)
@@ -277,7 +300,7 @@ def _policies(case: Case) -> int:
 
 
 def _log_probs(case: Case) -> Program:
-    arguments = ((case.held["reference"],) * _policies(case), _rows(case), case.number)
+    arguments = ((case.held["reference"],) * _policies(case), _rows(case), number(case.mesh))
     options = {"config": case.policy, "micro_batches": micro_batches(case.config, case.devices)}
     held = ("reference", "trained parameters")[: _policies(case)]
     return Program("log-probs", row_log_probs, arguments, options, held)
@@ -286,7 +309,7 @@ def _log_probs(case: Case) -> Program:
 def _update(case: Case) -> Program:
     state = TrainState(case.held["trained parameters"], case.held["optimiser"])
     frozen, _ = adapters.split(case.held["reference"])
-    arguments = (state, _rows(case), case.number, case.number, frozen)
+    arguments = (state, _rows(case), number(case.mesh), number(case.mesh), frozen)
     options = {
         "config": case.policy,
         "optimizer": run_optimizer(case.config),
@@ -295,6 +318,16 @@ def _update(case: Case) -> Program:
     }
     held = ("trained parameters", "optimiser") + (("reference",) if case.policy.lora_rank else ())
     return Program("update", policy_step, arguments, options, held)
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Shapes with their arrays on every device of a mesh."""
+    return jax.tree.map(lambda x: _placed(x.shape, x.dtype, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def number(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A float32 on every device of a mesh."""
+    return _placed((), jnp.float32, NamedSharding(mesh, PartitionSpec()))
 
 
 def _placed(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

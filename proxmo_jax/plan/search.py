@@ -116,7 +116,7 @@ def rough_seconds(case: Case, where: Topology, lengths: Lengths) -> float:
     tokens = rows * case.config.optimizer.row_length
     exchanged = calls["update"] * passes * 2 * policy.num_hidden_layers * tokens * policy.hidden_size * 2
     exchanged *= 2 * (1 - 1 / tensor)
-    padded = case.rows / case.episodes
+    padded = case.rows * case.hosts / case.episodes
     return padded * read + (gathered + exchanged) / chip.axis_bandwidth
 
 

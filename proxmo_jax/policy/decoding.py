@@ -47,16 +47,16 @@ def decoding_params(params: Any, *, config: PolicyConfig, mesh: Mesh | None = No
         The parameters; they are not copied if they are so already.
     """
     if mesh is not None and mesh.is_multi_process:
-        return to_host(mesh, _converted(params, config, mesh, False), config, gathered=gather)
+        return to_host(mesh, converted(params, config, mesh, False), config, gathered=gather)
     gather = gather and mesh is not None and mesh.shape["fsdp"] > 1
     if not gather and all(x.dtype == jnp.dtype(config.dtype) for x in jax.tree.leaves(params)):
         return params
-    return _converted(params, config, mesh, gather)
+    return converted(params, config, mesh, gather)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "gather"))
-def _converted(params: Any, config: PolicyConfig, mesh: Mesh | None, gather: bool) -> Any:
-    """`decoding_params`; first cast, then gathered."""
+def converted(params: Any, config: PolicyConfig, mesh: Mesh | None, gather: bool) -> Any:
+    """`decoding_params` of one host; first cast, then gathered."""
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
     if mesh is None:
         return params

@@ -42,6 +42,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+# Files that compare two ways to compute the same, each compiled by XLA with few optimisations (as JAX compiles its own
+# tests): a third less time. Runs, recorded outputs and everything else are compiled as users compile.
+COMPARED = "sharding update decoder adapters importance batch methods dynamic_sampling rollout overlong grid".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled(request):
+    """Compile the programs of these files with few optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", request.path.stem.removeprefix("test_") in COMPARED)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Programs that are kept map memory, ten thousand maps a module here, and Linux allows a process 65,530: a

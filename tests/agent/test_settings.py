@@ -194,8 +194,8 @@ assert shapes == {(count, config.optimizer.row_length)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [6, 32])
-def test_a_few_episodes_on_any_number_of_devices(count):
+def test_a_few_episodes_on_a_number_of_devices_that_divides_none_of_them():
+    count = 6
     environment = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(count),

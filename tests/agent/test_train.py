@@ -611,7 +611,8 @@ def test_steps_of_a_rollout_are_those_that_happened(tmp_path):
 
 
 def test_similar_texts_share_an_anchor_of_the_buffer():
-    loop = SimpleNamespace(config=config_with(rollout__group_size=2), mesh=make_mesh())
+    player = SimpleNamespace(local_mesh=make_mesh())
+    loop = SimpleNamespace(config=config_with(rollout__group_size=2), player=player)
     rollout = played()
     Loop.number_similar_texts(loop, rollout)
     anchor = np.asarray(rollout.buffer.anchor)

@@ -39,7 +39,7 @@ def test_benchmarks_refuse_nonsense(tmp_path, capsys):
     assert main(["bench", "policy", "--hidden-size", "100"]) == 2
     assert "--hidden-size must be a multiple of 64, got 100" in capsys.readouterr().err
     assert main(["bench", "weather"]) == 2
-    assert "Available subcommands: estimator, env, shop, policy, ablation" in plain(capsys.readouterr().err)
+    assert "Available subcommands: estimator, env, shop, policy, hosts, ablation" in plain(capsys.readouterr().err)
 
 
 @pytest.mark.slow

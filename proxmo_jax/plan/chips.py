@@ -107,6 +107,25 @@ def topology(name: str) -> Topology:
     return Topology(name, chip, sizes)
 
 
+def devices_of_a_host(found: list[Any], where: Topology) -> list[Any]:
+    """The devices of one host as a slice of their own, since libtpu compiles for whole slices alone.
+
+    Args:
+        found: the devices of a slice.
+        where: the slice.
+
+    Returns:
+        `found` itself where it is one host.
+    """
+    own = sum(device.process_index == found[0].process_index for device in found)
+    if own == len(found):
+        return found
+    side = math.isqrt(own)
+    sizes = (side, own // side, *(1,) * (where.chip.axes - 2))
+    kind = where.name.partition(":")[0]
+    return devices(topology(f"{kind}:{'x'.join(map(str, sizes))}"))
+
+
 def prepare_compiler() -> None:
     """Make JAX start on the CPU, with libtpu as a compiler alone; call it before JAX's devices are asked for."""
     import jax

@@ -15,7 +15,7 @@ import numpy as np
 from proxmo_jax.agent.batches import response_room
 from proxmo_jax.agent.settings import Config, check_devices, check_hosts, micro_batches
 from proxmo_jax.agent.throughput import Work
-from proxmo_jax.plan.chips import GIB, Topology
+from proxmo_jax.plan.chips import GIB, Topology, devices_of_a_host
 from proxmo_jax.plan.costs import Analysis, Cost
 from proxmo_jax.plan.hlo import parse
 from proxmo_jax.plan.programs import Case, Program, bytes_on_a_chip, programs
@@ -175,7 +175,7 @@ def make_plan(
     """
     check_devices(config, len(devices))
     mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor, devices=devices)
-    case = Case(config, policy, mesh)
+    case = Case(config, policy, mesh, tuple(devices_of_a_host(list(devices), where)))
     check_hosts(config, case.hosts)
     held = {name: bytes_on_a_chip(tree) for name, tree in case.held.items()}
     wanted = {name: make() for name, make in programs(case).items() if not only or name in only}

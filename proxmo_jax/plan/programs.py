@@ -20,7 +20,7 @@ from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes, read_lengths
 from proxmo_jax.policy.decoding import converted, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
-from proxmo_jax.policy.sharding import RULES, by_host, local_mesh, optimizer_shardings, parameter_shardings
+from proxmo_jax.policy.sharding import AXES, RULES, by_host, make_mesh, optimizer_shardings, parameter_shardings
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.rows import Rows, gather_rows
 from proxmo_jax.training.update import TrainState, estimate, policy_step, row_log_probs
@@ -55,12 +55,14 @@ class Case:
     Attributes:
         config: the run's settings.
         policy: shape of the policy.
-        mesh: the slice's devices, of one host or several: each samples on its own ones, the same programs as the first.
+        mesh: the slice's devices, of one host or several.
+        own: the devices of a host, on which it samples; (): all.
     """
 
     config: Config
     policy: PolicyConfig
     mesh: Mesh
+    own: tuple[Any, ...] = ()
 
     @property
     def hosts(self) -> int:
@@ -69,8 +71,11 @@ class Case:
 
     @property
     def local(self) -> Mesh:
-        """The devices on which a host samples."""
-        return local_mesh(self.mesh)
+        """The mesh of the devices on which a host samples."""
+        if self.hosts == 1:
+            return self.mesh
+        data, fsdp, tensor = (by_host(self.mesh).shape[axis] for axis in AXES)
+        return make_mesh(data, fsdp, tensor, devices=self.own)
 
     @property
     def groups(self) -> int:

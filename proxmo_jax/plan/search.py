@@ -9,7 +9,7 @@ import jax
 
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.errors import UserError
-from proxmo_jax.plan.chips import Topology
+from proxmo_jax.plan.chips import Topology, devices_of_a_host
 from proxmo_jax.plan.iteration import Lengths, calls_of
 from proxmo_jax.plan.programs import Case, bytes_on_a_chip
 from proxmo_jax.policy.decoder import PolicyConfig
@@ -77,10 +77,11 @@ def candidates(
         UserError: if there is no such mesh.
     """
     found, least = [], math.inf
+    own = tuple(devices_of_a_host(list(devices), where))
     for tensor in _divisors(math.gcd(where.count, policy.num_key_value_heads)):
         for fsdp in _divisors(where.count // tensor):
             wanted = divided(_on(config, fsdp, tensor), where)
-            case = Case(wanted, policy, make_mesh(0, fsdp, tensor, devices=devices))
+            case = Case(wanted, policy, make_mesh(0, fsdp, tensor, devices=devices), own)
             try:
                 kept = sum(map(bytes_on_a_chip, case.held.values()))
             except UserError:  # a size of the model that the mesh does not divide

@@ -296,7 +296,9 @@ def _refill(job: _Job, s: _State) -> _State:
     samples, running, matched = _said(job, s.samples, length > 0, prompt, step, step, token, log_prob)
     new = {"prompt": prompt, "start": job.width - length, "step": step, "token": token}
     new |= {"running": running, "matched": matched}
-    fields = {k: getattr(s, k).at[row].set(v.astype(getattr(s, k).dtype), mode="drop") for k, v in new.items()}
+    fields = {k: v.astype(getattr(s, k).dtype) for k, v in new.items()}
+    if not job.row_for_each:  # otherwise all rows are new; libtpu 0.0.52 aborts on their scatter where none is sharded
+        fields = {k: getattr(s, k).at[row].set(v, mode="drop") for k, v in fields.items()}
     return s._replace(**fields, cache=job.place(cache), waiting=s.waiting + together, samples=samples)
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -231,35 +232,55 @@ def test_without_the_compiler_a_sentence_says_what_to_install(monkeypatch, capsy
     assert "needs Google's TPU compiler, libtpu: pip install 'proxmo-jax[plan]'" in capsys.readouterr().err
 
 
-def test_a_small_run_is_planned_for_a_tpu(tmp_path):
-    """The command in a process of its own: JAX's devices cannot be chosen again in this one."""
+def planned(folder: Path, heads: int, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
+    """The command in a process of its own, as JAX's devices cannot be chosen again in this one; what it wrote."""
     pytest.importorskip("libtpu", reason="libtpu (pip install libtpu) compiles for TPU without one")
     model = {
         "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 512,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "num_attention_heads": 4, "num_key_value_heads": heads, "tie_word_embeddings": True,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    options = (
-        "--topology v5e:2x2 --mesh 1,2,2 --rollout.num-groups 8 --rollout.group-size 4 --rollout.max-turns 4"
-        " --rollout.max-prompt-length 512 --rollout.max-response-length 64 --optimizer.row-length 1024"
-        " --optimizer.rows-per-batch 8 --optimizer.micro-batch-tokens 2048 --recipe alfworld_qwen2.5_1.5b"
-    )
+    (folder / "config.json").write_text(json.dumps(model))
+    run = (
+        "--rollout.num-groups 8 --rollout.group-size 4 --rollout.max-turns 4 --rollout.max-prompt-length 512"
+        " --rollout.max-response-length 64 --optimizer.row-length 1024 --optimizer.rows-per-batch 8"
+        " --optimizer.micro-batch-tokens 2048 --recipe alfworld_qwen2.5_1.5b --json plan.json"
+    ).split()
     done = subprocess.run(
-        [sys.executable, "-m", "proxmo_jax", "plan", "--model", str(tmp_path), *options.split(), "--json", "plan.json"],
-        capture_output=True, encoding="utf-8", cwd=tmp_path, check=False,
+        [sys.executable, "-m", "proxmo_jax", "plan", "--model", str(folder), *run, *options],
+        capture_output=True, encoding="utf-8", cwd=folder, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    (plan,) = json.loads((folder / "plan.json").read_text())["plans"]
+    return done, plan
+
+
+def test_each_host_of_a_slice_samples_on_its_own_chips(tmp_path):
+    """Four hosts of four chips, each with two of the groups; on each all four chips share the heads."""
+    _, plan = planned(tmp_path, 4, *"--topology v5e:4x4 --mesh 1,4,4 --only turn estimator packing".split())
+    programs = {p["name"]: p for p in plan["programs"]}
+    assert set(programs) == {"turn", "estimator", "packing"}
+    assert all(p["fits"] for p in programs.values())
+    work = Work.of(shape(str(tmp_path), dtype="bfloat16"))
+    rows = 16  # of 8 episodes: no batch is smaller
+    assert programs["turn"]["flops"] == pytest.approx(
+        rows * work.forward(np.array([512]), np.array([64])) / 4, rel=0.25
+    )
+
+
+def test_a_small_run_is_planned_for_a_tpu(tmp_path):
+    done, plan = planned(tmp_path, 2, "--topology", "v5e:2x2", "--mesh", "1,2,2")
     assert "It fits." in done.stdout
-    (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     programs = {p["name"]: p for p in plan["programs"]}
     policy = shape(str(tmp_path), dtype="bfloat16", remat="full")
     work, one = Work.of(policy), (np.array([512]), np.array([64]))
-    # Forward, again for the gradient, and twice that backwards; the head once, and for as many tokens as a row holds.
+    # Products with weights: forward, again for the gradient, and twice that backwards; the head once, and for as many
+    # tokens as a row holds. Attention, two products of which three of four blocks of 512 are computed: twice forward,
+    # and with three and four products for the gradients of queries and of keys and values.
     tokens, answers = 8 * 1024, 8 * 256
-    layers = 2 * work.matrices * tokens + 2 * work.attention * 8 * 1024 * 1025
-    expected = (4 * layers + 3 * 2 * work.head * answers) / 4
-    assert programs["update"]["flops"] == pytest.approx(expected, rel=0.25)  # blocks of attention on the diagonal
+    products, attention = 2 * work.matrices * tokens, 2 * work.attention * tokens * (1024 + 512)
+    expected = (4 * products + (2 + 2 + 3 + 4) / 2 * attention + 3 * 2 * work.head * answers) / 4
+    assert programs["update"]["flops"] == pytest.approx(expected, rel=0.05)
     assert programs["turn"]["flops"] == pytest.approx(32 * work.forward(*one) / 4, rel=0.25)
     assert 0 < programs["turn"]["parts"]["prefill"] < programs["turn"]["seconds"]
     assert all(p["fits"] and p["peak"] < 2**30 and p["compiler_seconds"] > 0 for p in programs.values())

@@ -93,7 +93,7 @@ def peers() -> str:
             both = (program.seconds, program.compiler_seconds)
             cells = [f"{tokens / seconds:,.0f} tokens/s ({duration(seconds)})" for seconds in both]
         lines.append(f"| {label} | {measured} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "None of these plans is there yet."
 
 
 def tables() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Paths of plain characters, for libraries that do not take every name that a system does."""
+"""Files written whole, and paths of plain characters for libraries that do not take every name that a system does."""
 
 import contextlib
 import tempfile
@@ -6,6 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LINK = "folder"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file atomically: whoever reads it finds what was there before, or all of the text.
+
+    Args:
+        path: of the file.
+        text: written as UTF-8.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def linked(folder: Path) -> tempfile.TemporaryDirectory:

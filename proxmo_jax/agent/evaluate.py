@@ -60,6 +60,7 @@ from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import check, has_warm_start
 from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import write_whole
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.training.checkpoint import Checkpoints
@@ -206,9 +207,7 @@ def play_all(
         answer["episodes"] = episodes_of(panel, results)
     console.print(table(answer))
     target = target_of(config)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    write_whole(target, json.dumps(answer, indent=1) + "\n")
     on = f"on panel {panel.hash[:12]} " if panel else ""
     console.print(f"{target} holds these numbers {on}".rstrip() + ".")
     return answer

@@ -6,7 +6,6 @@ proxmo report steps.jsonl                       # steps of any trainer, to steps
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from proxmo_jax.estimator.types import Settings
 from proxmo_jax.estimator.words import Vocabulary
 from proxmo_jax.page.build import Parts, page
 from proxmo_jax.page.estimates import estimate, selection, taken
+from proxmo_jax.paths import write_whole
 
 MAX_TURNS = 20_000
 
@@ -79,7 +79,7 @@ def page_of_steps(config: Config) -> tuple[Path, list[str]]:
         parts.add("", steps, estimate(steps, methods), config.preset, note)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(source)) else f"{source}: {error}") from error
-    write(target, page(parts, source.name, ["steps of a trainer"], [], None, methods))
+    write_whole(target, page(parts, source.name, ["steps of a trainer"], [], None, methods))
     return target, [note] if note else []
 
 
@@ -126,7 +126,7 @@ def page_of_run(
     parts.iterations.reverse()
     target = out or folder / "page.html"
     drawn = curves(rows) if rows else None
-    write(target, page(parts, folder.resolve().name, facts(run, rows), notes, drawn, methods))
+    write_whole(target, page(parts, folder.resolve().name, facts(run, rows), notes, drawn, methods))
     return target, notes + [one["note"] for one in parts.iterations if one["note"]]
 
 
@@ -172,13 +172,3 @@ def facts(run: RunConfig, rows: list[dict]) -> list[str]:
     model = Path(run.model.path).name if run.model.path else "small policy"
     iterations = f"{done} of {run.iterations} iterations"
     return [run.preset, f"{level}{run.env.name}", model, iterations, size, f"seed {run.seed}"]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

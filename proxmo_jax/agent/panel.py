@@ -29,6 +29,7 @@ from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import EnvSettings, need
 from proxmo_jax.agent.tasks import environment, tasks_of
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import write_whole
 
 FORMAT = 1
 TURNS = {"household": 50, "alfworld": 50, "shop": 15}  # published limits, ALFWorld's for the household
@@ -318,9 +319,7 @@ def report_check(panel: Panel, config: Config, console: Console) -> bool:
 def write_panel(panel: Panel, path: Path) -> None:
     """Write the file atomically."""
     values = {"format": FORMAT, "hash": panel.hash, **dataclasses.asdict(panel)}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(values, indent=1, ensure_ascii=True) + "\n")
 
 
 def read_panel(path: Path) -> Panel:

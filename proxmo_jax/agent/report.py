@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
+from proxmo_jax.paths import write_whole
+
 Thing = TypeVar("Thing")
 EVERY, AT_LEAST, SHARE = 30.0, 3.0, 0.1  # of progress lines: seconds between them, and a task's share
 
@@ -122,9 +124,7 @@ class Metrics:
     def __init__(self, path: Path, keep_until: int | None = None):
         self.path = path
         kept = [row for row in read_metrics(path) if keep_until is not None and row["iteration"] <= keep_until]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ import tyro
 from proxmo_jax.agent.chat import settings_of
 from proxmo_jax.agent.settings import Config, need, of_preset
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import write_whole
 
 RECIPES = Path(__file__).parent / "recipes"
 ON_THE_COMMAND_LINE = ("config", "resume")
@@ -244,8 +245,6 @@ def open_folder(config: Config) -> None:
     if folder.exists() and not config.resume and any(folder.iterdir()):
         raise UserError(f"--out: {folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     values = {**dataclasses.asdict(config), "resume": False}
     del values["hosts"]  # a run may go on on others
-    temporary.write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(values, indent=1, default=str))

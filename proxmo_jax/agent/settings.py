@@ -497,7 +497,7 @@ def check(config: Config) -> None:
     """Refuse what this machine's devices and files cannot do, before anything is written or compiled (UserError)."""
     find(config.env.name).check(config.env)
     check_estimator(config.estimator, config.env)
-    check_devices(config, jax.device_count())
+    check_devices(config, jax.device_count(), jax.process_count())
     check_hosts(config, jax.process_count())
     check_skipped(config)
     check_from_run(config)
@@ -505,13 +505,15 @@ def check(config: Config) -> None:
         check_small_policy(config)
 
 
-def check_devices(config: Config, count: int) -> None:
-    """Refuse sizes that `count` devices do not divide."""
+def check_devices(config: Config, count: int, hosts: int = 1) -> None:
+    """Refuse sizes that `count` devices, or those of each of the hosts, do not divide."""
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     need(count % (fsdp * tensor) == 0, f"--mesh.fsdp {fsdp} x --mesh.tensor {tensor} must divide the {count} devices")
     devices = count // tensor  # over which batches are split
     rows, together = config.optimizer.rows_per_batch, config.rollout.max_num_seqs
     need(rows % devices == 0, f"--optimizer.rows-per-batch must be a multiple of the {devices} devices, got {rows}")
+    own = count // hosts  # a host samples on its own devices
+    devices = own // math.gcd(tensor, own)
     need(
         together % devices == 0,
         f"--rollout.max-num-seqs must be a multiple of the {devices} devices, or 0 for all at once; got {together}",

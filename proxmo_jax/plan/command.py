@@ -21,6 +21,7 @@ from proxmo_jax.agent import run_files
 from proxmo_jax.agent.report import progress_bar, terminal
 from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import need
+from proxmo_jax.paths import write_whole
 from proxmo_jax.plan.chips import devices, prepare_compiler, topology
 from proxmo_jax.plan.iteration import Lengths, Plan, chosen_attention, make_plan
 from proxmo_jax.plan.report import text
@@ -139,7 +140,5 @@ def lengths_of(config: Config) -> Lengths:
 def write(path: Path, plans: list[Plan]) -> None:
     """Write plans as JSON, the best first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     values = {"plans": [dataclasses.asdict(plan) for plan in plans]}
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(values, indent=1) + "\n")

@@ -173,7 +173,7 @@ def make_plan(
     Raises:
         UserError: for settings that the devices do not divide; nothing is compiled then.
     """
-    check_devices(config, len(devices))
+    check_devices(config, len(devices), len({device.process_index for device in devices}))
     mesh = make_mesh(0, config.mesh.fsdp, config.mesh.tensor, devices=devices)
     case = Case(config, policy, mesh, tuple(devices_of_a_host(list(devices), where)))
     check_hosts(config, case.hosts)

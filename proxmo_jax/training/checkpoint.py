@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from proxmo_jax.errors import UserError
-from proxmo_jax.paths import LINK, linked, plain_path
+from proxmo_jax.paths import LINK, linked, plain_path, write_whole
 
 STATE, PROGRESS = "state", "progress"
 SCORES = "scores.json"  # of the evaluations, by iteration, beside the checkpoints
@@ -137,9 +137,7 @@ class Checkpoints:
         known = {step: self._scores[step] for step in self.steps() if step in self._scores and step != iteration}
         self._scores = {**known, iteration: score}
         if jax.process_index() == 0:
-            temporary = self._folder / (SCORES + ".tmp")
-            temporary.write_text(json.dumps(self._scores), encoding="utf-8")
-            temporary.replace(self._folder / SCORES)
+            write_whole(self._folder / SCORES, json.dumps(self._scores))
         return score > max(known.values(), default=-float("inf"))
 
     def _read_scores(self) -> dict[int, float]:

@@ -21,7 +21,7 @@ from test_train import ONE_DEVICE, SMALL, proxmo
 from proxmo_jax import cli
 from proxmo_jax.agent import hosts
 from proxmo_jax.agent.report import read_metrics
-from proxmo_jax.agent.settings import HostSettings, check_hosts
+from proxmo_jax.agent.settings import HostSettings, check_devices, check_hosts
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy.sharding import by_host, join_hosts, local_mesh, make_mesh
 
@@ -139,6 +139,13 @@ def test_groups_must_divide_by_the_hosts():
     check_hosts(config_with(rollout__num_groups=16), 4)
     with pytest.raises(UserError, match=r"--rollout.num-groups must be a multiple of the 3 hosts, got 16"):
         check_hosts(config_with(rollout__num_groups=16), 3)
+
+
+def test_rows_decoded_at_once_are_those_of_a_host():
+    config = config_with(rollout__max_num_seqs=4, optimizer__rows_per_batch=32)
+    check_devices(config, 16, hosts=4)
+    with pytest.raises(UserError, match=r"--rollout.max-num-seqs must be a multiple of the 16 devices"):
+        check_devices(config, 16)
 
 
 def test_one_host_needs_nothing():

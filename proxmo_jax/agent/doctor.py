@@ -36,8 +36,11 @@ print(json.dumps([f"{1 + len(others)} x {first.platform} ({first.device_kind})",
 """
 # Optional packages: the module, the extra that has it, what it is for.
 EXTRAS = (
-    ("libtpu", "tpu", "TPUs, and compiling for them"),
+    ("libtpu", "tpu", "TPUs, and proxmo plan, which compiles for them"),
     ("gguf", "gguf", "convert-gguf and fetch-model"),
+    ("wandb", "wandb", "--report-to wandb"),
+    ("pyarrow", "trl", "proxmo steps trl"),
+    ("tunix", "tunix", "Tunix's agentic GRPO with our advantages"),
     ("textworld", "alfworld", "ALFWorld's own engine"),
 )
 

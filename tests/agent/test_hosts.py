@@ -70,14 +70,15 @@ def test_two_hosts_compute_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_two_hosts_stops_on_both_and_goes_on_on_one(tmp_path):
-    """The whole command. SIGTERM reaches one host alone; what it was doing then is any part of an iteration."""
+    """The command, on two devices each, then on one. SIGTERM reaches one host alone, in any part of an iteration."""
+    two_each = {**ONE_DEVICE, "JAX_NUM_CPU_DEVICES": "2"}
     out, address, running = tmp_path / "run", f"127.0.0.1:{free_port()}", []
     for index in range(2):
         command = [sys.executable, "-m", "proxmo_jax", "train", "--out", str(out), "--iterations", "4", *SMALL]
         command += ["--output.save-every", "1", "--hosts.coordinator", address, "--hosts.count", "2"]
         command += ["--hosts.index", str(index)]
         with (tmp_path / f"{index}.log").open("w", encoding="utf-8") as log:
-            running.append(subprocess.Popen(command, env=ONE_DEVICE, cwd=ROOT, stdout=log, stderr=log))
+            running.append(subprocess.Popen(command, env=two_each, cwd=ROOT, stdout=log, stderr=log))
     deadline = time.monotonic() + 240
     while not (out / "checkpoints" / "1").exists() and time.monotonic() < deadline:
         assert all(process.poll() is None for process in running), (tmp_path / "0.log").read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
 """Train the small agent on 1, 2 and 4 hosts (processes of this machine), and compare parameters and times.
 
     proxmo bench hosts                  # the same global batch on 1, 2 and 4 hosts: largest difference of a parameter
-    proxmo bench hosts --scaling        # and a batch that grows with the hosts: times of estimator and update
+    proxmo bench hosts --scaling        # and a batch that grows with the devices: times of estimator and update
 
-All have as many devices in all as the most hosts. The report is printed and appended to BENCHMARKS.md.
+In the first table all have as many devices in all as the most hosts. The report is printed and appended to
+BENCHMARKS.md.
 """
 
 import os
@@ -40,7 +41,9 @@ class Config:
     """Numbers of hosts; each divides the largest."""
     iterations: int = 2
     scaling: bool = False
-    """Also train with 4 groups and 8 packed rows for each host, one device each."""
+    """Also train with 4 groups and 8 packed rows for each device: one host with more devices, more hosts with one."""
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Devices of one host, for the scaling."""
     append: Path | None = Path("BENCHMARKS.md")
     """File to append the report to."""
 
@@ -49,10 +52,12 @@ def main(config: Config, console: Console | None = None) -> str:
     """Run the benchmark; returns the Markdown that was appended."""
     console = console or terminal()
     bench.require_positive(config, ("iterations",))
+    if config.scaling and (not config.devices or min(config.devices) < 1):
+        raise UserError(f"--devices must be positive numbers, got {config.devices}")
     most = max(config.hosts, default=0)
     if not config.hosts or min(config.hosts) < 1 or any(most % count for count in config.hosts):
         raise UserError(f"--hosts must be numbers that divide the largest, got {config.hosts}")
-    lines = [f"| hosts | devices each | largest difference of a parameter from {config.hosts[0]} |", "|---|---|---|"]
+    lines = ["| hosts | devices each | largest difference of a parameter from the first row |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         first: list[np.ndarray] = []
         for count in config.hosts:
@@ -65,20 +70,27 @@ def main(config: Config, console: Console | None = None) -> str:
             lines.append(f"| {count} | {most // count} | {apart:.2g} |")
             console.print(lines[-1])
         if config.scaling:
-            lines += ["", "| hosts, one device each | estimator, s | update, s |", "|---|---|---|"]
-            for count in config.hosts:
-                out = Path(folder) / f"scaled{count}"
+            lines += ["", "| hosts | devices each | estimator, s | update, s | time a device beside the first row's |"]
+            lines += ["|---|---|---|---|---|"]
+            alone: dict[str, float] = {}
+            for hosts, each in [(1, n) for n in config.devices] + [(n, 1) for n in config.hosts if n > 1]:
+                count = hosts * each
+                out = Path(folder) / f"scaled{hosts}x{each}"
                 batch = ["--rollout.num-groups", str(4 * count), "--optimizer.rows-per-batch", str(8 * count)]
-                train(out, count, 1, [*batch, "--iterations", str(config.iterations + 2)])
+                train(out, hosts, each, [*batch, "--iterations", str(config.iterations + 2)])
                 rows = read_metrics(out / "metrics.jsonl")[2:]  # the first iteration compiles
-                took = (min(row[f"time/{part}"] for row in rows) for part in ("estimator", "update"))
-                lines.append(f"| {count} | {' | '.join(f'{seconds:.3f}' for seconds in took)} |")
+                took = {part: min(row[f"time/{part}"] for row in rows) for part in ("estimator", "update")}
+                alone = alone or {part: seconds / count for part, seconds in took.items()}
+                ratios = [f"{seconds / count / alone[part]:.2f}" for part, seconds in took.items()]
+                times = " | ".join(f"{seconds:.3f}" for seconds in took.values())
+                lines.append(f"| {hosts} | {each} | {times} | {' and '.join(ratios)} |")
                 console.print(lines[-1])
-    text = "\n".join(["", "## Several hosts", "", f"{os.cpu_count()} CPU cores, gloo, {SMALL}.", "", *lines, ""])
-    if config.append:
-        with config.append.open("a", encoding="utf-8") as file:
-            file.write(text)
-    return text
+    head = [
+        bench.heading("Several hosts", f"proxmo bench hosts{' --scaling' if config.scaling else ''}"), "",
+        f"{bench.host_and_devices()}, gloo. Times: the best of {config.iterations + 1} iterations. Options of"
+        f" `proxmo train`: `{' '.join(SMALL)}`.", "",
+    ]  # fmt: skip
+    return bench.publish("\n".join(head + lines), config.append, console)
 
 
 def train(out: Path, count: int, devices: int, arguments: list[str]) -> None:

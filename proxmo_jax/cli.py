@@ -112,9 +112,10 @@ def run(module: Any, config: Any) -> Any:
         return module.main(config)
     import jax
 
-    from proxmo_jax.policy.sharding import keep_freed_memory
+    from proxmo_jax.policy.sharding import enough_threads, keep_freed_memory
 
     keep_freed_memory()
+    enough_threads()
     if hasattr(module, "before_jax_starts"):
         module.before_jax_starts(config)
     try:

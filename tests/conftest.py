@@ -19,8 +19,14 @@ import jax
 import pytest
 from hypothesis import settings
 
-# Not by XLA_FLAGS: those stay the user's, and processes that tests start have one device.
+from proxmo_jax.policy.sharding import enough_threads
+
+# Not by XLA_FLAGS: those stay the user's, and processes that tests start have one device and its threads.
 jax.config.update("jax_num_cpu_devices", 8)
+if "NPROC" not in os.environ:
+    enough_threads()
+    jax.devices()
+    del os.environ["NPROC"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")

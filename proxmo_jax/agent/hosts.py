@@ -74,9 +74,6 @@ def start(settings: HostSettings) -> None:
         _check_port(settings.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if (devices := jax.config.jax_num_cpu_devices) > 1:  # type: ignore[attr-defined]
-        # XLA's threads: with one for each core, a program can wait for devices whose own programs find no thread.
-        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 8 * devices)))
     _explain_abort(where)
     too_late = threading.Timer(settings.timeout, _give_up, (settings, where))  # JAX itself would abort with a C++ trace
     too_late.daemon = True

@@ -10,6 +10,8 @@ host that made them.
 
 import ctypes
 import math
+import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -46,6 +48,19 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
         mallopt(top_pad, 1 << 28)
+
+
+def enough_threads() -> None:
+    """Give XLA enough threads for several CPU devices; call it before JAX starts.
+
+    Each device's part of a program takes a thread while it waits for the others. With as many threads as cores or
+    devices, which is XLA's choice, the last device may find none, since other programs have them: none goes on then,
+    and XLA aborts the process after a minute.
+    """
+    flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)  # type: ignore[attr-defined]
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 8 * devices)))
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -1,5 +1,6 @@
 """The same losses, gradients and answers however the devices are arranged, and meshes that cannot be."""
 
+import os
 from itertools import pairwise
 
 import jax
@@ -12,7 +13,7 @@ from fresh import fresh
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import decoding_params, sample
 from proxmo_jax.policy.sampling import Decoding
-from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, place_optimizer, split
+from proxmo_jax.policy.sharding import enough_threads, make_mesh, parameter_shardings, place_optimizer, split
 from proxmo_jax.training.losses import LossSettings
 from proxmo_jax.training.rows import Rows
 from proxmo_jax.training.update import TrainState, make_optimizer, policy_step
@@ -149,3 +150,14 @@ def test_meshes_that_cannot_be_are_refused():
         make_mesh(3, 1, 2)
     with pytest.raises(ValueError, match="does not divide kv_heads 4 by tensor 8"):
         parameter_shardings(make_mesh(1, 1, 8), CONFIG)
+
+
+def test_no_device_waits_for_a_thread(monkeypatch):
+    """Four devices on two cores abort within a few iterations of a run, half the time, with a thread for each."""
+    monkeypatch.setenv("NPROC", "")
+    monkeypatch.delenv("NPROC")
+    enough_threads()
+    assert int(os.environ["NPROC"]) >= 8 * jax.device_count()
+    monkeypatch.setenv("NPROC", "3")  # the user's
+    enough_threads()
+    assert os.environ["NPROC"] == "3"

@@ -1,4 +1,4 @@
-"""The estimators of the field and their soft variants, in easy, medium and hard houses.
+"""The estimators of the field and their soft variants, in easy, mixed (easy and medium), medium and hard houses.
 
     proxmo ablate train --study methods
 
@@ -17,7 +17,7 @@ METHODS = {
     "GAGPO": gagpo(), "soft HGPO": hgpo(aggregation="soft"), "soft GraphGPO": graphgpo(aggregation="soft"),
     "soft G2PO": g2po(aggregation="soft"), "soft GAGPO": gagpo(aggregation="soft"),
 }  # fmt: skip
-TURNS = {"easy": 20, "medium": 30, "hard": 60}
+LEVELS = {"easy": ("easy", 20), "mixed": ("easy+medium", 30), "medium": ("medium", 30), "hard": ("hard", 60)}  # turns
 TUNED = "groups of 8"  # of a level, without paraphrases
 SIZES = {4: 16, 8: 8}  # trajectories per group: groups
 PARAPHRASED = {"": 0.0, ", paraphrased": 0.5}
@@ -27,11 +27,11 @@ STUDY = Study(
     "Which estimator trains agents best from equal budgets, and what do soft variants gain?",
     [
         Cell(
-            f"{name}, {level}, groups of {members}{said}", settings, level=level, groups=groups, members=members,
+            f"{name}, {level}, groups of {members}{said}", settings, level=houses, groups=groups, members=members,
             turns=turns, paraphrase=chance, baseline=f"ProxMO, {level}, groups of {members}{said}", method=name,
             case=f"{level}, groups of {members}{said}", tuned_with=f"{name}, {level}, {TUNED}",
         )
-        for level, turns in TURNS.items()
+        for level, (houses, turns) in LEVELS.items()
         for said, chance in PARAPHRASED.items()
         for members, groups in SIZES.items()
         for name, settings in METHODS.items()

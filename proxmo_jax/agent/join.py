@@ -1,6 +1,7 @@
 """The rollouts of all hosts as one: words with the same ids, arrays of the same shapes, statistics of all episodes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,18 @@ class SharedWords:
         every: the words of all hosts; with one host its own vocabulary.
     """
 
-    def __init__(self, own: Vocabulary):
+    def __init__(self, own: Vocabulary, known: Sequence[str] = ()):
+        """Begin with words that all hosts know, numbered in their order.
+
+        Args:
+            own: this host's vocabulary.
+            known: of a resumed run. Sums over words are in the order of their numbers: with other numbers its
+                advantages would be rounded otherwise.
+        """
         self.own, self.every = own, own if hosts.count() == 1 else Vocabulary()
-        self._sent = 0
+        for vocabulary in (self.own, self.every):
+            vocabulary.ids(known)
+        self._sent = len(self.own)
 
     def agree(self, word_ids: jax.Array) -> jax.Array:
         """Renumber words by the ids that all hosts share; every host calls it at the same time.

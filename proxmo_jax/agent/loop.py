@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from proxmo_jax.estimator.packing import similar_anchors
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.sharding import replicate
-from proxmo_jax.training.buffers import Buffer
+from proxmo_jax.training.buffers import Buffer, grow
 from proxmo_jax.training.importance import weighted
 from proxmo_jax.training.losses import PolicyLoss, token_mean
 from proxmo_jax.training.rows import Rows
@@ -53,6 +53,7 @@ class Loop:
         last: dict,
         watch: Callable[[str], None] = lambda part: None,
         stop: StopOnSignal | None = None,
+        numbered: Mapping[str, Any] | None = None,
     ):
         """Make what the iterations share.
 
@@ -61,6 +62,7 @@ class Loop:
             last: the metrics row of the iteration before the next one.
             watch: is told what begins.
             stop: ends a rollout between two turns, and the iteration after it (default: nothing does).
+            numbered: of a resumed run, what `Loop.numbered` returned.
         """
         self.watch, self.stop = watch, StopOnSignal() if stop is None else stop
         self.config, self.player, self.pool, self.games = config, player, pool, games
@@ -73,14 +75,20 @@ class Loop:
         self.settings, self.loss = config.estimator, loss_settings(config)
         limits = player.limits
         self.own = hosts.share(config.rollout.num_groups)  # the groups that this host plays
-        self.words = SharedWords(player.vocabulary)
+        numbered = numbered or {"words": [], "room": (0, 0)}
+        self.words = SharedWords(player.vocabulary, numbered["words"])
         empty = Buffer.empty(
             self.own.stop - self.own.start, config.rollout.group_size, limits.turns,
             prompt=limits.prompt, response=limits.response, words=limits.words,
         )  # fmt: skip
-        self.buffer = replicate(player.local_mesh, empty)  # this host's
+        self.buffer = grow(replicate(player.local_mesh, empty), *numbered["room"])  # this host's
         self.played: Rollout | None = None  # the last one
         self.work = Work.of(player.config)
+
+    def numbered(self) -> dict[str, Any]:
+        """What the rounding of advantages depends on beside the rollout, as plain JSON: the words in the order of their
+        numbers, and the buffer's room for texts of a group and words of a text."""
+        return {"words": self.words.every.words(), "room": self.buffer.word_ids.shape[1:]}
 
     def draw(self, rng: np.random.Generator, count: int, played: np.ndarray) -> np.ndarray:
         """Games, other than those played if there are so many: task types of middling success more often, as their

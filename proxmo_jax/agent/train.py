@@ -190,7 +190,10 @@ def run(
                 with progress_bar(console) as bar:
                     record({"iteration": 0, **evaluation.run(reference, bar, label, "episodes_before.txt")})
                 trackers.episodes(folder / "episodes_before.txt", 0)
-            loop = Loop(config, player, pool, train_games, mesh, optimizer, reference, last_row, watch, stop)
+            loop = Loop(
+                config, player, pool, train_games, mesh, optimizer, reference, last_row, watch, stop,
+                progress.get("numbered"),
+            )  # fmt: skip
             warn_if_over(folder, config.output.profile, first, console)
             iterations(loop, saves, record, evaluation, (first, state, last_row, evaluated), key, console)
         if loop.played:
@@ -242,6 +245,9 @@ def iterations(
     done, state, row, evaluated = begin
     score_name = "eval/score" if config.env.reward == "score" else "eval/success_rate"
 
+    def progress() -> dict:
+        return {"row": row, "evaluated": evaluated, "numbered": loop.numbered()}
+
     def is_evaluated(iteration: int) -> bool:
         return iteration % config.output.eval_every == 0 or iteration == config.iterations
 
@@ -254,7 +260,7 @@ def iterations(
                 done, evaluated = done + 1, False
                 row = {"iteration": done, **row, "time/save": saves.stall}
                 saves.stall = 0.0
-                saves.note(done, state, {"row": row, "evaluated": False})
+                saves.note(done, state, progress())
                 if loop.played and is_kept(
                     config.output.keep_rollouts, done, done == config.iterations or saves.stopping
                 ):
@@ -267,14 +273,14 @@ def iterations(
                 best = saves.checkpoints.note_score(done, row[score_name])
             evaluated = True
             record(row)
-            saves.note(done, state, {"row": row, "evaluated": True})
+            saves.note(done, state, progress())
             bar.update(task, completed=done, note=note(row))
             if saves.due() or best or done % config.output.save_every == 0 or last:
-                saves.save(done, state, {"row": row, "evaluated": True})
+                saves.save(done, state, progress())
             if saves.stopping:
                 return
     if done:  # stopped between two turns, of the next iteration or of this one's evaluation
-        saves.save(done, state, {"row": row, "evaluated": evaluated})
+        saves.save(done, state, progress())
 
 
 def announce(config: Config, title: str, training: int, held_out: int, console: Console) -> None:

@@ -26,6 +26,14 @@ def numbers(folder: Path) -> list[dict]:
     ]
 
 
+def numbered(folder: Path, iteration: int) -> dict:
+    """How words are numbered in a checkpoint."""
+    path = folder / "checkpoints" / str(iteration) / "progress" / "metadata"
+    found = json.loads(path.read_text(encoding="utf-8"))["numbered"]
+    assert len(found["words"]) > 20
+    return found
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     """Killed in the warm start and while a checkpoint is written; stopped by Ctrl-C in between."""
@@ -56,4 +64,6 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     whole, broken = numbers(tmp_path / "whole"), numbers(tmp_path / "broken")
     assert [row["iteration"] for row in whole] == list(range(iterations + 1))
     assert broken == whole
+    # Advantages are rounded by it, which not every rollout shows.
+    assert numbered(tmp_path / "broken", iterations) == numbered(tmp_path / "whole", iterations)
     assert not list((tmp_path / "broken").rglob("*.orbax-checkpoint-tmp*"))

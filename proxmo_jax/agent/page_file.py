@@ -1,7 +1,7 @@
 """Write a page that shows rollouts turn by turn, with what every estimator gives each turn. Open it in a browser.
 
 proxmo report runs/household                    # learning curves and the kept rollouts, to runs/household/page.html
-proxmo report runs/household --iteration 50     # the rollout of one iteration
+proxmo report runs/household --iteration 40     # the rollout of one iteration
 proxmo report steps.jsonl                       # steps of any trainer, to steps.html
 """
 

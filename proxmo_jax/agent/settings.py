@@ -235,7 +235,7 @@ class OptimizerSettings:
     skip_zero_advantages: bool = False
     """Leave turns whose advantage is exactly 0 out of the update, such as those of a group that won nothing. Without KL
     and entropy terms they have no gradient, but they take time, and count in token means."""
-    micro_batch_tokens: int = 640
+    micro_batch_tokens: int = 1280
     """Tokens a device computes at once, at least one row. Gradients are accumulated over the micro-batches of a
     mini-batch: the result is the same, memory and speed are not."""
     row_length: int = 160
@@ -301,7 +301,7 @@ class WarmStartSettings:
     """Behaviour cloning of demonstrations (supervised fine-tuning), before reinforcement learning."""
 
     steps: int | None = None
-    """Optimiser steps; a language model may have 0. Default: 2000 for a small policy, 0 for a language model."""
+    """Optimiser steps; a language model may have 0. Default: 1500 for a small policy, 0 for a language model."""
     thoughts: bool = True
     """Whether a language model's demonstrations give a reason inside the think tags."""
     learning_rate: float = 4e-3
@@ -422,7 +422,7 @@ class Config:
     preset: str = "proxmo"
     """Estimator that --estimator.* starts from: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo,
     proxmo_without_modulation, proxmo_without_proximity, official, hgpo, graphgpo, g2po or gagpo."""
-    iterations: int = 50
+    iterations: int = 45
     """Iterations of rollout and update. With --resume and a larger number, a run goes on longer."""
     seed: int = 0
     """Seed of everything that is random."""
@@ -541,7 +541,7 @@ def warm_steps(config: Config) -> int:
     """Optimiser steps of the warm start."""
     if config.warm_start.steps is not None:
         return config.warm_start.steps
-    return 0 if config.model.path else 2000
+    return 0 if config.model.path else 1500
 
 
 def has_warm_start(config: Config) -> bool:

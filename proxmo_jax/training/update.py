@@ -14,7 +14,7 @@ from proxmo_jax.estimator.types import Advantages, Batch, Settings
 from proxmo_jax.estimator.words import WordCounts
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.attention import splash
-from proxmo_jax.policy.decoder import Policy, PolicyConfig, dense_attention
+from proxmo_jax.policy.decoder import Policy, PolicyConfig, causal_attention
 from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.losses import LossSettings, PolicyLoss, policy_loss, token_log_probs, token_weights
 from proxmo_jax.training.rows import Rows
@@ -48,7 +48,7 @@ def row_logits(params, rows: Rows, config: PolicyConfig) -> jax.Array:
     else:
         length = rows.tokens.shape[1]
         same = rows.segments[:, :, None] == rows.segments[:, None, :]
-        policy, mask = Policy(config, dense_attention), same & jnp.tril(jnp.ones((length, length), bool))
+        policy, mask = Policy(config, causal_attention), same & jnp.tril(jnp.ones((length, length), bool))
     return policy.apply({"params": params}, rows.tokens, rows.positions, mask, places=rows.places)[0]
 
 

@@ -404,7 +404,7 @@ def test_a_warm_start_of_another_rank_is_refused(tmp_path):
 
 
 def test_a_small_policy_begins_with_a_warm_start_and_a_language_model_may():
-    assert (warm_steps(config_with()), has_warm_start(config_with())) == (2000, True)
+    assert (warm_steps(config_with()), has_warm_start(config_with())) == (1500, True)
     model = {"model__path": "x"}
     assert (warm_steps(config_with(**model)), has_warm_start(config_with(**model))) == (0, False)
     assert warm_steps(config_with(**model, warm_start__steps=7)) == 7

@@ -118,7 +118,7 @@ def parse(text: str) -> Module:
     """Read a program.
 
     Args:
-        text: `compiled.as_text()`.
+        text: as `jax.stages.Compiled.as_text` gives it.
 
     Returns:
         Its computations.

@@ -3,10 +3,12 @@
 import contextlib
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -261,7 +263,7 @@ def plan_program(
     began, others = time.time(), sum(size for name, size in held.items() if name not in program.held)
     found = ProgramPlan(program.name, calls)
     try:
-        compiled = program.function.lower(*program.arguments, **program.options).compile()
+        compiled, text = compiled_with_text(program.function.lower(*program.arguments, **program.options), case)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -275,7 +277,7 @@ def plan_program(
     found.peak = others + own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     found.fits = found.peak <= chip.hbm
     samples = program.name in ("turn", "first turn")
-    module, branches = parse(compiled.as_text()), case.branches if samples else None
+    module, branches = parse(text), case.branches if samples else None
     cost = Analysis(module, chip, case.loops(lengths.longest) if samples else (), branches).total()
     found.flops, found.bytes, found.received = cost.flops, cost.bytes, cost.sent
     found.seconds, found.compiler_seconds = cost.seconds(chip), cost.compiler_seconds(chip)
@@ -287,6 +289,18 @@ def plan_program(
         decode.add(prefill, -1.0)
         found.parts = {"prefill": prefill.seconds(chip), "decode": decode.seconds(chip)}
     return found
+
+
+def compiled_with_text(lowered: Any, case: Case) -> tuple[Any, str]:
+    """The compiled program and its text, which libtpu writes into a folder: jaxlib 0.10 refuses to read some programs
+    for v6e (async-update with several operands)."""
+    if case.mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (path,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, path.read_text(encoding="utf-8")
 
 
 def prefill_loops(case: Case) -> tuple[float, ...]:

@@ -46,12 +46,14 @@ def wanted() -> dict[str, list[str]]:
 PEERS = {
     # 4 rows of 8,192 tokens a device; every token counts in the loss.
     "peer_maxtext": (
-        "--model llama-3.1-8b --topology v6e:16x16 --mesh 1,256,1 --only update --optimizer.rows-per-batch 1024"
+        "--model llama-3.1-8b --topology v6e:16x16 --mesh 1,256,1 --only update --rollout.num-groups 64"
+        " --optimizer.rows-per-batch 1024"
         " --optimizer.row-length 8192 --optimizer.micro-batch-tokens 8192 --optimizer.response-share 1"
         " --rollout.max-prompt-length 32 --rollout.max-response-length 8160"
     ).split(),
     "peer_marin": (
-        "--model qwen3-32b --topology v5p:4x4x8 --mesh 1,128,1 --only update --optimizer.rows-per-batch 128"
+        "--model qwen3-32b --topology v5p:4x4x8 --mesh 1,128,1 --only update --rollout.num-groups 32"
+        " --optimizer.rows-per-batch 128"
         " --optimizer.row-length 32768 --optimizer.micro-batch-tokens 32768 --optimizer.response-share 1"
         " --rollout.max-prompt-length 32 --rollout.max-response-length 32736"
     ).split(),

@@ -11,7 +11,7 @@ from fresh import fresh
 from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.policy import attention
-from proxmo_jax.policy.decoder import PolicyConfig
+from proxmo_jax.policy.decoder import PolicyConfig, causal_attention
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings, split
 from proxmo_jax.training.rows import Rows
 from proxmo_jax.training.update import row_log_probs, row_logits
@@ -60,6 +60,16 @@ def test_rows_and_heads_are_split_over_devices(shape):
     with jax.set_mesh(mesh):
         found = row_log_probs((params,), split(mesh, packed(8)), jnp.float32(1.0), config=SPLASH)[0]
     np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [3, 64, 65, 160, 611])
+def test_attention_in_parts_is_attention(length):
+    rng = np.random.default_rng(length)
+    query, key, value = (rng.normal(size=(2, length, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)
+    mask = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((length, length), bool))
+    expected = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+    np.testing.assert_allclose(causal_attention(query, key, value, mask), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [20, 96, 200])

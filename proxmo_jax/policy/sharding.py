@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.errors import UserError
@@ -83,7 +84,11 @@ def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh: {wanted} is {math.prod(sizes)} devices, need the {len(devices)} there are")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        found = jax.make_mesh(sizes, AXES, devices=devices).devices
+    except NotImplementedError:  # on a torus, axes that are not products of its own, such as 8 on 4 x 4 x 4 chips
+        found = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @cache

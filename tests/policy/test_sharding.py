@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from close import EPS, roundings, same_answers, same_gradient
 from fresh import fresh
+from tpu_compiler import compile_for_tpu
 
 from proxmo_jax.policy.decoder import PolicyConfig
 from proxmo_jax.policy.decoding import decoding_params, sample
@@ -150,6 +151,18 @@ def test_meshes_that_cannot_be_are_refused():
         make_mesh(3, 1, 2)
     with pytest.raises(ValueError, match="does not divide kv_heads 4 by tensor 8"):
         parameter_shardings(make_mesh(1, 1, 8), CONFIG)
+
+
+def test_a_mesh_may_split_the_axes_of_a_torus():
+    compile_for_tpu(
+        """
+        from jax.experimental import topologies
+        from proxmo_jax.policy.sharding import make_mesh
+        found = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+        assert dict(make_mesh(2, 8, 4, found).shape) == {"data": 2, "fsdp": 8, "tensor": 4}
+        print("compiled")
+        """.replace("\n        ", "\n")
+    )
 
 
 def test_no_device_waits_for_a_thread(monkeypatch):

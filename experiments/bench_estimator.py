@@ -36,6 +36,7 @@ from proxmo_jax.estimator.steps_file import steps_advantages
 from proxmo_jax.estimator.types import Group
 
 OFFICIAL = Path(__file__).with_name("official_timing.py")
+MEMORY_AT = (50, 100, 200, 400, 800)  # turns
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def kernel_memory() -> dict[str, dict[int, int]]:
     """Temporary memory in bytes of the compiled program, by kernel and turns; one group, all texts distinct."""
     memory: dict[str, dict[int, int]] = {"dense": {}, "blockwise": {}}
     for kernel, sizes in memory.items():
-        for turns in (50, 100, 200, 400, 800):
+        for turns in MEMORY_AT:
             shape: tuple[int, ...] = (1, 8, turns)
             like: Any = jax.ShapeDtypeStruct
             group = Group(

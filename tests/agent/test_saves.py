@@ -37,7 +37,7 @@ def numbered(folder: Path, iteration: int) -> dict:
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     """Killed in the warm start and while a checkpoint is written; stopped by Ctrl-C in between."""
-    events, steps, iterations = ["kill-warm", "kill-save", "int-run"], 12, 10
+    events, steps, iterations = ["kill-warm", "kill-save", "int-run"], 12, 8
     if count := int(os.environ.get("PROXMO_KILLS", "0")):
         draw = random.Random(count)
         in_warm_start = sorted(draw.choice(("kill-warm", "term-warm")) for _ in range(count // 4))

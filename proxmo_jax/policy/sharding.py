@@ -56,7 +56,8 @@ def enough_threads() -> None:
 
     Each device's part of a program takes a thread while it waits for the others. With as many threads as cores or
     devices, which is XLA's choice, the last device may find none, since other programs have them: none goes on then,
-    and XLA aborts the process after a minute.
+    and XLA aborts the process after a minute. An update on four devices of two cores takes a third longer with eight
+    threads for each; how few would do is not known.
     """
     flag = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     devices = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)  # type: ignore[attr-defined]

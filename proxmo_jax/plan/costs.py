@@ -9,7 +9,7 @@ is a lower bound.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from proxmo_jax.plan.chips import Chip
@@ -21,6 +21,7 @@ NOTHING = set(
     " all-reduce-done collective-permute-done send-done recv-done".split()
 )
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that they write into their first
 VIEWS = ("bitcast", "copy", "get-tuple-element")  # an operand as it is
 SPLASH = {"fwd": 4, "dq": 6, "dkv": 8}  # FLOPs for each pair of tokens and dimension: 2, 3 and 4 products
 
@@ -68,13 +69,11 @@ class Analysis:
         module: its text, parsed.
         chip: what it runs on.
         loops: how often loops run that depend on data, the outermost first.
-        branches: shares of the branches of a `conditional`, by their number; None: all alike.
     """
 
     module: Module
     chip: Chip
     loops: tuple[float, ...] = ()
-    branches: Callable[[int], list[float]] | None = None
     known: dict[tuple[str, int], Cost] = field(default_factory=dict)
 
     def total(self) -> Cost:
@@ -108,9 +107,8 @@ class Analysis:
             names = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
             every = re.findall(r"%([\w.\-]+)", names[1]) if names else []
             every = every or [n for n in (i.attribute("true_computation"), i.attribute("false_computation")) if n]
-            shares = self.branches(len(every)) if self.branches else [1 / len(every)] * len(every)
-            for name, share in zip(every, shares, strict=True):
-                cost.add(self.of(name, depth), share)
+            for name in every:
+                cost.add(self.of(name, depth), 1 / len(every))
         elif i.kind == "call" or i.kind == "async-start":
             if name := i.attribute("to_apply") or i.attribute("calls"):
                 cost.add(self.of(name, depth))
@@ -145,8 +143,8 @@ class Analysis:
             return sum(a.bytes for a in i.arrays[:2] if a.in_hbm)
         if i.kind in ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"):
             return 2 * sum(a.bytes for a in i.arrays[:1])
-        if i.kind == "dynamic-update-slice":
-            return 2 * sum(a.bytes for a in within.instructions[i.operands[1]].arrays)
+        if i.kind in IN_PLACE:
+            return 2 * sum(a.bytes for a in within.instructions[i.operands[IN_PLACE[i.kind]]].arrays)
         if i.kind.endswith("-start"):
             return 0.0
         read = 0.0
@@ -169,8 +167,8 @@ class Analysis:
         for user in fused.users[source.name]:
             if user.kind in ("dynamic-slice", "slice", "gather"):
                 total += sum(a.bytes for a in user.arrays)
-            elif user.kind == "dynamic-update-slice" and user.operands[0] == source.name:
-                continue  # in place
+            elif user.kind in IN_PLACE and user.operands[0] == source.name:
+                continue
             elif user.kind in VIEWS:
                 total += self.used(fused, user, whole)
             elif user.kind == "tuple" or user.kind.startswith("all-") or "AsyncCollective" in user.rest:
@@ -186,8 +184,8 @@ class Analysis:
         """Bytes of a fusion's result that it writes."""
         while result.kind in VIEWS and result.operands[0] in fused.instructions:
             result = fused.instructions[result.operands[0]]
-        if result.kind == "dynamic-update-slice":
-            return min(sum(a.bytes for a in fused.instructions[result.operands[1]].arrays), whole)
+        if result.kind in IN_PLACE:
+            return min(sum(a.bytes for a in fused.instructions[result.operands[IN_PLACE[result.kind]]].arrays), whole)
         inner = self.module.computations.get(result.attribute("calls") or "") if result.kind == "fusion" else None
         if inner is not None and inner.root.kind != "tuple":
             return self.stored(inner, inner.root, whole)

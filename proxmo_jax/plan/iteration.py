@@ -277,13 +277,13 @@ def plan_program(
     found.peak = others + own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     found.fits = found.peak <= chip.hbm
     samples = program.name in ("turn", "first turn")
-    module, branches = parse(text), case.branches if samples else None
-    cost = Analysis(module, chip, case.loops(lengths.longest) if samples else (), branches).total()
+    module = parse(text)
+    cost = Analysis(module, chip, case.loops(lengths.longest) if samples else ()).total()
     found.flops, found.bytes, found.received = cost.flops, cost.bytes, cost.sent
     found.seconds, found.compiler_seconds = cost.seconds(chip), cost.compiler_seconds(chip)
     found.collective_seconds = cost.sent / chip.axis_bandwidth
     if samples:
-        prefill = Analysis(module, chip, prefill_loops(case), branches).total()
+        prefill = Analysis(module, chip, prefill_loops(case)).total()
         decode = Cost()
         decode.add(cost)
         decode.add(prefill, -1.0)

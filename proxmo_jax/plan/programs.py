@@ -17,7 +17,7 @@ from proxmo_jax.agent.player import Limits, batch_bucket, width_bucket
 from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
-from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes, read_lengths
+from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
 from proxmo_jax.policy.decoding import converted, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sharding import AXES, RULES, by_host, make_mesh, optimizer_shardings, parameter_shardings
@@ -183,15 +183,6 @@ class Case:
         shardings = parameter_shardings(self.local, self.sampler, gathered=gathered)
         shapes = parameter_shapes(dataclasses.replace(self.sampler, param_dtype=self.sampler.dtype))
         return _like(shapes, shardings)
-
-    def branches(self, count: int) -> list[float]:
-        """Shares of the steps of a response in which the KV cache is read to each of its static lengths."""
-        step, lengths = read_lengths(self.width + self.config.rollout.max_response_length)
-        if count != len(lengths):
-            return [1 / count] * count
-        places = range(self.width, lengths[-1])
-        chosen = [min(place // step, count - 1) for place in places]
-        return [chosen.count(n) / len(chosen) for n in range(count)]
 
     def loops(self, steps: float) -> tuple[float, ...]:
         """How often the loops of `sample` run, from the tokens of a response: until rows are refilled or all end."""

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from proxmo_jax.policy.products import dot_general, low_rank, product
 
@@ -255,7 +256,7 @@ def read_lengths(size: int) -> tuple[int, list[int]]:
 def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, at: jax.Array) -> jax.Array:
     """Attention of one new token of each row to its places of the KV cache; the softmax is in float32.
 
-    A long cache is read to one of a few static lengths, the first that holds all that is written.
+    A long cache is read to one of a few static lengths, the first that holds all that is written; on a TPU as a whole.
 
     Args:
         query: float [B, 1, H, D].
@@ -286,19 +287,24 @@ def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: ja
     step, lengths = read_lengths(size)
     if len(lengths) == 1:
         return read(size, of_layer(cache.keys), of_layer(cache.values))
-    # Rows that have stopped may be past the end.
-    branch = jnp.minimum(last.max() // step, len(lengths) - 1)
 
-    def sliced_before(keys, values):
-        return jax.lax.switch(branch, [partial(read, n) for n in lengths], of_layer(keys), of_layer(values))
-
-    def sliced_within(keys, values):
+    def as_written(keys: jax.Array, values: jax.Array) -> jax.Array:
+        # Rows that have stopped may be past the end.
+        branch = jnp.minimum(last.max() // step, len(lengths) - 1)
+        # A slice outside of the branches would be a copy of the whole length.
         reads = [lambda keys, values, n=n: read(n, of_layer(keys), of_layer(values)) for n in lengths]
         return jax.lax.switch(branch, reads, keys, values)
 
-    # A branch of a program for a TPU changes the layout of all that it is given, here of the cache of all layers; on a
-    # CPU a slice outside of it is a copy of the whole length.
-    return jax.lax.platform_dependent(cache.keys, cache.values, tpu=sliced_before, default=sliced_within)
+    def as_a_whole(keys: jax.Array, values: jax.Array) -> jax.Array:
+        # XLA for TPUs gives branches a slice in memory of its own, three times the traffic; and without these layouts,
+        # which are those of prefill, it copies the cache of all layers before the first token. They pad no axis to
+        # the 128 lanes of a TPU.
+        by_row, by_column = Layout((0, 1, 2, 3, 4)), Layout((0, 1, 2, 4, 3))
+        keys = with_layout_constraint(keys, by_row)
+        values = with_layout_constraint(values, by_column if head_dim % 128 else by_row)
+        return read(size, of_layer(keys), of_layer(values))
+
+    return jax.lax.platform_dependent(cache.keys, cache.values, tpu=as_a_whole, default=as_written)
 
 
 class Kernel(nn.Module):

@@ -10,7 +10,9 @@ import dataclasses
 import importlib
 import io
 import os
+import select
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union
 
@@ -77,11 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where a comparison found a difference; 2, with a sentence on stderr, for a user's mistake;
-        130 for an interruption. A bug keeps its traceback, and so does everything if PROXMO_TRACEBACK is set.
+        130 for an interruption; 141 if nobody reads stdout any more. A bug keeps its traceback, and so does everything
+        if PROXMO_TRACEBACK is set.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # text that a terminal cannot show ends no run
+    if arguments[:1] == ["--version"]:
+        print(f"proxmo-jax {version('proxmo-jax')}")
+        return 0
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would note that there is no torch
     try:
         command = find(arguments)
@@ -89,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         assert command is not None  # otherwise tyro has exited
         return 1 if run(load(command), config) is False else 0
     except (UserError, EnvironmentUserError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return 141  # as a shell reports SIGPIPE
         message, out_of_memory = str(error), str(error).startswith("RESOURCE_EXHAUSTED")  # XLA's word
         if os.environ.get("PROXMO_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
@@ -104,6 +112,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("proxmo: interrupted", file=sys.stderr)
         return 130
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more (`proxmo --help | head`); what is left then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def run(module: Any, config: Any) -> Any:

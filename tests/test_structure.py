@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from proxmo_jax import cli
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"proxmo_jax.errors", "proxmo_jax.paths"}
@@ -118,6 +121,22 @@ def loaded_by(code: str) -> set[str]:
 def test_help_does_not_wait_for_jax():
     loaded = loaded_by("from proxmo_jax.cli import main; main(['--help'])")
     assert not loaded & {"jax", "flax", "numpy", "transformers", "matplotlib"}
+
+
+def test_the_version_is_printed(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["proxmo-jax", version("proxmo-jax")]
+
+
+def test_a_reader_that_goes_away_is_no_mistake():
+    """`proxmo --help | head -1` ends without a word; the status is that of SIGPIPE."""
+    command = [sys.executable, "-m", "proxmo_jax", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_the_library_does_not_load_the_trainer():

@@ -67,8 +67,8 @@ class Config:
     """Two seeds, few iterations and houses: a test that the study runs."""
     out: Path = Path("runs/ablations")
     """The study gets a folder in it; an interrupted study there is resumed."""
-    chunk: int = 16
-    """Runs trained in parallel on each device."""
+    chunk: int = 4
+    """Runs trained in parallel on each device; a CPU trains no more of them faster, a GPU has room for many."""
     houses: int = 240
     """Houses for training; about half as many held-out houses are added for evaluation."""
     learning_rate: float = 0.01
@@ -256,8 +256,8 @@ def train_all(
 def chunk_size(counts: Sequence[int], at_most: int) -> int:
     """The cheapest number of runs per chunk, a multiple of the number of devices.
 
-    The last chunk of a kind is padded by repeating its last run, and small chunks are slow: a single run takes more
-    than twice its time among sixteen (BENCHMARKS.md, Ablations). Hence the cost of a chunk is its size plus two runs
+    The last chunk of a kind is padded by repeating its last run, and a single run takes more than twice its time
+    among several (BENCHMARKS.md, Ablations). Hence the cost of a chunk is its size plus two runs
     per device.
 
     Args:

@@ -28,6 +28,7 @@ REMAT = {
 PART, PARTS = 64, 8  # queries of a part of `causal_attention`, and the most parts, which are compiled one by one
 # A KV cache is read to a multiple of so many places, of which there are at most so many.
 READ_STEP, READ_LENGTHS = 128, 8
+FEW_LAYERS = 4  # so few run faster one by one, more compile faster in a loop
 # Uniform within 1 / sqrt(inputs), as in the code of LoRA's authors.
 LORA_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -164,6 +165,10 @@ class Cache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads)
         keys, values = (*shape, config.head_dim, length), (*shape, length, config.head_dim)
         return cls(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype))
+
+    def apart(self) -> list["Cache"]:
+        """The caches of the layers, as arrays of their own."""
+        return [jax.tree.map(lambda x: x[i : i + 1], self) for i in range(len(self.keys))]  # noqa: B023
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
@@ -403,7 +408,7 @@ class Policy(nn.Module):
     attend: Callable = dense_attention
 
     @nn.compact
-    def __call__(self, tokens, positions, mask, cache: Cache | None = None, write_at=0, places=None):
+    def __call__(self, tokens, positions, mask, cache: Any = None, write_at=0, places=None):
         """Run the decoder.
 
         Args:
@@ -412,7 +417,7 @@ class Policy(nn.Module):
             mask: what `attend` takes: bool [B, L, L], token l may attend to token s. With a cache int32 [B], the
                 first slot of each row.
             cache: keys and values of these tokens are written to it. One token of a row attends to all slots up to
-                its own, several tokens to one another.
+                its own, several tokens to one another. A list: of each layer, with parameters that are `apart`.
             write_at: int [] or [B], first slot to write, for all rows or for each.
             places: int32 [B, A], tokens whose logits are computed (default: all).
 
@@ -422,22 +427,41 @@ class Policy(nn.Module):
         c = self.config
         normal, shape = nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size)
         embedding = self.param("embedding", normal, shape, c.param_dtype)
-        policy = REMAT[c.remat]
-        layers = nn.scan(
-            Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            unroll=c.num_hidden_layers <= 4,  # a few layers run faster unrolled; many compile faster rolled
-        )(c, self.attend, name="layers")
-        start = embedding[tokens].astype(c.dtype), cache
-        (hidden, cache), _ = layers(start, jnp.arange(c.num_hidden_layers), positions, mask, write_at)
+        hidden = embedding[tokens].astype(c.dtype)
+        if isinstance(cache, list):
+            layer, each, cache = Layer(c, self.attend, parent=None), cache, []
+            for own, before in zip(self.variables["params"]["layers"], each, strict=True):
+                (hidden, after), _ = layer.apply({"params": own}, (hidden, before), 0, positions, mask, write_at)
+                cache.append(after)
+        else:
+            policy = REMAT[c.remat]
+            layers = nn.scan(
+                Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+                unroll=c.num_hidden_layers <= FEW_LAYERS,
+            )(c, self.attend, name="layers")
+            (hidden, cache), _ = layers((hidden, cache), jnp.arange(c.num_hidden_layers), positions, mask, write_at)
         if places is not None:
             hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
         hidden = RMSNorm(c, name="norm")(hidden)
         head = embedding if c.tie_word_embeddings else self.param("head", normal, shape, c.param_dtype)
         return product(hidden, head.astype(c.dtype).T), cache
+
+
+def apart(params: Any) -> Any:
+    """Parameters with each layer's as arrays of their own: XLA for CPUs copies a slice of a stack before it reads it.
+
+    Args:
+        params: the policy's parameters.
+
+    Returns:
+        Parameters for `Policy` with the caches of the layers (`Cache.apart`).
+    """
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return params | {"layers": [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(count)]}  # noqa: B023
 
 
 # Logical axes of each parameter; `sharding.RULES` maps them to mesh axes.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.policy.attention import prompt_attention
-from proxmo_jax.policy.decoder import Cache, Policy, PolicyConfig
+from proxmo_jax.policy.decoder import FEW_LAYERS, Cache, Policy, PolicyConfig, apart
 from proxmo_jax.policy.sampling import Decoding, draw, stops
 from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings, to_host
 
@@ -70,6 +70,7 @@ class _Job:
     """Constants while responses to `N` prompts, `U` texts, are sampled on `B` rows of the KV cache."""
 
     params: Any
+    layers_apart: Any  # the parameters as `_decode` reads them where there are few layers; None: as they are
     texts: jax.Array  # int32 [U, P], left-padded
     text_lengths: jax.Array  # int32 [U]
     text_of: jax.Array | None  # int32 [N]; None: a text for each prompt
@@ -118,11 +119,15 @@ class _Job:
         """Over which rows are split."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def place(self, cache: Cache) -> Cache:
+    def place(self, cache: Any) -> Any:
         """The cache with its sharding."""
-        if self.mesh is None or cache.keys.shape[1] % self.devices:
+        if self.mesh is None or jax.tree.leaves(cache)[0].shape[1] % self.devices:
             return cache
         return jax.lax.with_sharding_constraint(cache, cache_sharding(self.mesh))
+
+    def for_decoding(self, cache: Cache) -> Cache | list[Cache]:
+        """The cache as `_decode` reads it."""
+        return self.place(cache if self.layers_apart is None else cache.apart())
 
     def draw(self, logits: jax.Array, prompt: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(token, log-prob) [B]; the random number belongs to the prompt and the token's place in its response."""
@@ -144,7 +149,7 @@ class _State(NamedTuple):
     running: jax.Array  # bool [B]
     matched: jax.Array  # int16 [B], state of the stop strings' automaton
     token: jax.Array  # int32 [B], the last one, which is not in the cache yet
-    cache: Cache
+    cache: Any  # `_Job.for_decoding`
     waiting: jax.Array  # int32, the first prompt without a row
     samples: Samples
 
@@ -194,7 +199,10 @@ def sample(
     count = len(prompts if prompt_of is None else prompt_of)
     rows = count if not 0 < slots < count else slots
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count) if numbers is None else numbers)
-    job = _Job(params, prompts, prompt_lengths, prompt_of, keys, temperature, stop_table, config, decoding, rows, mesh)
+    few = apart(params) if config.num_hidden_layers <= FEW_LAYERS else None
+    job = _Job(
+        params, few, prompts, prompt_lengths, prompt_of, keys, temperature, stop_table, config, decoding, rows, mesh
+    )
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)
     if job.row_for_each:
@@ -214,7 +222,7 @@ def _empty(job: _Job) -> _State:
         running=none > 0,
         matched=none.astype(jnp.int16),
         token=none,
-        cache=job.place(Cache.empty(job.config, job.rows, job.row_length)),
+        cache=job.for_decoding(Cache.empty(job.config, job.rows, job.row_length)),
         waiting=jnp.int32(0),
         samples=Samples(
             jnp.full(shape, job.decoding.pad_id, jnp.int32),
@@ -273,23 +281,22 @@ def _refill(job: _Job, s: _State) -> _State:
     prompt = s.waiting + jnp.arange(together)
     there = prompt < job.count
     text = prompt if job.text_of is None else job.text_of[jnp.minimum(prompt, job.count - 1)]
-    text = jnp.where(there, text, texts)
+    text, cache = jnp.where(there, text, texts), s.cache
     if not job.row_for_each:
         row = jnp.where(there, jnp.argsort(s.running, stable=True)[:together], job.rows)
         logits, own = _read(job, text, Cache.empty(job.config, together, job.width))
-        cache = Cache(
-            s.cache.keys.at[:, row, :, :, : job.width].set(own.keys, mode="drop"),
-            s.cache.values.at[:, row, :, : job.width].set(own.values, mode="drop"),
-        )
+        into = partial(_put, rows=row, width=job.width)
+        cache = jax.tree.map(into, cache, job.for_decoding(own), is_leaf=lambda x: isinstance(x, Cache))
     elif job.text_of is None:
         row = prompt
-        logits, cache = _read(job, text, s.cache)
+        logits, own = _read(job, text, job.place(Cache.empty(job.config, job.rows, job.row_length)))
+        cache = job.for_decoding(own)
     else:
         row = prompt
         logits, own = _read(job, jnp.arange(texts), job.place(Cache.empty(job.config, texts, job.width)))
         of = jnp.minimum(text, texts - 1)
-        logits, own = logits[of], job.place(jax.tree.map(lambda x: x[:, of], own))
-        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * 5), s.cache, own)
+        logits, spread = logits[of], job.for_decoding(jax.tree.map(lambda x: x[:, of], own))
+        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * 5), cache, spread)
     step = jnp.zeros(together, jnp.int32)
     length = pick(job.text_lengths, text)
     token, log_prob = job.draw(logits, prompt, step)
@@ -300,6 +307,14 @@ def _refill(job: _Job, s: _State) -> _State:
     if not job.row_for_each:  # otherwise all rows are new; libtpu 0.0.52 aborts on their scatter where none is sharded
         fields = {k: getattr(s, k).at[row].set(v, mode="drop") for k, v in fields.items()}
     return s._replace(**fields, cache=job.place(cache), waiting=s.waiting + together, samples=samples)
+
+
+def _put(cache: Cache, own: Cache, rows: jax.Array, width: int) -> Cache:
+    """The cache of `K` prompts written into the first places of some rows."""
+    return Cache(
+        cache.keys.at[:, rows, :, :, :width].set(own.keys, mode="drop"),
+        cache.values.at[:, rows, :, :width].set(own.values, mode="drop"),
+    )
 
 
 def _said(job: _Job, samples: Samples, running, prompt, step, matched, token, log_prob) -> tuple:
@@ -334,7 +349,12 @@ def _decode(job: _Job, s: _State) -> _State:
     write_at = at[0] if job.row_for_each else at  # rows that began together are at the same place
     cache: Any
     logits, cache = Policy(job.config).apply(
-        {"params": job.params}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
+        {"params": job.layers_apart or job.params},
+        s.token[:, None],
+        (at - s.start)[:, None],
+        s.start,
+        job.place(s.cache),
+        write_at,
     )
     step = s.step + 1
     token, log_prob = job.draw(logits[:, 0], s.prompt, step)

@@ -3,7 +3,7 @@
     proxmo ablate train --study methods
 
 Every run has the same budget: 160 iterations of 64 episodes, with as many turns for all methods in houses of a level.
-The learning rate is tuned for each method at each level: three rates from eight seeds that the study does not use, in
+The learning rate is tuned for each method at each level: four rates from eight seeds that the study does not use, in
 groups of 8 without paraphrases, with the budget of a run of the study. The rate with the highest success over the whole
 run is used for this method in all cases of the level. Advantages are brought to similar sizes first (in standard
 deviations, or divided by the reward of a win), and Adam is indifferent to their scale except beside the entropy bonus.
@@ -40,5 +40,5 @@ STUDY = Study(
     " by the standard deviation of the group. No command of these agents is invalid.",
     seeds=32,
     reference="ProxMO",
-    learning_rates=(0.003, 0.01, 0.03),
+    learning_rates=(0.003, 0.01, 0.03, 0.1),
 )  # fmt: skip

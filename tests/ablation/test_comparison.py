@@ -224,7 +224,7 @@ def test_the_study_of_methods_has_every_method_in_every_case():
         assert len({cell.method for cell in own}) == 11
         assert len({(c.level, c.groups, c.members, c.turns, c.paraphrase) for c in own}) == 1  # equal budgets
     tried = trials(study)
-    assert len(tried.cells) == 11 * 4 * 3
+    assert len(tried.cells) == 11 * 4 * 4
     assert {(cell.members, cell.paraphrase) for cell in tried.cells} == {(8, 0.0)}
     for cell in study.cells:
         other = next(c for c in study.cells if c.label == cell.tuned_with)

@@ -164,6 +164,7 @@ def spec_of(config: Config, study: Study, cell: Cell) -> Spec:
     return Spec(
         groups=cell.groups, members=cell.members, turns=cell.turns, iterations=iterations,
         eval_every=5 if config.quick else 10, paraphrases=cell.paraphrase > 0,
+        states=cell.states,
     )  # fmt: skip
 
 

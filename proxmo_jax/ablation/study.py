@@ -37,6 +37,8 @@ class Cell:
     """Label of the cell whose learning rate it gets where a study tunes it; default: its own."""
     method: str = ""
     """Name of its estimator, where the study compares methods over cases (`Study.reference`)."""
+    states: bool = False
+    """Whether observations are equal only in the same state of the house (`vector_agent.Spec.states`)."""
     case: str = ""
     """Name of its houses, group size and texts there; each method has one cell in each case."""
 

@@ -30,6 +30,7 @@ class Spec:
 
     groups, members, turns: the shape of a rollout. iterations: number of updates; the policy is evaluated at the start
     and every `eval_every` of them. hidden: width of the policy. paraphrases: whether texts are paraphrased (`Knobs`).
+    states: whether equal observations must also be of equal states of the house, as in GraphGPO's recipe.
     """
 
     groups: int = 8
@@ -41,6 +42,7 @@ class Spec:
     epochs: int = 1
     reward_scale: float = 10.0
     paraphrases: bool = False
+    states: bool = False
 
 
 @pytree
@@ -147,7 +149,8 @@ class Scores(nn.Module):
 class Rollout(NamedTuple):
     """Episodes [G, M, T]: inputs, commands int32, their log-probabilities float32, mask bool of the turns that
     happened, and won bool in the turn that wins. ending int32 [G, M, L]: the text after the last command, which only
-    distances to the goal need."""
+    distances to the goal need. state int32 [G, M, T] and last_state [G, M]: `state_number` where texts and the ending
+    are read, for `Spec.states`."""
 
     seen: Seen
     command: jax.Array
@@ -155,6 +158,8 @@ class Rollout(NamedTuple):
     mask: jax.Array
     won: jax.Array
     ending: jax.Array | None = None
+    state: jax.Array | None = None
+    last_state: jax.Array | None = None
 
 
 def bag_of(text: jax.Array, pieces: int) -> jax.Array:
@@ -254,7 +259,8 @@ def play(
         log_probs = jax.nn.log_softmax(logits)
         command = choose(log_probs, jax.random.uniform(draw))
         after, reply, won = vh.step(house, state, command)
-        row = Rollout(seen, command, log_probs[command], ~done, won & ~done)
+        here = state_number(state) if spec.states else None
+        row = Rollout(seen, command, log_probs[command], ~done, won & ~done, state=here)
         chosen = jnp.arange(commands) == command
         following = (after, fit(reply), used + chosen, chosen, done | won)
         kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), following, carry)
@@ -262,8 +268,17 @@ def play(
 
     zero = jnp.zeros(commands, jnp.float32)
     start = (vh.reset(house), fit(house.start), zero, zero > 0, jnp.bool_(False))
-    (_, text, *_), rollout = jax.lax.scan(turn, start, jax.random.split(key, spec.turns))
-    return rollout._replace(ending=worded(text, jax.random.fold_in(key, spec.turns)))
+    (state, text, *_), rollout = jax.lax.scan(turn, start, jax.random.split(key, spec.turns))
+    ending = worded(text, jax.random.fold_in(key, spec.turns))
+    return rollout._replace(ending=ending, last_state=state_number(state) if spec.states else None)
+
+
+def state_number(state: State) -> jax.Array:
+    """A number of a state of a house, int32 []: its values times random numbers, added up. States that differ have the
+    same by a chance of 2^-32."""
+    values = jnp.concatenate([jnp.ravel(x).astype(jnp.uint32) for x in state])
+    numbers = np.random.default_rng(1).integers(0, 2**32, values.shape, np.uint32)
+    return (values * numbers).sum().astype(jnp.int32)
 
 
 def merged(words: np.ndarray) -> np.ndarray:
@@ -301,7 +316,7 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
     """Joint advantages of a rollout.
 
     Exact matching and the graph of observations compare 32-bit hashes of texts: sums of random numbers, one for each
-    piece and position.
+    piece and position; with states (`Spec.states`) plus their numbers.
 
     Args:
         rollout: [G, M, T]; with its ending for the score distance.
@@ -316,17 +331,18 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
     mask, text = rollout.mask, rollout.seen.text
     numbers = np.random.default_rng(0).integers(0, 2**32, (words.shape[0], text.shape[-1]), np.uint32)
 
-    def hashed(text):
-        return jnp.asarray(numbers)[text, jnp.arange(text.shape[-1])].sum(-1).astype(jnp.int32)
+    def hashed(text, state):
+        of_text = jnp.asarray(numbers)[text, jnp.arange(text.shape[-1])].sum(-1).astype(jnp.int32)
+        return of_text if state is None else of_text + state
 
     embedding = anchor = edge = None
     if settings.aggregation == "soft":
         embedding = embed(bag, mask, words)
     if settings.aggregation == "hard":
-        anchor = hashed(text)
+        anchor = hashed(text, rollout.state)
     if settings.score == "distance" and rollout.ending is not None:
-        here = hashed(text)
-        edge = jnp.stack([here, jax.vmap(at_next)(here, mask, hashed(rollout.ending))], -1)
+        here, last = hashed(text, rollout.state), hashed(rollout.ending, rollout.last_state)
+        edge = jnp.stack([here, jax.vmap(at_next)(here, mask, last)], -1)
     group = Group(
         reward=reward_scale * rollout.won.astype(jnp.float32),
         mask=mask,
@@ -357,7 +373,7 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
 
     def loss(params, at: Houses, rollout: Rollout, bag, advantage, entropy):
         score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0, 0)), (0, 0, 0))
-        turns = rollout._replace(ending=None)
+        turns = rollout._replace(ending=None, state=None, last_state=None)
         flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), turns)
         logits: Any = score(at, flat.seen, bag.reshape(*flat.mask.shape, -1))
         parts = policy_loss(

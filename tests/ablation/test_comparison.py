@@ -216,15 +216,15 @@ def test_a_study_tunes_on_seeds_of_its_own_and_then_trains(tmp_path, monkeypatch
 
 def test_the_study_of_methods_has_every_method_in_every_case():
     study = runner.load("methods")
-    assert len(study.cells) == 11 * 16
+    assert len(study.cells) == 12 * 16
     assert study.seeds == 32
-    assert len({cell.method for cell in study.cells}) == 11
+    assert len({cell.method for cell in study.cells}) == 12
     for case in {cell.case for cell in study.cells}:
         own = [cell for cell in study.cells if cell.case == case]
-        assert len({cell.method for cell in own}) == 11
+        assert len({cell.method for cell in own}) == 12
         assert len({(c.level, c.groups, c.members, c.turns, c.paraphrase) for c in own}) == 1  # equal budgets
     tried = trials(study)
-    assert len(tried.cells) == 11 * 4 * 4
+    assert len(tried.cells) == 12 * 4 * 4
     assert {(cell.members, cell.paraphrase) for cell in tried.cells} == {(8, 0.0)}
     for cell in study.cells:
         other = next(c for c in study.cells if c.label == cell.tuned_with)

@@ -45,7 +45,7 @@ def houses():
 def played(houses):
     """A rollout [4, 12, 24] of an untrained policy with paraphrases, in which some episodes are won."""
     train, _, texts = houses
-    spec = Spec(groups=4, members=12, turns=24, hidden=8, paraphrases=True)
+    spec = Spec(groups=4, members=12, turns=24, hidden=8, paraphrases=True, states=True)
     net = Scores(len(texts.pieces), spec.hidden)
     params = fresh(net, vh.pick(train, 0), jax.random.key(0))
     at = vh.pick(train, jnp.repeat(jnp.array(PLAYED), 12))
@@ -66,17 +66,24 @@ def cut(played):
     text, last = np.asarray(played.seen.text), np.asarray(played.ending)
     following = np.concatenate([text, last[:, :, None]], 2)
     ending = np.take_along_axis(following, turns[..., None, None], 2)[:, :, 0]
-    return played._replace(mask=jnp.asarray(at < turns[..., None]), won=jnp.asarray(won), ending=jnp.asarray(ending))
+    states = np.concatenate([played.state, played.last_state[:, :, None]], 2)
+    last_state = np.take_along_axis(states, turns[..., None], 2)[:, :, 0]
+    changed = {"mask": at < turns[..., None], "won": won, "ending": ending, "last_state": last_state}
+    return played._replace(**{name: jnp.asarray(x) for name, x in changed.items()})
 
 
 def steps_of(rollout, texts: vh.Texts) -> dict[str, list]:
-    """The steps of a rollout as strings and numbers, in the order of the groups, members and turns."""
+    """The steps of a rollout as strings and numbers, in the order of the groups, members and turns; texts with the
+    numbers of their states, if it has them."""
     names = ("group", "trajectory", "step", "reward", "success", "action_valid", "texts", "next_texts")
     steps: dict[str, list] = {name: [] for name in names}
     rollout = jax.device_get(rollout)
     for g, m in np.ndindex(rollout.mask.shape[:2]):
         turns = int(rollout.mask[g, m].sum())
         said = [vh.say(texts, row) for row in [*rollout.seen.text[g, m, :turns], rollout.ending[g, m]]]
+        if rollout.state is not None:
+            numbers = [*rollout.state[g, m, :turns].tolist(), int(rollout.last_state[g, m])]
+            said = [f"{text} {number}" for text, number in zip(said, numbers, strict=True)]
         won = bool(rollout.won[g, m].any())
         for t in range(turns):
             row = (g, 12 * g + m, t, 10.0 * (won and t == turns - 1), won, True, said[t], said[t + 1])
@@ -89,6 +96,7 @@ def steps_of(rollout, texts: vh.Texts) -> dict[str, list]:
 def test_advantages_are_those_of_the_texts(name, cut, houses):
     """Hashes, bags of pieces and merged words stand for the strings: the estimator gives both the same."""
     texts, settings = houses[2], SETTINGS[name]
+    cut = cut._replace(state=None, last_state=None)
     bag = bag_of(cut.seen.text, len(texts.pieces))
     found = estimate(cut, bag, settings, jnp.asarray(merged(texts.words)), 10.0)
     batch, packing = pj.Group.from_steps(**steps_of(cut, texts))
@@ -97,6 +105,34 @@ def test_advantages_are_those_of_the_texts(name, cut, houses):
     np.testing.assert_allclose(np.asarray(found)[mask], expected, atol=2e-4, rtol=2e-4)
     assert (np.asarray(found)[~mask] == 0).all()
     assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize("settings", [gigpo(), graphgpo()], ids=["gigpo", "graphgpo"])
+def test_with_states_a_text_of_two_states_is_two_observations(settings, cut, houses):
+    bag, words = bag_of(cut.seen.text, len(houses[2].pieces)), jnp.asarray(merged(houses[2].words))
+    found, of_texts = (
+        np.asarray(estimate(rollout, bag, settings, words, 10.0))[np.asarray(cut.mask)]
+        for rollout in (cut, cut._replace(state=None, last_state=None))
+    )
+    batch, packing = pj.Group.from_steps(**steps_of(cut, houses[2]))
+    expected = packing.unpack(pj.batch_advantages(batch, settings).joint)
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
+    assert np.abs(found - of_texts).max() > 0.1
+
+
+def test_states_have_the_same_number_if_they_are_the_same(played, houses):
+    train, step = houses[0], jax.jit(vh.step)
+    for g in range(2):
+        house, found = vh.pick(train, PLAYED[g]), {}
+        for m in range(12):
+            state, turns = vh.reset(house), int(played.mask[g, m].sum())
+            numbers = [*played.state[g, m, :turns].tolist(), int(played.last_state[g, m])]
+            for t, number in enumerate(numbers):
+                key = b"".join(np.asarray(x).tobytes() for x in state)
+                assert found.setdefault(key, number) == number
+                if t < turns:
+                    state, _, _ = step(house, state, played.command[g, m, t])
+        assert len(set(found.values())) == len(found) > 10
 
 
 def test_bags_count_pieces_and_no_padding():

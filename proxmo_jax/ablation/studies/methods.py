@@ -2,6 +2,9 @@
 
     proxmo ablate train --study methods
 
+GraphGPO's recipe for ALFWorld compares more than texts: the place, what is held and was moved, the commands. So it is
+here twice: with texts, as the others, and with texts and states of the house.
+
 Every run has the same budget: 160 iterations of 64 episodes, with as many turns for all methods in houses of a level.
 The learning rate is tuned for each method at each level: four rates from eight seeds that the study does not use, in
 groups of 8 without paraphrases, with the budget of a run of the study. The rate with the highest success over the whole
@@ -12,10 +15,11 @@ deviations, or divided by the reward of a win), and Adam is indifferent to their
 from proxmo_jax.ablation.study import Cell, Study
 from proxmo_jax.estimator.presets import g2po, gagpo, gigpo, graphgpo, grpo, hgpo, proxmo
 
+ON_STATES = "GraphGPO on states"
 METHODS = {
     "ProxMO": proxmo(), "GRPO": grpo(), "GiGPO": gigpo(), "HGPO": hgpo(), "GraphGPO": graphgpo(), "G2PO": g2po(),
     "GAGPO": gagpo(), "soft HGPO": hgpo(aggregation="soft"), "soft GraphGPO": graphgpo(aggregation="soft"),
-    "soft G2PO": g2po(aggregation="soft"), "soft GAGPO": gagpo(aggregation="soft"),
+    "soft G2PO": g2po(aggregation="soft"), "soft GAGPO": gagpo(aggregation="soft"), ON_STATES: graphgpo(),
 }  # fmt: skip
 LEVELS = {"easy": ("easy", 20), "mixed": ("easy+medium", 30), "medium": ("medium", 30), "hard": ("hard", 60)}  # turns
 TUNED = "groups of 8"  # of a level, without paraphrases
@@ -28,8 +32,9 @@ STUDY = Study(
     [
         Cell(
             f"{name}, {level}, groups of {members}{said}", settings, level=houses, groups=groups, members=members,
-            turns=turns, paraphrase=chance, baseline=f"ProxMO, {level}, groups of {members}{said}", method=name,
-            case=f"{level}, groups of {members}{said}", tuned_with=f"{name}, {level}, {TUNED}",
+            turns=turns, paraphrase=chance, states=name == ON_STATES, method=name,
+            baseline=f"ProxMO, {level}, groups of {members}{said}", case=f"{level}, groups of {members}{said}",
+            tuned_with=f"{name}, {level}, {TUNED}",
         )
         for level, (houses, turns) in LEVELS.items()
         for said, chance in PARAPHRASED.items()
@@ -37,7 +42,8 @@ STUDY = Study(
         for name, settings in METHODS.items()
     ],
     remark="Each phrase that has paraphrases is replaced with a chance of 50% where texts are paraphrased. GRPO divides"
-    " by the standard deviation of the group. No command of these agents is invalid.",
+    " by the standard deviation of the group. No command of these agents is invalid."
+    " GraphGPO on states compares texts and the state of the house, as its recipe does for ALFWorld.",
     seeds=32,
     reference="ProxMO",
     learning_rates=(0.003, 0.01, 0.03, 0.1),

@@ -171,7 +171,7 @@ def load(command: Command) -> Any:
 def parse(arguments: list[str], command: Command | None) -> Any:
     """The command's Config. Exits with help, or with an error message of tyro's, where the arguments ask for that."""
     completion = any(word.startswith("--tyro-") for word in arguments)  # lists the options of all commands
-    about = "ProxMO for multi-turn language-model agents, in JAX."
+    about = "ProxMO for multi-turn language-model agents, in JAX. `proxmo --version` prints the version."
     if command is None or completion:
         return tyro.cli(kind_of_all(completion), args=arguments, prog="proxmo", description=about)
     module = load(command)

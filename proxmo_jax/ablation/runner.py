@@ -68,7 +68,7 @@ class Config:
     out: Path = Path("runs/ablations")
     """The study gets a folder in it; an interrupted study there is resumed."""
     chunk: int = 4
-    """Runs trained in parallel on each device; a CPU trains no more of them faster, a GPU has room for many."""
+    """Runs trained in parallel on each device; on a CPU more are no faster (BENCHMARKS.md, Ablations)."""
     houses: int = 240
     """Houses for training; about half as many held-out houses are added for evaluation."""
     learning_rate: float = 0.01
@@ -163,8 +163,7 @@ def spec_of(config: Config, study: Study, cell: Cell) -> Spec:
     iterations = 20 if config.quick else study.iterations
     return Spec(
         groups=cell.groups, members=cell.members, turns=cell.turns, iterations=iterations,
-        eval_every=5 if config.quick else 10, paraphrases=cell.paraphrase > 0,
-        states=cell.states,
+        eval_every=5 if config.quick else 10, paraphrases=cell.paraphrase > 0, states=cell.states,
     )  # fmt: skip
 
 
@@ -258,8 +257,7 @@ def chunk_size(counts: Sequence[int], at_most: int) -> int:
     """The cheapest number of runs per chunk, a multiple of the number of devices.
 
     The last chunk of a kind is padded by repeating its last run, and a single run takes more than twice its time
-    among several (BENCHMARKS.md, Ablations). Hence the cost of a chunk is its size plus two runs
-    per device.
+    among several (BENCHMARKS.md, Ablations). Hence the cost of a chunk is its size plus two runs per device.
 
     Args:
         counts: number of runs of each kind.

@@ -29,6 +29,8 @@ class Cell:
     members: int = 8
     turns: int = 20
     paraphrase: float = 0.0
+    states: bool = False
+    """Whether observations are equal only in the same state of the house (`vector_agent.Spec.states`)."""
     baseline: str = ""
     """Label of the cell that this one is compared with; default: the study's first cell."""
     learning_rate: float | None = None
@@ -37,8 +39,6 @@ class Cell:
     """Label of the cell whose learning rate it gets where a study tunes it; default: its own."""
     method: str = ""
     """Name of its estimator, where the study compares methods over cases (`Study.reference`)."""
-    states: bool = False
-    """Whether observations are equal only in the same state of the house (`vector_agent.Spec.states`)."""
     case: str = ""
     """Name of its houses, group size and texts there; each method has one cell in each case."""
 

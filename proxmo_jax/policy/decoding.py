@@ -348,13 +348,9 @@ def _decode(job: _Job, s: _State) -> _State:
     at = job.width + s.step
     write_at = at[0] if job.row_for_each else at  # rows that began together are at the same place
     cache: Any
+    params = job.params if job.layers_apart is None else job.layers_apart
     logits, cache = Policy(job.config).apply(
-        {"params": job.layers_apart or job.params},
-        s.token[:, None],
-        (at - s.start)[:, None],
-        s.start,
-        job.place(s.cache),
-        write_at,
+        {"params": params}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
     )
     step = s.step + 1
     token, log_prob = job.draw(logits[:, 0], s.prompt, step)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxmo_jax.policy.attention import PROMPT_BLOCK
-from proxmo_jax.policy.decoder import READ_STEP, Policy, PolicyConfig, init_params
+from proxmo_jax.policy.decoder import FEW_LAYERS, READ_STEP, Policy, PolicyConfig, init_params
 from proxmo_jax.policy.decoding import PREFILL_TOKENS, decoding_params, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sampling import draw as draw_token
@@ -107,6 +107,27 @@ def test_log_probs_are_those_of_the_policy_and_padding_is_inert():
         mine = jax.nn.log_softmax(logits_of(whole))[np.arange(len(prompt) - 1, len(whole) - 1), whole[len(prompt) :]]
         np.testing.assert_allclose(log_probs[:length], mine, rtol=0, atol=TIE)
         assert not log_probs[length:].any()
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_more_layers_than_are_kept_apart_decode_as_the_policy_reads(slots):
+    """Their parameters and cache stay stacks, read in a loop."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=FEW_LAYERS + 1)
+    params, lengths = fresh(config), np.array([3, 8, 5, 8, 1], np.int32)
+    tokens = np.random.default_rng(1).integers(4, 40, (5, 8))
+    prompts = np.where(np.arange(8) >= 8 - lengths[:, None], tokens, 0).astype(np.int32)
+    arguments = params, prompts, lengths, jax.random.key(2), jnp.float32(1.0)
+    answer = sample(*arguments, config=config, decoding=Decoding(6, (3,)), slots=slots)
+    read = jax.jit(lambda *inputs: Policy(config).apply({"params": params}, *inputs)[0][0])
+    mask = jnp.tril(jnp.ones((1, 16, 16), bool))
+    for prompt, before, tokens, found, after in zip(prompts, lengths, *map(np.asarray, answer), strict=True):
+        whole = np.zeros(16, np.int32)
+        whole[: before + after] = [*prompt[8 - before :], *tokens[:after]]
+        expected = jax.nn.log_softmax(read(whole[None], jnp.arange(16)[None], mask))
+        places = np.arange(before - 1, before + after - 1)
+        np.testing.assert_allclose(
+            found[:after], expected[places, tokens[:after]], rtol=0, atol=2 * roundings(config, 28) * EPS
+        )
 
 
 def test_a_sampled_token_has_the_largest_sum_of_log_prob_and_noise():

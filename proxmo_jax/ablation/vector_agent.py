@@ -165,23 +165,25 @@ class Rollout(NamedTuple):
 def bag_of(text: jax.Array, pieces: int) -> jax.Array:
     """Counts of each piece in texts.
 
-    Every position is compared with every piece, one position after the other: a scatter is slow on a CPU, and so is a
-    sum over the positions of long texts in one step (hard houses: 33 and 265 ms a rollout; this takes 11).
+    Every position is compared with every piece: a scatter is slow on a CPU. Eight positions at a time, in 16 bits, so
+    that the counts seldom pass through memory (hard houses: 3 ms a rollout; one position at a time in float32 takes 18,
+    a scatter 33).
 
     Args:
         text: int32 [..., L]; piece 0 is padding.
-        pieces: number of pieces, P.
+        pieces: number of pieces, P; below 2^15.
 
     Returns:
         float32 [..., P].
     """
-    number = jnp.arange(pieces)
+    number = jnp.arange(pieces, dtype=jnp.int16)
 
     def count(total, piece):
         return total + (piece[..., None] == number), None
 
-    total, _ = jax.lax.scan(count, jnp.zeros((*text.shape[:-1], pieces)), jnp.moveaxis(text, -1, 0))
-    return jnp.where(number > 0, total, 0.0)
+    empty, positions = jnp.zeros((*text.shape[:-1], pieces), jnp.int16), jnp.moveaxis(text.astype(jnp.int16), -1, 0)
+    total, _ = jax.lax.scan(count, empty, positions, unroll=8)
+    return jnp.where(number > 0, total.astype(jnp.float32), 0.0)
 
 
 def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:

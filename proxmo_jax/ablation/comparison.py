@@ -6,7 +6,7 @@ The measures are those of Agarwal et al., Deep Reinforcement Learning at the Edg
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -156,18 +156,42 @@ def write_table(path: Path, rows: list[dict[str, float | str]]) -> None:
             writer.writerow({name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items()})
 
 
+def styles_of(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(colour, line style) of each method in figures: a method and its variants share a colour; "soft NAME" is dashed,
+    "NAME on ..." dotted."""
+    families = {name: name.removeprefix("soft ").partition(" on ")[0] for name in methods}
+    number = {family: i for i, family in enumerate(dict.fromkeys(families.values()))}
+    return {
+        name: (f"C{number[family] % 10}", "--" if name.startswith("soft ") else "-" if name == family else ":")
+        for name, family in families.items()
+    }
+
+
+def case_tables(measures: Mapping[str, Mapping[str, np.ndarray]], cases: list[str]) -> list[str]:
+    """The lines of a report with a table for each measure: means over runs, a case per row, a method per column, the
+    best of a row in bold. Arguments as of `compare_all`."""
+    lines = ["The end is the mean of the last three evaluations; summary.csv has the intervals."]
+    for measure, scores in measures.items():
+        lines += ["", f"Success {WORDS[measure]}:", ""]
+        lines += [f"| case | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+        for c, case in enumerate(cases):
+            means = [float(own[c].mean()) for own in scores.values()]
+            shown = [f"**{x:.0%}**" if x == max(means) else f"{x:.0%}" for x in means]
+            lines.append(f"| {case} | {' | '.join(shown)} |")
+    return lines
+
+
 def draw_profiles(path: Path, scores: Mapping[str, np.ndarray], title: str) -> None:
-    """Draw the performance profile of each method with its 95% interval; a soft variant is dashed."""
+    """Draw the performance profile of each method with its 95% interval, in `styles_of`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn, axis = plt.subplots(figsize=(8, 5))
-    families = list(dict.fromkeys(name.removeprefix("soft ") for name in scores))
+    drawn, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    styles = styles_of(scores)
     for name, own in scores.items():
-        colour = plt.get_cmap("tab10")(families.index(name.removeprefix("soft ")) % 10)
-        style = "--" if name.startswith("soft ") else "-"
+        colour, style = styles[name]
         many = profile(resampled(own, np.random.default_rng(0), 500))
         low, high = np.percentile(many, [2.5, 97.5], axis=0)
         axis.plot(THRESHOLDS, profile(own), style, color=colour, label=name, lw=1.6)
@@ -176,8 +200,7 @@ def draw_profiles(path: Path, scores: Mapping[str, np.ndarray], title: str) -> N
     axis.set_ylabel("share of runs above it")
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    drawn.tight_layout()
+    drawn.legend(fontsize=8, loc="outside right center")
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from envs_bridge.household.game import TASK_TYPES
-from proxmo_jax.ablation.comparison import compare_all, draw_profiles, section, write_table
+from proxmo_jax.ablation.comparison import case_tables, compare_all, draw_profiles, section, styles_of, write_table
 from proxmo_jax.agent.report import bootstrap
 from proxmo_jax.estimator.types import Settings
 
@@ -143,14 +143,14 @@ def write(
         writer.writeheader()
         writer.writerows(rows)
     figure(folder / "curves.png", study, results)
-    conclusion = ["## Findings", "", *(f"- {sentence}" for sentence in findings(rows))]
+    success, conclusion = settings_table(rows), ["## Findings", "", *(f"- {sentence}" for sentence in findings(rows))]
     if study.reference:
         cases, scores = over_cases(study, results)
         compared = compare_all(scores, cases, study.reference)
         write_table(folder / "comparison.csv", compared)
         draw_profiles(folder / "profiles.png", scores["end"], f"{study.name}: at the end, all cases")
-        conclusion = section(compared, study.reference)
-    text = page(study, results, rows, houses, quick, seconds, conclusion)
+        success, conclusion = case_tables(scores, cases), section(compared, study.reference)
+    text = page(study, results, success, houses, quick, seconds, conclusion)
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
@@ -162,7 +162,8 @@ def number(value: float) -> str:
 def figure(path: Path, study: Study, results: Results) -> None:
     """Draw success in held-out houses: mean over seeds and its bootstrap interval.
 
-    Each cell without a baseline has a panel, with the cells that are compared with it directly or through others.
+    Each cell without a baseline has a panel, with the cells that are compared with it directly or through others;
+    hence each case, where methods are compared.
     """
     import matplotlib
 
@@ -176,53 +177,90 @@ def figure(path: Path, study: Study, results: Results) -> None:
             label = compared[label]
         return label
 
+    def shade(i: int, count: int):
+        if i == 0:
+            return "black"
+        many = count > 6
+        return plt.get_cmap("viridis" if many else "tab10")((i - 1) / (count - 2) if many else i - 1)
+
     panels: dict[str, list[int]] = {}
     for c, label in enumerate(results.labels):
         panels.setdefault(root(label), []).append(c)
     shown = [
         [results.labels.index(base), *(c for c in cells if results.labels[c] != base)] for base, cells in panels.items()
     ]
-    columns = min(len(shown), 3)
+    most, wide, high = (4, 4.2, 3.4) if study.reference else (3, 5.2, 3.8)
+    columns = min(len(shown), most)
     lines = -(-len(shown) // columns)
-    drawn, axes = plt.subplots(lines, columns, figsize=(5.2 * columns + 1, 3.8 * lines), sharey=True, squeeze=False)
+    drawn, axes = plt.subplots(
+        lines, columns, figsize=(wide * columns + 1, high * lines), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
+    styles = styles_of(cell.method for cell in study.cells)
     for axis, cells in zip(axes.flat, shown, strict=False):
         for i, c in enumerate(cells):
-            colour = "black" if i == 0 else plt.get_cmap("viridis" if len(cells) > 6 else "tab10")(
-                (i - 1) / max(len(cells) - 2, 1) if len(cells) > 6 else i - 1
-            )  # fmt: skip
+            label = study.cells[c].method if study.reference else results.labels[c]
+            colour, style = styles[label] if study.reference else (shade(i, len(cells)), "-")
             low, high = np.array([bootstrap(x, 1000)[1:] for x in results.eval[c].T]).T
-            axis.plot(results.iterations, results.eval[c].mean(0), color=colour, label=results.labels[c], lw=1.6)
+            axis.plot(results.iterations, results.eval[c].mean(0), style, color=colour, label=label, lw=1.6)
             axis.fill_between(results.iterations, low, high, color=colour, alpha=0.12, lw=0)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right")
+        if study.reference:
+            axis.set_title(study.cells[cells[0]].case, fontsize=10)
+        else:
+            axis.legend(fontsize=7, loc="lower right")
+    if study.reference:  # every panel has the same lines
+        drawn.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     for line in axes:
         line[0].set_ylabel("success in held-out houses")
         line[0].set_ylim(0, 1)
     drawn.suptitle(f"{study.name}: {results.eval.shape[1]} seeds, mean and 95% interval")
-    drawn.tight_layout()
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
 
 
 def page(
-    study: Study, results: Results, rows: list[dict[str, str]], houses: tuple[int, int], quick: bool, seconds: float,
+    study: Study, results: Results, success: list[str], houses: tuple[int, int], quick: bool, seconds: float,
     conclusion: list[str],
 ) -> str:  # fmt: skip
-    """The report as Markdown; its sentences follow from the numbers. conclusion: lines on what they say."""
-    seeds = results.eval.shape[1]
-    uncorrected = " (here without a correction for their number)" if study.reference else ""
+    """The report as Markdown; its sentences follow from the numbers.
+
+    Args:
+        study, results, houses, quick, seconds: as in `write`.
+        success: lines with the success of every setting.
+        conclusion: lines on what the numbers say.
+    """
     lines = [
         f"# {study.name}", "", study.question, "",
-        f"{seeds} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses for training and {houses[1]}"
-        " held-out houses for evaluation, where commands are sampled as in training. The policy is a small network that"
-        " scores the admissible commands (`proxmo_jax/ablation/vector_agent.py` lists its limits). Intervals are 95%"
-        " bootstrap intervals over seeds; differences are between runs of the same seed. A difference is significant"
-        f" if its interval excludes 0{uncorrected}. `end`: mean of the last three evaluations; `mean`: mean over the"
-        " whole run;"
-        " `to 80%`: iterations until an evaluation first reaches 80%.", "",
+        f"{results.eval.shape[1]} seeds, {int(results.iterations[-1])} iterations, {houses[0]} houses for training and"
+        f" {houses[1]} held-out houses for evaluation, where commands are sampled as in training. The policy is a small"
+        " network that scores the admissible commands (`proxmo_jax/ablation/vector_agent.py` lists its limits).",
+        *success, "", "![learning curves](curves.png)", "", *conclusion,
+        "", "## Success by task type at the end", "",
+        f"| {'method, mean over its cases' if study.reference else 'setting'} | {' | '.join(TASK_TYPES)} |",
+        "|---" * 7 + "|",
+    ]  # fmt: skip
+    names = [cell.method if study.reference else cell.label for cell in study.cells]
+    for name in dict.fromkeys(names):
+        rates = results.by_kind[[other == name for other in names]].mean((0, 1))
+        lines.append(f"| {name} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |")
+    if study.remark:
+        lines += ["", study.remark]
+    if quick:
+        lines += ["", "**A quick run: too short for any conclusion.**"]
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    lines += ["", f"This call took {seconds:.0f} s on {device}, without chunks that were finished before."]
+    return "\n".join(lines) + "\n"
+
+
+def settings_table(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a report with every setting, its intervals, and its difference from the one it is compared with."""
+    lines = [
+        "Intervals are 95% bootstrap intervals over seeds; differences are between runs of the same seed. A difference"
+        " is significant if its interval excludes 0. `end`: mean of the last three evaluations; `mean`: mean over the"
+        " whole run; `to 80%`: iterations until an evaluation first reaches 80%.", "",
         "| setting | end | mean | to 80% | compared with | difference of the means |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
@@ -238,18 +276,7 @@ def page(
             else ""
         )
         lines.append(f"| {row['cell']} | {end} | {mean} | {float(row['to_80']):.0f} | {other} | {difference} |")
-    lines += ["", "![learning curves](curves.png)", "", *conclusion]
-    kinds = ["| setting | " + " | ".join(TASK_TYPES) + " |", "|---" * 7 + "|"]
-    for label, rates in zip(results.labels, results.by_kind.mean(1), strict=True):
-        kinds.append(f"| {label} | " + " | ".join(f"{rate:.0%}" for rate in rates) + " |")
-    lines += ["", "## Success by task type at the end", "", *kinds]
-    if study.remark:
-        lines += ["", study.remark]
-    if quick:
-        lines += ["", "**A quick run: too short for any conclusion.**"]
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
-    lines += ["", f"This call took {seconds:.0f} s on {device}, without chunks that were finished before."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def findings(rows: list[dict[str, str]]) -> list[str]:

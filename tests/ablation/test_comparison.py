@@ -21,6 +21,7 @@ from proxmo_jax.ablation.comparison import (
     profile,
     rank_sum_test,
     resampled,
+    styles_of,
 )
 from proxmo_jax.ablation.study import Cell, Results, Study, write
 from proxmo_jax.ablation.tuning import trials
@@ -150,6 +151,9 @@ def test_a_page_over_cases_says_what_the_numbers_say(tmp_path):
     assert "- d: not significantly different from a at the end (better in 50% (" in text
     assert text.index("- soft c:") < text.index("- d:") < text.index("- b:")
     assert "for 6 comparisons" in text
+    assert "| case | a | b | soft c | d |" in text
+    assert text.count("| easy, few | 57% | **77%** | 37% | 57% |") == 2  # over the run and at the end
+    assert "| soft c | 0% | 0% | 0% | 0% | 0% | 0% |" in text
     assert (tmp_path / "profiles.png").stat().st_size > 0
     with (tmp_path / "comparison.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -157,6 +161,13 @@ def test_a_page_over_cases_says_what_the_numbers_say(tmp_path):
     assert {row["case"] for row in rows if row["p corrected"]} == {"all"}
     own = next(r for r in rows if (r["method"], r["case"], r["measure"]) == ("b", CASES[1], "end"))
     np.testing.assert_allclose(float(own["iqm"]), 0.7 + 0.1 + 0.02 * 3.5, rtol=1e-3)
+
+
+def test_variants_of_a_method_share_its_colour():
+    styles = styles_of(["a", "soft a", "b", "a on states", "soft b"])
+    assert styles == {
+        "a": ("C0", "-"), "soft a": ("C0", "--"), "b": ("C1", "-"), "a on states": ("C0", ":"), "soft b": ("C1", "--")
+    }  # fmt: skip
 
 
 def test_corrected_values_are_of_all_tests_together():

@@ -209,8 +209,8 @@ class TextPlayer:
     def see(self, world: Household, text: str, used: np.ndarray, last: int) -> tuple[Seen, dict[int, str]]:
         """The policy's input and the text of each admissible command."""
         words = {self.number[command]: command for command in world.commands}
-        possible = np.zeros(len(used), bool)
-        possible[list(words)] = True
+        possible = np.zeros(len(used), np.int8)
+        possible[list(words)] = 1
         if text not in self.pieces_of:
             self.pieces_of[text] = [self.piece[piece] for piece in self.split.findall(text)]
         pieces = self.pieces_of[text]
@@ -235,8 +235,10 @@ class TextPlayer:
         ])  # fmt: skip
         text_row = np.zeros(self.length, np.int32)
         text_row[: len(pieces)] = pieces
+        bag = np.bincount(pieces, minlength=len(self.piece)).astype(np.float32)
+        again = (np.arange(len(used)) == last).astype(np.float32)
         # NumPy arrays, since a transfer to the device for each field would slow the text engine down.
-        arrays: Any = (text_row, held, flags, used.copy(), np.arange(len(used)) == last, in_place, possible)
+        arrays: Any = (text_row, bag, held, flags, np.log1p(used), again, in_place, possible)
         return Seen(*arrays), words
 
 

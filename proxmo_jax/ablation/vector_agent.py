@@ -63,13 +63,15 @@ class Knobs:
 class Seen(NamedTuple):
     """The policy's input in a turn.
 
-    text int32 [L]: pieces. held bool [O]: the object in hand. flags bool [4]: the object in hand is a target; it is in
-    the goal's state; a receptacle of the goal is here; the lamp is here. used float32 [A]: how often each command was
-    given. last bool [A]: the previous command. in_place bool [O]: targets that are where the goal wants them. possible
-    bool [A]: admissible commands.
+    text int32 [L]: pieces. bag float32 [P]: `bag_of` it. held bool [O]: the object in hand. flags bool [4]: the object
+    in hand is a target; it is in the goal's state; a receptacle of the goal is here; the lamp is here. used float32
+    [A]: log(1 + how often each command was given). last float32 [A]: 1 for the previous command. in_place bool [O]:
+    targets that are where the goal wants them. possible int8 [A]: 1 for admissible commands (XLA for CPUs copies bools
+    slowly).
     """
 
     text: jax.Array
+    bag: jax.Array
     held: jax.Array
     flags: jax.Array
     used: jax.Array
@@ -96,13 +98,12 @@ class Scores(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, house: Houses, seen: Seen, bag: jax.Array | None = None) -> jax.Array:
+    def __call__(self, house: Houses, seen: Seen) -> jax.Array:
         """Score the commands.
 
         Args:
             house: one house.
             seen: the input of one turn.
-            bag: float32 [P], `bag_of` the text; pass it when differentiating, omit it otherwise (faster).
 
         Returns:
             float32 [A], -1e9 for commands that are not admissible.
@@ -131,19 +132,17 @@ class Scores(nn.Module):
             ]
         )
         done = jnp.pad(seen.in_place, (len(vh.COMMANDS) + receptacles, 2 * objects))  # of commands to take
-        before = jnp.stack([jnp.log1p(seen.used), seen.last.astype(jnp.float32), done.astype(jnp.float32)])
-
-        # With a gradient a product: the gradient of a look-up is a scatter, which is slow on a CPU.
-        pieces = table["text"]
-        state = (pieces[seen.text] * (seen.text > 0)[:, None]).sum(0) if bag is None else bag @ pieces
-        state = state / 4.0 + seen.held @ table["held"][house.object]
+        # A product, since the gradient of a look-up is a scatter, which is slow on a CPU.
+        state = seen.bag @ table["text"] / 4.0 + seen.held @ table["held"][house.object]
         state = state + seen.flags.astype(jnp.float32) @ table["flags"] + table["kind"][house.kind]
         state = state + table["goal_target"][house.goal[0]]
         state = state + table["goal_place"][house.goal[1]]
         state = nn.Dense(self.hidden)(nn.relu(nn.Dense(2 * self.hidden)(nn.relu(state)))) + state
         wanted = nn.Dense(self.hidden)(nn.relu(state))
-        logits = commands @ wanted + (table["history"] @ wanted) @ before
-        return jnp.where(seen.possible, logits, -1e9)
+        # Sums instead of a product with stacked rows, which XLA for CPUs would copy twice to transpose them.
+        often, again, placed = table["history"] @ wanted
+        logits = commands @ wanted + often * seen.used + again * seen.last + placed * done
+        return jnp.where(seen.possible > 0, logits, -1e9)
 
 
 class Rollout(NamedTuple):
@@ -183,11 +182,11 @@ def bag_of(text: jax.Array, pieces: int) -> jax.Array:
 
     empty, positions = jnp.zeros((*text.shape[:-1], pieces), jnp.int16), jnp.moveaxis(text.astype(jnp.int16), -1, 0)
     total, _ = jax.lax.scan(count, empty, positions, unroll=8)
-    return jnp.where(number > 0, total.astype(jnp.float32), 0.0)
+    return jnp.where(number > 0, total, 0).astype(jnp.float32)
 
 
-def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: jax.Array) -> Seen:
-    """The policy's input for a state."""
+def show(house: Houses, state: State, text: jax.Array, pieces: int, used: jax.Array, last: jax.Array) -> Seen:
+    """The policy's input for a state; pieces: their number."""
     held, here = state.held, state.here
     ready = jnp.select(
         [house.state == 1, house.state == 2, house.state == 3], [state.clean, state.hot, state.cool], True
@@ -203,7 +202,9 @@ def show(house: Houses, state: State, text: jax.Array, used: jax.Array, last: ja
     where = jnp.maximum(state.inside, 0)
     in_place = house.target & ready & (state.inside >= 0) & house.place[where]
     in_hand = jnp.arange(house.object.shape[0]) == held
-    return Seen(text, in_hand, flags, used, last, in_place, vh.admissible(house, state))
+    return Seen(
+        text, bag_of(text, pieces), in_hand, flags, used, last, in_place, vh.admissible(house, state).astype(jnp.int8)
+    )
 
 
 def paraphrased(text: jax.Array, table: jax.Array, chance: float | jax.Array, key: jax.Array) -> jax.Array:
@@ -253,23 +254,24 @@ def play(
         return paraphrased(text, paraphrases, chance, key) if spec.paraphrases else text
 
     def turn(carry, key):
-        state, text, used, last, done = carry
+        state, text, times, used, last, done = carry
         draw, noise = jax.random.split(key)
         read = worded(text, noise)
-        seen = show(house, state, read, used, last)
+        seen = show(house, state, read, net.pieces, used, last)
         logits: Any = net.apply({"params": params}, house, seen)
         log_probs = jax.nn.log_softmax(logits)
         command = choose(log_probs, jax.random.uniform(draw))
         after, reply, won = vh.step(house, state, command)
         here = state_number(state) if spec.states else None
         row = Rollout(seen, command, log_probs[command], ~done, won & ~done, state=here)
-        chosen = jnp.arange(commands) == command
-        following = (after, fit(reply), used + chosen, chosen, done | won)
+        chosen = (jnp.arange(commands) == command).astype(jnp.float32)
+        used = jnp.where(chosen > 0, jnp.log1p(times[command] + 1.0), used)
+        following = (after, fit(reply), times + chosen, used, chosen, done | won)
         kept = jax.tree.map(lambda new, old: jnp.where(done, old, new), following, carry)
         return kept, row
 
     zero = jnp.zeros(commands, jnp.float32)
-    start = (vh.reset(house), fit(house.start), zero, zero > 0, jnp.bool_(False))
+    start = (vh.reset(house), fit(house.start), zero, zero, zero, jnp.bool_(False))
     (state, text, *_), rollout = jax.lax.scan(turn, start, jax.random.split(key, spec.turns))
     ending = worded(text, jax.random.fold_in(key, spec.turns))
     return rollout._replace(ending=ending, last_state=state_number(state) if spec.states else None)
@@ -314,7 +316,7 @@ def embed(bag: jax.Array, mask: jax.Array, words: jax.Array) -> jax.Array:
     return (value / jnp.where(norm > 0, norm, 1.0)).reshape(*mask.shape, -1)
 
 
-def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Array, reward_scale: float) -> jax.Array:
+def estimate(rollout: Rollout, settings: Settings, words: jax.Array, reward_scale: float) -> jax.Array:
     """Joint advantages of a rollout.
 
     Exact matching and the graph of observations compare 32-bit hashes of texts: sums of random numbers, one for each
@@ -322,7 +324,6 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
 
     Args:
         rollout: [G, M, T]; with its ending for the score distance.
-        bag: float32 [G, M, T, P], of its texts.
         settings: of the estimator.
         words: float32 [P, V], word counts of the pieces.
         reward_scale: the reward of a win.
@@ -339,7 +340,7 @@ def estimate(rollout: Rollout, bag: jax.Array, settings: Settings, words: jax.Ar
 
     embedding = anchor = edge = None
     if settings.aggregation == "soft":
-        embedding = embed(bag, mask, words)
+        embedding = embed(rollout.seen.bag, mask, words)
     if settings.aggregation == "hard":
         anchor = hashed(text, rollout.state)
     if settings.score == "distance" and rollout.ending is not None:
@@ -373,29 +374,28 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
     """
     words = jnp.asarray(merged(texts.words))
 
-    def loss(params, at: Houses, rollout: Rollout, bag, advantage, entropy):
-        score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0, 0)), (0, 0, 0))
+    def loss(params, at: Houses, rollout: Rollout, advantage, entropy):
+        score = jax.vmap(jax.vmap(partial(net.apply, {"params": params}), (None, 0)))
         turns = rollout._replace(ending=None, state=None, last_state=None)
         flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), turns)
-        logits: Any = score(at, flat.seen, bag.reshape(*flat.mask.shape, -1))
+        logits: Any = score(at, flat.seen)
         parts = policy_loss(
             logits, flat.command, flat.mask, advantage.reshape(flat.mask.shape), flat.log_prob,
             flat.log_prob, LossSettings(kl_coef=0.0, entropy_coef=0.0),
         )  # fmt: skip
         return parts.policy - entropy * parts.entropy
 
-    def advantage_by(choices: Settings, rollout: Rollout, bag: jax.Array, floats: Settings) -> jax.Array:
+    def advantage_by(choices: Settings, rollout: Rollout, floats: Settings) -> jax.Array:
         settings = jax.tree.unflatten(jax.tree.structure(choices), jax.tree.leaves(floats))
-        advantage = estimate(rollout, bag, settings, words, spec.reward_scale)
+        advantage = estimate(rollout, settings, words, spec.reward_scale)
         # Advantages of similar size for all estimators, relative to the entropy bonus.
         return advantage if standardised(settings) else advantage / spec.reward_scale
 
     def update(params, opt_state, at: Houses, rollout: Rollout, knobs: Knobs, kind: jax.Array):
-        bag = bag_of(rollout.seen.text, net.pieces)
         branches = [partial(advantage_by, choices) for choices in kinds]
-        advantage = jax.lax.switch(kind, branches, rollout, bag, knobs.estimator)
+        advantage = jax.lax.switch(kind, branches, rollout, knobs.estimator)
         for _ in range(spec.epochs):
-            gradient = jax.grad(loss)(params, at, rollout, bag, advantage, knobs.entropy)
+            gradient = jax.grad(loss)(params, at, rollout, advantage, knobs.entropy)
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
         return params, opt_state
@@ -412,7 +412,7 @@ def fresh(net: Scores, house: Houses, key: jax.Array):
     """Initial parameters."""
     commands = len(vh.COMMANDS) + house.receptacle.shape[0] + 3 * house.object.shape[0]
     none = jnp.zeros(commands)
-    seen = show(house, vh.reset(house), house.start, none, none > 0)
+    seen = show(house, vh.reset(house), house.start, net.pieces, none, none)
     return net.init(key, house, seen)["params"]
 
 

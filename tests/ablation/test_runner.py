@@ -128,9 +128,9 @@ def test_equal_texts_share_an_anchor_and_others_do_not(houses):
     won = np.zeros((1, 4, 6), bool)
     won[0, :2, -1] = True
     like = jnp.zeros((1, 4, 6))
-    seen = Seen(jnp.asarray(rows), like, like, like, like, like, like)
+    seen = Seen(jnp.asarray(rows), *[like] * 7)
     rollout = Rollout(seen, like, like, jnp.ones((1, 4, 6), bool), jnp.asarray(won))
-    found = estimate(rollout, bag_of(seen.text, len(texts.pieces)), gigpo(), jnp.asarray(texts.words), 10.0)
+    found = estimate(rollout, gigpo(), jnp.asarray(texts.words), 10.0)
     returns = 10.0 * won.any(-1, keepdims=True) * 0.95 ** np.arange(5, -1, -1)
     episode = 10.0 * won.any(-1, keepdims=True) - 5.0
     for m in range(4):

@@ -97,8 +97,7 @@ def test_advantages_are_those_of_the_texts(name, cut, houses):
     """Hashes, bags of pieces and merged words stand for the strings: the estimator gives both the same."""
     texts, settings = houses[2], SETTINGS[name]
     cut = cut._replace(state=None, last_state=None)
-    bag = bag_of(cut.seen.text, len(texts.pieces))
-    found = estimate(cut, bag, settings, jnp.asarray(merged(texts.words)), 10.0)
+    found = estimate(cut, settings, jnp.asarray(merged(texts.words)), 10.0)
     batch, packing = pj.Group.from_steps(**steps_of(cut, texts))
     expected = packing.unpack(pj.batch_advantages(batch, settings).joint)
     mask = np.asarray(cut.mask)
@@ -109,9 +108,9 @@ def test_advantages_are_those_of_the_texts(name, cut, houses):
 
 @pytest.mark.parametrize("settings", [gigpo(), graphgpo()], ids=["gigpo", "graphgpo"])
 def test_with_states_a_text_of_two_states_is_two_observations(settings, cut, houses):
-    bag, words = bag_of(cut.seen.text, len(houses[2].pieces)), jnp.asarray(merged(houses[2].words))
+    words = jnp.asarray(merged(houses[2].words))
     found, of_texts = (
-        np.asarray(estimate(rollout, bag, settings, words, 10.0))[np.asarray(cut.mask)]
+        np.asarray(estimate(rollout, settings, words, 10.0))[np.asarray(cut.mask)]
         for rollout in (cut, cut._replace(state=None, last_state=None))
     )
     batch, packing = pj.Group.from_steps(**steps_of(cut, houses[2]))
@@ -144,6 +143,20 @@ def test_bags_count_pieces_and_no_padding():
         np.testing.assert_array_equal(found[at], expected)
 
 
+def test_the_policy_sees_its_text_and_its_earlier_commands(played, houses):
+    commands = played.seen.used.shape[-1]
+    expected = bag_of(played.seen.text, len(houses[2].pieces))
+    np.testing.assert_array_equal(played.seen.bag, expected)
+    for g, m in np.ndindex(played.mask.shape[:2]):
+        given, last = np.zeros(commands), np.zeros(commands)
+        for t in range(int(played.mask[g, m].sum())):
+            np.testing.assert_allclose(played.seen.used[g, m, t], np.log1p(given), rtol=1e-6)
+            np.testing.assert_array_equal(played.seen.last[g, m, t], last)
+            number = int(played.command[g, m, t])
+            given[number] += 1
+            last = (np.arange(commands) == number).astype(float)
+
+
 def test_an_ending_is_the_text_after_the_last_command(played, houses):
     """A win ends with the text of the winning command, and no later command changes it."""
     train, _, texts = houses
@@ -160,9 +173,8 @@ def test_an_ending_is_the_text_after_the_last_command(played, houses):
 
 def test_distances_need_the_ending(played, houses):
     words = jnp.asarray(merged(houses[2].words))
-    bag = bag_of(played.seen.text, len(houses[2].pieces))
     with pytest.raises(UserError, match="score 'distance'"):
-        estimate(played._replace(ending=None), bag, graphgpo(), words, 10.0)
+        estimate(played._replace(ending=None), graphgpo(), words, 10.0)
 
 
 @pytest.mark.slow

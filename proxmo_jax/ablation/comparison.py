@@ -220,10 +220,11 @@ def section(rows: list[dict[str, float | str]], reference: str) -> list[str]:
         middle = f"{row['iqm']:.1%} ({row['iqm low']:.1%} to {row['iqm high']:.1%})"
         better = p = ""
         if "p corrected" in row:
-            chance, p = float(row["better"]), f"{row['p corrected']:.2g}"
+            chance, corrected = float(row["better"]), float(row["p corrected"])
+            p = f"{corrected:.2g}" if corrected >= 1e-4 else "below 0.0001"
             better = f"{chance:.0%} ({row['better low']:.0%} to {row['better high']:.0%})"
             verdict = "not significantly different from"
-            if float(row["p corrected"]) < 0.05:
+            if corrected < 0.05:
                 verdict = "significantly better than" if chance > 0.5 else "significantly worse than"
             words = WORDS[str(row["measure"])]
             pairs = f"better in {better} of pairs of runs, corrected p {p}"

@@ -144,17 +144,16 @@ class Vocabulary:
         tokens = _runs(texts)
         self._ids[END] = -2
         ids = np.fromiter(map(self._ids.__getitem__, tokens), np.int64, len(tokens))
-        text = np.cumsum(ids == -2)
-        real = ids >= 0
         size = max(len(self), 1)
         # Sorting one number per (text, word) sorts by both; equal neighbours are the same word of the same text.
-        both = np.sort(text[real] * size + ids[real])
-        first = np.flatnonzero(np.diff(both, prepend=-1))
+        tokens_of = np.diff(np.flatnonzero(ids == -2), prepend=-1)
+        both = ids + np.repeat(np.arange(len(texts)) * size, tokens_of)
+        both = np.sort(both[ids >= 0])
+        first = np.flatnonzero(np.concatenate([both[:1] >= 0, both[1:] != both[:-1]]))
         counts = np.diff(first, append=len(both))
-        both = both[first]
-        owner = both // size
-        ends = np.searchsorted(owner, np.arange(len(texts)), side="right")
-        self._append(before, (both - owner * size).astype(np.int32), counts.astype(np.float32), ends)
+        text, word = np.divmod(both[first], size)
+        ends = np.cumsum(np.bincount(text, minlength=len(texts)))
+        self._append(before, word.astype(np.int32), counts.astype(np.float32), ends)
 
     def _append(self, before: int, ids: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> None:
         """Store ids and counts of the texts numbered `before` and up; `ends` [N] are the ends of their slices."""
@@ -265,9 +264,9 @@ def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
 
 def _runs(texts: list[str]) -> list[str]:
     """All runs of word characters of the lower-cased texts, in order, with an `END` after each text."""
-    if any(END in text for text in texts):
-        texts = [text.replace(END, " ") for text in texts]
     joined = f" {END} ".join([*texts, ""])
+    if joined.count(END) > len(texts):
+        joined = f" {END} ".join([*(text.replace(END, " ") for text in texts), ""])
     if joined.isascii():  # five times as fast as the regular expression
         return joined.encode("ascii").translate(ASCII_RUN).decode("ascii").split()
     return RUN.findall(joined.lower())

@@ -26,7 +26,7 @@ Said = tuple[str, tuple[str, ...], Mapping[str, int]]
 
 
 class WorkerError(UserError):
-    """No worker can be started, or speaks another protocol version; or no episode at all could be played."""
+    """No worker can be started, or speaks another protocol version."""
 
 
 class Pool:
@@ -237,7 +237,7 @@ class _Link:
 
 
 def _parse(replies: object, count: int, said: list[Said]) -> list[tuple[Observation, str] | str]:
-    """Observation and task, or a sentence, per entry. Raises UserError for anything else.
+    """Observation and task, or a sentence, per entry. Raises ValueError for anything else.
 
     said: what this worker has said so far, by number; what is new is added.
     """
@@ -259,7 +259,7 @@ def _parse(replies: object, count: int, said: list[Said]) -> list[tuple[Observat
 
 
 def _seen(seen: object, said: list[Said]) -> Said:
-    """What a worker says anew or by number. Raises UserError for anything else."""
+    """What a worker says anew or by number. Raises ValueError for anything else."""
     match seen:
         case int() if 0 <= seen < len(said):
             return said[seen]

@@ -76,7 +76,7 @@ def read(name: str) -> Plan | None:
 
 def peers() -> str:
     """What others measured beside what is planned for the same shape and slice."""
-    lines = ["| measured by others | measured | lower bound | by the compiler's estimate |", "|---|---|---|---|"]
+    lines = ["| measured by others | measured | roofline | by the compiler's estimate |", "|---|---|---|---|"]
     for name, label, measured in (
         ("peer_maxtext", "MaxText, Llama-3.1-8B, 256 v6e, training", "45.5% MFU"),
         ("peer_marin", "marin, Qwen3-32B, v5p-256 (128 chips), training", "21.1% MFU"),

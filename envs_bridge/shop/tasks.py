@@ -36,7 +36,7 @@ def shop_goals(request: TaskRequest) -> Mapping[str, list[Game]]:
 
 
 def catalogue_folder(request: TaskRequest) -> Path:
-    """The prepared catalogue of the data folder, or one of invented products in the run's folder."""
+    """The prepared catalogue of the data folder, or one of generated products in the run's folder."""
     if request.options.data is None:
         data = cache = request.folder
         if not all((data / name).is_file() for name in FILES):

@@ -74,7 +74,7 @@ def main(config: Config, console: Console | None = None) -> Path:
     """Compute the table, draw the figures and return the folder.
 
     Raises:
-        UserError: invalid options or steps; nothing is computed or written then.
+        UserError: invalid options or steps; nothing is written then.
     """
     console = console or terminal()
     grid = settings_of(parse(config.grid))

@@ -46,7 +46,7 @@ def default(arguments: list[str]) -> Config:
 
     @dataclass(frozen=True)
     class Early:
-        source: tyro.conf.Positional[Path] = Path()
+        files: tyro.conf.Positional[tuple[Path, ...]] = ()
         preset: str = ""
         case: Path | None = None
 
@@ -57,7 +57,7 @@ def default(arguments: list[str]) -> Config:
         preset = early.preset or "proxmo"
         return Config(tyro.MISSING, tyro.MISSING, preset, estimator=PRESETS[preset]())
     try:
-        case = read_case(early.case, early.source)
+        case = read_case(early.case, early.files[0] if early.files else Path())
         settings, threshold = settings_of_case(case, early.preset or None)
     except UserError as error:
         raise UserError(f"--case: {error}") from error

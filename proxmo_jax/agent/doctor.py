@@ -1,4 +1,4 @@
-"""Check this machine: one line for each thing that runs need, with the command that mends it.
+"""Check this machine: one line for each thing that runs need, with the command that fixes it.
 
     proxmo doctor
     proxmo doctor --data DIR --python PY --webshop DIR    # ALFWorld's or a shop's files, the workers' interpreter
@@ -62,16 +62,16 @@ class Config:
 
 
 class Line(NamedTuple):
-    """What was found of a thing, and the command that mends it."""
+    """What was found of a thing, and the command that fixes it."""
 
     state: Literal["ok", "-", "FAIL"]
     name: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         found = " ".join(self.found.split())
-        return f"{self.state:<5} {self.name:<13} {found}" + (f"  -> {self.mend}" if self.mend else "")
+        return f"{self.state:<5} {self.name:<13} {found}" + (f"  -> {self.fix}" if self.fix else "")
 
 
 def main(config: Config) -> bool:
@@ -80,7 +80,7 @@ def main(config: Config) -> bool:
     for line in check(config):
         print(line, flush=True)
         failed += line.state == "FAIL"
-    print(f"{failed} to mend" if failed else "all is well")
+    print(f"{failed} to fix" if failed else "all is well")
     return not failed
 
 
@@ -162,9 +162,9 @@ def devices(config: Config) -> Iterator[Line]:
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit status {done.returncode}"]
         broken = not platforms or re.match(r"(ImportError|ModuleNotFoundError|SyntaxError)\b", last[0])
-        mend = f"{install()} --force-reinstall" if broken else "unset JAX_PLATFORMS"
+        fix = f"{install()} --force-reinstall" if broken else "unset JAX_PLATFORMS"
         named = f"JAX_PLATFORMS={platforms}: " if platforms and not broken else ""
-        yield Line("FAIL", "devices", f"{named}{last[0][:200]}", mend)
+        yield Line("FAIL", "devices", f"{named}{last[0][:200]}", fix)
         return
     found, version = json.loads(done.stdout.splitlines()[-1])
     yield Line("ok", "devices", f"{found}, jax {version}, {os.cpu_count()} CPU cores")
@@ -178,8 +178,8 @@ def devices(config: Config) -> Iterator[Line]:
 def compilation_cache(config: Config) -> Iterator[Line]:
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not named:
-        mend = "export JAX_COMPILATION_CACHE_DIR=~/.cache/proxmo/jax"
-        yield Line("-", "compile cache", "off: every run compiles its programs anew", mend)
+        fix = "export JAX_COMPILATION_CACHE_DIR=~/.cache/proxmo/jax"
+        yield Line("-", "compile cache", "off: every run compiles its programs anew", fix)
         return
     if fault := unwritable(Path(named)):
         yield Line("FAIL", "compile cache", f"{named}: {fault}", f"mkdir -p {named} && chmod u+rwx {named}")
@@ -195,13 +195,13 @@ def disk(config: Config) -> Iterator[Line]:
         ("catalogues", catalogue_folder(), "export PROXMO_CACHE=DIR"),
         ("temporary files", Path(tempfile.gettempdir()), "export TMPDIR=DIR"),
     )
-    for name, folder, mend in places:
+    for name, folder, fix in places:
         if fault := unwritable(folder):
-            yield Line("FAIL", "disk", f"{name}: {folder}: {fault}", mend)
+            yield Line("FAIL", "disk", f"{name}: {folder}: {fault}", fix)
             continue
         free = shutil.disk_usage(existing(folder)).free / 2**30
         found = f"{name}: {free:.1f} GiB free at {folder}"
-        yield Line("ok", "disk", found) if free >= ROOM else Line("FAIL", "disk", f"{found}, need {ROOM:g}", mend)
+        yield Line("ok", "disk", found) if free >= ROOM else Line("FAIL", "disk", f"{found}, need {ROOM:g}", fix)
 
 
 def catalogue_folder() -> Path:
@@ -264,8 +264,8 @@ def catalogues(config: Config) -> Iterator[Line]:
         needed = path.name.replace("items_shuffle", "items_ins_v2"), "items_human_ins.json"
         missing = [name for name in needed if not path.with_name(name).is_file()]
         if missing:
-            mend = "./setup.sh -d all, in a checkout of WebShop"
-            yield Line("FAIL", "shop", f"{path} is there, {' and '.join(missing)} not", mend)
+            fix = "./setup.sh -d all, in a checkout of WebShop"
+            yield Line("FAIL", "shop", f"{path} is there, {' and '.join(missing)} not", fix)
         else:
             yield Line("ok", "shop", f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
     if prepared := sorted(catalogue_folder().glob("shop-*")):
@@ -278,21 +278,21 @@ def workers(config: Config) -> Iterator[Line]:
         with Pool(1, python=config.python, timeout=config.timeout):
             yield Line("ok", "workers", f"{config.python} starts one")
     except UserError as error:
-        mend = "--python PY, an interpreter of Python 3.8 or newer"
-        yield Line("FAIL", "workers", str(error), mend)
+        fix = "--python PY, an interpreter of Python 3.8 or newer"
+        yield Line("FAIL", "workers", str(error), fix)
 
 
 def webshop(config: Config) -> Iterator[Line]:
     if config.webshop is None:
         return
     if not (config.webshop / "web_agent_site").is_dir():
-        mend = "git clone https://github.com/princeton-nlp/WebShop"
-        yield Line("FAIL", "webshop", f"{config.webshop} holds no web_agent_site", mend)
+        fix = "git clone https://github.com/princeton-nlp/WebShop"
+        yield Line("FAIL", "webshop", f"{config.webshop} holds no web_agent_site", fix)
         return
     missing = [name for name in ("gym", "pyserini", "spacy", "thefuzz") if not imports(config.python, name)]
     if missing:
-        mend = f"{config.python} -m pip install -r {config.webshop}/requirements.txt"
-        yield Line("FAIL", "webshop", f"{config.python} has no {', '.join(missing)}", mend)
+        fix = f"{config.python} -m pip install -r {config.webshop}/requirements.txt"
+        yield Line("FAIL", "webshop", f"{config.python} has no {', '.join(missing)}", fix)
     else:
         yield Line("ok", "webshop", f"{config.webshop}, {config.python}")
 
@@ -303,8 +303,8 @@ def extras(config: Config) -> Iterator[Line]:
         if imports(python, module):
             yield Line("ok", f"[{extra}]", f"{module}: {purpose}")
         else:
-            mend = install(extra).replace(sys.executable, python, 1)
-            yield Line("-", f"[{extra}]", f"no {module}: {purpose}", mend)
+            fix = install(extra).replace(sys.executable, python, 1)
+            yield Line("-", f"[{extra}]", f"no {module}: {purpose}", fix)
 
 
 def imports(python: str, module: str) -> bool:

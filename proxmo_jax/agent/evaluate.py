@@ -54,10 +54,10 @@ from proxmo_jax.agent.panel import (
 )
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import bootstrap, progress_bar, terminal, wilson
-from proxmo_jax.agent.rollout import collect
+from proxmo_jax.agent.rollout import NothingPlayed, collect
 from proxmo_jax.agent.run_files import of_another_run, stored_config
 from proxmo_jax.agent.settings import Config as TrainConfig
-from proxmo_jax.agent.settings import check, has_warm_start
+from proxmo_jax.agent.settings import check, for_playing, has_warm_start
 from proxmo_jax.agent.tasks import environment, make_pool, tasks_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import write_whole
@@ -119,6 +119,8 @@ def main(config: Config, console: Console | None = None) -> dict:
         if config.panel is None:
             raise UserError("--against compares results on a panel; name it with --panel")
         temperature = 0.0 if config.greedy else config.temperature
+        if config.against.resolve() == target_of(config).resolve():
+            raise UserError(f"--against: {config.against} is what this evaluation writes; name another file with --out")
         planned = {"run": config.run, "panel": {"hash": read_panel(config.panel).hash}, "temperature": temperature}
         paired.refuse_mixed(paired.read_result(config.against), planned)  # before anything is played
         evaluate(config, console)
@@ -184,10 +186,10 @@ def play_all(
     temperature = 0.0 if config.greedy else config.temperature
     began = time.time()
     seeds = panel.seeds if panel else (config.seed,)
+    turns = 0 if panel else stored.output.eval_turns  # a panel's are those of the rollout
     with make_pool(stored) as pool:
         results = {
-            split: play(config, seeds, player, params, pool, games[split], split, stored.output.eval_turns, console)
-            for split in games
+            split: play(config, seeds, player, params, pool, games[split], split, turns, console) for split in games
         }
     answer = {
         "run": str(config.run),
@@ -198,7 +200,7 @@ def play_all(
         "engine": stored.env.engine,
         "seconds": round(time.time() - began, 1),
         "splits": {
-            split: rates([environment(stored).kind(game) for game in games[split]], *result)
+            split: rates([environment(stored).kind(game) for game in games[split]], *result, environment(stored).scored)
             for split, result in results.items()
         },
     }
@@ -238,7 +240,7 @@ def run_settings(config: Config) -> TrainConfig:
     asked = {"name": config.env, **{name: getattr(config, name) for name in PLACES}}
     try:
         env = dataclasses.replace(stored.env, **{name: value for name, value in asked.items() if value is not None})
-        stored = dataclasses.replace(stored, env=env)
+        stored = for_playing(dataclasses.replace(stored, env=env), jax.device_count())
         check(stored)
     except (UserError, EnvironmentUserError) as error:
         takes = "--env, --data, --webshop, --engine, --python and --workers"
@@ -302,30 +304,41 @@ def play(
     turns: int,
     console: Console,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(won bool, finished bool, score float32) [seeds, games] of a split, a batch at a time; turns: as in `collect`."""
-    shape = len(seeds), len(games)
+    """(won bool, finished bool, score float32) [seeds, games] of a split, a batch at a time; turns: as in `collect`.
+
+    Games that could not be played are not finished. Raises NothingPlayed if none could.
+    """
+    shape, fault = (len(seeds), len(games)), None
     won, finished, score = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape, np.float32)
     with progress_bar(console) as bar:
         task = bar.add_task(split, total=won.size, note="")
         for s, start in itertools.product(range(len(seeds)), range(0, len(games), config.batch)):
             part = slice(start, start + config.batch)
-            rollout = collect(
-                player,
-                params,
-                pool,
-                games[part],
-                jax.random.fold_in(jax.random.key(seeds[s]), start),
-                temperature=0.0 if config.greedy else config.temperature,
-                turns=turns,
-            )
-            won[s, part], finished[s, part], score[s, part] = rollout.won, rollout.finished, rollout.score
+            try:
+                rollout = collect(
+                    player,
+                    params,
+                    pool,
+                    games[part],
+                    jax.random.key(seeds[s]),
+                    temperature=0.0 if config.greedy else config.temperature,
+                    turns=turns,
+                    first=start,  # random numbers are those of the game's place, whatever the batch
+                )
+                won[s, part], finished[s, part], score[s, part] = rollout.won, rollout.finished, rollout.score
+            except NothingPlayed as error:
+                fault = error
             done = s * len(games) + min(start + config.batch, len(games))
             bar.update(task, completed=done, note=f"{won.sum()} solved")
+    if fault and not finished.any():
+        raise fault
     return won, finished, score
 
 
-def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray) -> dict[str, dict]:
-    """Wins, episodes, rate and interval by the paper's columns (a shop's categories) and All, and a shop's mean score.
+def rates(
+    kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.ndarray, scored: bool
+) -> dict[str, dict]:
+    """Wins, episodes, rate and interval by the paper's columns (a shop's categories) and All, and the mean score.
 
     Episodes that could not be played are left out.
 
@@ -333,10 +346,10 @@ def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.n
         kind_of: the type of each game.
         won, finished, score: [seeds, games]. Of several seeds, intervals are bootstrapped over games, since attempts
             at the same game are not independent.
+        scored: whether the environment has scores.
     """
     kinds = np.array(kind_of)
-    household = set(kinds) <= set(COLUMNS)
-    names = COLUMNS if household else {kind: kind for kind in sorted(set(kinds))}
+    names = COLUMNS if set(kinds) <= set(COLUMNS) else {kind: kind for kind in sorted(set(kinds))}
     answer: dict[str, dict] = {}
     for name, chosen in [*((name, kinds == kind) for kind, name in names.items()), ("All", np.ones(len(kinds), bool))]:
         wins, count = int(won[:, chosen][finished[:, chosen]].sum()), int(finished[:, chosen].sum())
@@ -351,7 +364,7 @@ def rates(kind_of: list[str], won: np.ndarray, finished: np.ndarray, score: np.n
             "high": high,
         }
     answer["All"]["lost"] = int((~finished).sum())
-    if not household and finished.any():
+    if scored and finished.any():
         mean, low, high = bootstrap(_means(score, finished)[finished.any(0)])
         answer["Score"] = {"mean": mean, "low": low, "high": high, "games": int(finished.sum())}
     return answer

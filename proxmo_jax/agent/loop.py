@@ -91,10 +91,11 @@ class Loop:
         return {"words": self.words.every.words(), "room": self.buffer.word_ids.shape[1:]}
 
     def draw(self, rng: np.random.Generator, count: int, played: np.ndarray) -> np.ndarray:
-        """Games, other than those played if there are so many: task types of middling success more often, as their
-        groups have more to say."""
-        weight = np.sqrt(self.solved * (1 - self.solved)) + 0.1
-        weight = weight[self.kinds] / np.bincount(self.kinds, minlength=len(weight))[self.kinds]
+        """Games, other than those played if there are so many, by `--rollout.task-sampling`."""
+        weight = np.ones(len(self.games))
+        if self.config.rollout.task_sampling == "by_success":
+            of_kind = np.sqrt(self.solved * (1 - self.solved)) + 0.1
+            weight = of_kind[self.kinds] / np.bincount(self.kinds, minlength=len(of_kind))[self.kinds]
         if len(self.games) - len(np.unique(played)) >= count:
             weight[played] = 0.0
         return rng.choice(len(self.games), count, replace=len(self.games) < count, p=weight / weight.sum())

@@ -38,6 +38,7 @@ from proxmo_jax.training.checkpoint import load_params
 from proxmo_jax.training.update import TrainState, make_optimizer
 
 WARM_START = "warm_start"  # what it has trained, in the run's folder
+TOKENIZER = "tokenizer"  # of a small policy, in the run's folder
 
 
 def make_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example] = ()) -> Player:
@@ -78,11 +79,11 @@ def small_player(config: Config, mesh: Mesh, demonstrations: Sequence[Example]) 
 
 def make_tokenizer(config: Config, demonstrations: Sequence[Example]) -> PreTrainedTokenizerFast:
     """The run's tokenizer; built the first time from the demonstrations' prompts, and names or numbers they lack."""
-    folder = config.output.dir / "tokenizer"
-    if (folder / "tokenizer.json").is_file():
+    folder = config.output.dir / TOKENIZER
+    if holds_tokenizer(config.output.dir):
         return load_tokenizer(folder)
     if config.warm_start.from_run:
-        tokenizer = load_tokenizer(config.warm_start.from_run / "tokenizer")
+        tokenizer = load_tokenizer(config.warm_start.from_run / TOKENIZER)
         save_tokenizer(tokenizer, folder)
         return tokenizer
     texts = [f"{example.memory.prompt()}{ANSWER_START} {example.command}" for example in demonstrations]
@@ -192,6 +193,11 @@ def warm_params(folder: Path, untrained: Any) -> Any:
     """The parameters after the warm start of a run's folder. Raises UserError if they cannot be read."""
     frozen, learned = adapters.split(untrained)
     return adapters.join(frozen, load_params(folder / WARM_START, learned))
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a run's folder holds the tokenizer of a small policy."""
+    return (folder / TOKENIZER / "tokenizer.json").is_file()
 
 
 def holds_warm_start(folder: Path) -> bool:

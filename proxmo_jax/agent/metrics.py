@@ -47,12 +47,12 @@ def shared_names(row: Mapping[str, float]) -> dict[str, float]:
 class TensorBoard:
     """Event files in `tensorboard/` of the run's folder."""
 
-    def __init__(self, config: Config, first: int):
+    def __init__(self, config: Config, kept: int | None):
         # TensorBoard hides what an interrupted run has written after the checkpoint that it resumes from.
-        purge = first + 1 if first else 0
+        purge = 0 if kept is None else kept + 1
         folder = str(config.output.dir / "tensorboard")
         self.writer = SummaryWriter(folder, purge_step=purge if config.resume else None, flush_secs=10)
-        self.writer.add_text("config", as_code(json.dumps(settings_of(config), indent=1)), first)
+        self.writer.add_text("config", as_code(json.dumps(settings_of(config), indent=1)), kept or 0)
 
     def write(self, row: Mapping[str, float]) -> None:
         for name, value in shared_names(row).items():
@@ -104,19 +104,19 @@ class WeightsAndBiases:
 class Trackers:
     """All that a run reports to beside its own files; with several hosts the first one does."""
 
-    def __init__(self, config: Config, first: int, console: Console):
+    def __init__(self, config: Config, kept: int | None, console: Console):
         """Open what `--report-to` names.
 
         Args:
             config: the run's settings; its folder is there.
-            first: iteration of the checkpoint that the run resumes from, or 0.
+            kept: the last iteration whose row of metrics.jsonl a resumed run keeps; None if all is new.
             console: where it is said what cannot be reported to.
         """
         self.trackers: list[TensorBoard | WeightsAndBiases] = []
         if not hosts.is_first():
             return
         if "tensorboard" in config.output.report_to:
-            self.trackers.append(TensorBoard(config, first))
+            self.trackers.append(TensorBoard(config, kept))
         if "wandb" in config.output.report_to:
             found = weights_and_biases(config, console)
             self.trackers += [found] if found else []

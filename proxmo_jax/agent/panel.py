@@ -95,7 +95,7 @@ class Config:
     check: Path | None = None
     """A panel's file: check that its tasks are here, unchanged, and disjoint from the training split; write nothing."""
     data: Path | None = None
-    """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's files (default: invented products)."""
+    """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's files (default: generated products)."""
     level: Literal["easy", "medium", "hard"] = "easy"
     """Size of generated houses."""
     goals: Literal["human", "synthetic"] = "human"

@@ -48,7 +48,7 @@ class Config:
     split: str = ""
     """Split; default: train, the only one whose episodes are kept."""
     data: Path | None = None
-    """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's files (default: invented products)."""
+    """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's files (default: generated products)."""
     level: Literal["easy", "medium", "hard"] = "easy"
     """Size of a generated house."""
     goals: Literal["human", "synthetic"] = "human"

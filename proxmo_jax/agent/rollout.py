@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from envs_bridge.actions import project
-from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.pool import Pool
 from envs_bridge.prompts import Memory
 from envs_bridge.turn import Game, Observation
 from proxmo_jax.agent.overlong import unended
 from proxmo_jax.agent.player import Player, batch_bucket
+from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig
@@ -21,6 +22,10 @@ from proxmo_jax.policy.decoding import decoding_params
 from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
 
 TRIES = 3
+
+
+class NothingPlayed(UserError):
+    """No episode at all could be played."""
 
 
 @dataclass
@@ -115,7 +120,7 @@ def collect(
         The episodes, with the buffer.
 
     Raises:
-        WorkerError: if no episode could be played.
+        NothingPlayed: if no episode could be played.
     """
     count = len(games)
     shape = (count, turns or player.limits.turns)
@@ -194,7 +199,7 @@ class _Play:
             if len(lost) == 0:
                 break
         if not rollout.finished.any():
-            raise WorkerError(f"no episode could be played: {self.pool.fault}")
+            raise NothingPlayed(f"no episode could be played: {self.pool.fault}")
 
     def replace(self, games: dict[int, Game]) -> None:
         """Put new games in the places of these groups' episodes."""

@@ -12,7 +12,7 @@ import pydantic
 import tyro
 
 from proxmo_jax.agent.chat import settings_of
-from proxmo_jax.agent.settings import Config, need, of_preset
+from proxmo_jax.agent.settings import Config, need, of_preset, option
 from proxmo_jax.errors import UserError
 from proxmo_jax.paths import write_whole
 
@@ -218,11 +218,6 @@ def of_another_run(config: Config, progress: dict) -> str:
     compared = [name for name in own if name in other and name not in free and not name.startswith("hosts.")]
     differ = [name for name in compared if own[name] != other[name]]
     return ", ".join(f"{option(name)} {other[name]} instead of {own[name]}" for name in differ)
-
-
-def option(name: str) -> str:
-    """A setting as it is written on the command line."""
-    return f"--{name}".replace("_", "-")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ On the command line: `--estimator.temperature 0.2 --loss.clip-high 0.28`; in a r
 Names are those of TRL, verl and Tunix where the meaning is the same.
 """
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -33,9 +34,9 @@ def need(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def option(part: str, name: str) -> str:
-    """A setting as it is written on the command line."""
-    return f"--{part}.{name}".replace("_", "-")
+def option(*names: str) -> str:
+    """A setting, by its part and name or both in one, as it is written on the command line."""
+    return f"--{'.'.join(names)}".replace("_", "-")
 
 
 def at_least(least: float, part: str, settings: Any, *names: str) -> None:
@@ -65,11 +66,11 @@ class EnvSettings:
 
     name: Annotated[str, arg(aliases=["--env"])] = "household"
     """household (games generated into the run's folder), alfworld (ALFWorld's own games, from --data), shop (WebShop's
-    rules in our engine, on --data or on invented products), webshop (WebShop itself, from --env.webshop), or
+    rules in our engine, on --data or on generated products), webshop (WebShop itself, from --env.webshop), or
     module:attribute of an environment of your own (docs/tutorial.md)."""
     data: Annotated[Path | None, arg(aliases=["--data"])] = None
     """ALFWorld's data folder (default: $ALFWORLD_DATA), or a shop's: a folder with WebShop's items_shuffle*.json,
-    items_ins_v2*.json and items_human_ins.json, or one of its product files (default: invented products)."""
+    items_ins_v2*.json and items_human_ins.json, or one of its product files (default: generated products)."""
     level: Annotated[Literal["easy", "medium", "hard"], arg(aliases=["--level"])] = "easy"
     """Size of the generated houses."""
     train_games: int = 2000
@@ -146,6 +147,10 @@ class RolloutSettings:
     overlong_penalty: float = 1.0
     """Penalty of a response of the limit's length (verl's penalty_factor); DAPO: 1 where success is 1 and failure
     -1."""
+    task_sampling: Literal["by_success", "uniform"] = "by_success"
+    """How the tasks of an iteration are drawn: by_success (kinds of middling success more often, as their groups have
+    more to say; weight sqrt(p (1 - p)) + 0.1, where p is a running mean of the kind's success and begins at 0.5) or
+    uniform (published)."""
     dynamic_sampling: int = 0
     """Dynamic sampling (DAPO, arXiv 2503.14476; verl's filter_groups): groups whose attempts were all solved, or all
     not (with --env.reward score: have the same score) are replaced by groups of other games, so many times in an
@@ -421,7 +426,8 @@ class Config:
 
     preset: str = "proxmo"
     """Estimator that --estimator.* starts from: grpo, dr_grpo, rloo, gigpo, gigpo_similarity, proxmo,
-    proxmo_without_modulation, proxmo_without_proximity, official, hgpo, graphgpo, g2po or gagpo."""
+    proxmo_without_modulation, proxmo_without_proximity, official, hgpo, graphgpo, g2po or gagpo. (empg needs entropies
+    that the loop does not record: `proxmo advantages`.)"""
     iterations: int = 45
     """Iterations of rollout and update. With --resume and a larger number, a run goes on longer."""
     seed: int = 0
@@ -487,6 +493,19 @@ def check_estimator(estimator: Settings, env: EnvSettings) -> None:
     )
 
 
+def check_reward(config: Config) -> None:
+    """Refuse scores of an environment that has none, and penalties in rewards by which an estimator knows the goal."""
+    need(
+        config.env.reward != "score" or find(config.env.name).scored,
+        f"--env.reward score needs an environment with scores, such as shop; {config.env.name} has success alone",
+    )
+    need(
+        config.rollout.overlong != "penalise" or config.estimator.score not in ("gain", "distance"),
+        f"--rollout.overlong penalise changes the rewards by which score {config.estimator.score} (g2po, graphgpo)"
+        " knows that the goal was reached; need keep or mask",
+    )
+
+
 def of_preset(name: str, **parts: Any) -> Config:
     """The default settings with the estimator of a preset. Raises UserError for a name that is none."""
     need(name in PRESETS, f"--preset must be one of {', '.join(PRESETS)}; got {name!r}")
@@ -496,6 +515,7 @@ def of_preset(name: str, **parts: Any) -> Config:
 def check(config: Config) -> None:
     """Refuse what this machine's devices and files cannot do, before anything is written or compiled (UserError)."""
     find(config.env.name).check(config.env)
+    check_reward(config)
     check_estimator(config.estimator, config.env)
     check_devices(config, jax.device_count(), jax.process_count())
     check_hosts(config, jax.process_count())
@@ -517,6 +537,22 @@ def check_devices(config: Config, count: int, hosts: int = 1) -> None:
     need(
         together % devices == 0,
         f"--rollout.max-num-seqs must be a multiple of the {devices} devices, or 0 for all at once; got {together}",
+    )
+
+
+def for_playing(config: Config, count: int) -> Config:
+    """The settings of a run that only plays on `count` devices, be they other than those it was trained on: without its
+    mesh where that does not divide them, and with as many rows as they share."""
+    mesh = config.mesh if count % (config.mesh.fsdp * config.mesh.tensor) == 0 else MeshSettings()
+    devices = count // mesh.tensor
+    rows, together = (
+        -(-number // devices) * devices for number in (config.optimizer.rows_per_batch, config.rollout.max_num_seqs)
+    )
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        optimizer=dataclasses.replace(config.optimizer, rows_per_batch=rows),
+        rollout=dataclasses.replace(config.rollout, max_num_seqs=together),
     )
 
 

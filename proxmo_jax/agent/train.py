@@ -2,7 +2,7 @@
 
     proxmo train                          # the defaults: a few minutes on two CPU cores
     proxmo train --preset gigpo --out runs/gigpo --seed 1
-    proxmo train --env shop               # invented products under WebShop's rules
+    proxmo train --env shop               # generated products under WebShop's rules
     proxmo train --resume
 
 Read `main` from top to bottom: games -> tokenizer -> warm start -> loop (rollout, estimate, update) -> report.
@@ -109,10 +109,15 @@ def main(config: Config, console: Console | None = None) -> Path:
     hosts.finish()
     seconds = f"{time.time() - began:.0f} s"
     if finished:
+        kept = ", rollouts" if config.output.keep_rollouts else ""
+        longer = (
+            f" To train longer, at the final learning rate: proxmo train --out {folder} --resume --iterations"
+            f" {2 * config.iterations}"
+        )
         console.print(
             f"Done in {seconds}: {folder}/ holds metrics.jsonl, learning_curve.png, episodes_before.txt,"
-            " episodes_after.txt, rollout.npz, rollouts and checkpoints. To train longer, at the final learning rate:"
-            f" proxmo train --out {folder} --resume --iterations {2 * config.iterations}"
+            f" episodes_after.txt, rollout.npz{kept} and checkpoints."
+            f"{longer if config.optimizer.final_rate else ''}"
         )
         if config.output.page and hosts.is_first():
             console.print(page_at_the_end(folder, console), soft_wrap=True)
@@ -162,7 +167,7 @@ def run(
     key = jax.random.key(config.seed)
     optimizer = run_optimizer(config)
 
-    with make_pool(config) as pool:
+    with contextlib.ExitStack() as opened, make_pool(config) as pool:
         reference = starting_point(config, player, demos, jax.random.fold_in(key, 0), console, watch, stop)
         if stop:
             raise Stopped
@@ -170,10 +175,11 @@ def run(
         with contextlib.closing(Checkpoints(folder / CHECKPOINTS, keep=config.output.keep)) as checkpoints:
             saves = Saves(config, checkpoints, stop)
             first, state, progress = saves.newest(state, console) or (0, state, {})
-            evaluated = progress.get("evaluated", True)
-            keep_until = first - (not evaluated) if first else None
+            rows = hosts.of_first("metrics", read_metrics(folder / "metrics.jsonl"))
+            rows = [row for row in rows if row["iteration"] <= first]
+            evaluated, keep_until = goes_on_from(first, progress, rows)
             metrics = Metrics(folder / "metrics.jsonl", keep_until) if hosts.is_first() else None
-            trackers = Trackers(config, keep_until or 0, console)
+            trackers = opened.enter_context(contextlib.closing(Trackers(config, keep_until, console)))
             if hosts.is_first():
                 drop_after(folder, first)
 
@@ -182,8 +188,7 @@ def run(
                     metrics.write(row)
                 trackers.write(row)
 
-            newest_row = hosts.of_first("metrics", [{}, *read_metrics(folder / "metrics.jsonl")][-1])
-            last_row = progress.get("row") or newest_row
+            last_row = progress.get("row") or [{}, *rows][-1]
             evaluation = Evaluation(config, player, pool, eval_games, watch, stop)
             if not first:
                 label = "warm start" if has_warm_start(config) else "before training"
@@ -201,16 +206,26 @@ def run(
             if hosts.is_first():
                 write_steps(folder / "rollout.npz", steps)
 
-    rows = read_metrics(folder / "metrics.jsonl")
-    if hosts.is_first():
-        learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
-    finished = bool(rows) and rows[-1]["iteration"] >= config.iterations
-    if rows:
-        trackers.curve(folder / "learning_curve.png", rows[-1]["iteration"])
-    if finished:
-        trackers.episodes(folder / "episodes_after.txt", rows[-1]["iteration"])
-    trackers.close()
-    return finished
+        rows = read_metrics(folder / "metrics.jsonl")
+        if hosts.is_first():
+            learning_curve(folder / "learning_curve.png", [(config.preset, rows)], f"{config.preset}, {title} games")
+        finished = bool(rows) and rows[-1]["iteration"] >= config.iterations
+        if rows:
+            trackers.curve(folder / "learning_curve.png", rows[-1]["iteration"])
+        if finished:
+            trackers.episodes(folder / "episodes_after.txt", rows[-1]["iteration"])
+        return finished
+
+
+def goes_on_from(first: int, progress: dict, rows: list[dict]) -> tuple[bool, int | None]:
+    """Where a run goes on that has a checkpoint of iteration `first` (0: none).
+
+    Returns:
+        Whether that iteration has been evaluated if it is to be: a checkpoint may be older than its evaluation, after
+        which the row of metrics is written. And the last row of metrics to keep; None for none.
+    """
+    evaluated = progress.get("evaluated", True) or any(row["iteration"] == first for row in rows)
+    return evaluated, first - (not evaluated) if first else None
 
 
 def page_at_the_end(folder: Path, console: Console) -> str:
@@ -261,9 +276,7 @@ def iterations(
                 row = {"iteration": done, **row, "time/save": saves.stall}
                 saves.stall = 0.0
                 saves.note(done, state, progress())
-                if loop.played and is_kept(
-                    config.output.keep_rollouts, done, done == config.iterations or saves.stopping
-                ):
+                if loop.played and is_kept(config.output.keep_rollouts, done, done == config.iterations):
                     keep(folder, done, loop.played, loop.player, config.rollout.group_size)
             last = done == config.iterations
             best = False

@@ -14,7 +14,14 @@ from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
 from proxmo_jax.agent.batches import batches
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
-from proxmo_jax.agent.make_player import WARM_START, holds_warm_start, new_state, untrained_params, warm_params
+from proxmo_jax.agent.make_player import (
+    WARM_START,
+    holds_tokenizer,
+    holds_warm_start,
+    new_state,
+    untrained_params,
+    warm_params,
+)
 from proxmo_jax.agent.nonfinite import check_losses
 from proxmo_jax.agent.player import Player
 from proxmo_jax.agent.report import progress_bar, watched
@@ -31,9 +38,12 @@ from proxmo_jax.training.update import cloning_step, make_optimizer
 
 
 def needs_demonstrations(config: Config) -> bool:
-    """Whether a run reads demonstrations: for a warm start that it has to make, or for a small policy's tokenizer."""
-    made = holds_warm_start(config.output.dir) or config.warm_start.from_run is not None
-    return not config.model.path or (warm_steps(config) > 0 and not made)
+    """Whether a run reads demonstrations: for a warm start or a small policy's tokenizer that it has to make."""
+    if config.warm_start.from_run is not None:
+        return False
+    if not (config.model.path or holds_tokenizer(config.output.dir)):
+        return True
+    return warm_steps(config) > 0 and not holds_warm_start(config.output.dir)
 
 
 def refuse_missing_demonstrations(config: Config) -> None:
@@ -143,13 +153,7 @@ def warm_start(
     frozen, _ = adapters.split(params)
     state = new_state(player, params, optimizer)
     rng = np.random.default_rng(config.seed)
-    checkpoints = Checkpoints(config.output.dir / WARM_START / CHECKPOINTS)
-    saves = Saves(config, checkpoints, stop)
     step, skip = 0, 0  # steps done, and mini-batches done of the pass over the demonstrations that `rng` begins
-    if found := saves.newest(state, console):
-        step, state, progress = found
-        rng.bit_generator.state, skip = progress["rng"], progress["batches"]
-        console.print(f"The warm start goes on after step {step}.")
     unchecked: list[tuple[jax.Array, Rows]] = []  # losses and their mini-batches, since the last wait for the device
     shown_every = max(steps // 40, 1)
 
@@ -160,7 +164,13 @@ def warm_start(
         unchecked.clear()
 
     asked_every = 1 if hosts.count() == 1 else shown_every  # to save or stop: the other hosts answer, too
-    with progress_bar(console) as bar, contextlib.closing(checkpoints):
+    folder = config.output.dir / WARM_START / CHECKPOINTS
+    with contextlib.closing(Checkpoints(folder)) as checkpoints, progress_bar(console) as bar:
+        saves = Saves(config, checkpoints, stop)
+        if found := saves.newest(state, console):
+            step, state, progress = found
+            rng.bit_generator.state, skip = progress["rng"], progress["batches"]
+            console.print(f"The warm start goes on after step {step}.")
         task = bar.add_task("warm start", total=steps, completed=step, note="")
         while step < steps:
             rollout, until = (rollouts[0], turning_point) if step < turning_point else (rollouts[1], steps)

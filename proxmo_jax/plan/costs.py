@@ -4,7 +4,7 @@ XLA's own `cost_analysis` counts the body of a loop once, and nothing of a Palla
 as it runs: its condition compares a counter with a constant, or the caller knows. An operation takes the longer of
 its FLOPs at the chip's peak and its bytes at HBM's bandwidth (the roofline, Williams et al., 2009); operations follow
 one another, and collectives run beside them. Elementwise work, latencies and what overlaps badly are free: the time
-is a lower bound.
+is an optimistic one.
 """
 
 import math

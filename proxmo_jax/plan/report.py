@@ -18,8 +18,8 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share with three digits, as small ones matter."""
-    return f"{100 * share:.3g}%"
+    """A share with three digits."""
+    return f"{100 * share:.3g}%" if share >= 1e-4 or not share else "<0.01%"
 
 
 def mesh(plan: Plan) -> str:
@@ -79,7 +79,7 @@ COLUMNS = (
 
 
 def markdown(plans: list[Plan]) -> str:
-    """Plans as a table of a page: GiB of a chip, lower bounds of the time."""
+    """Plans as a table of a page: GiB of a chip, optimistic times."""
     lines = [f"| {COLUMNS} |", f"|{'---|' * (COLUMNS.count('|') + 1)}"]
     for plan in plans:
         peaks = {

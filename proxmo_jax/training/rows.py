@@ -72,7 +72,7 @@ def pack_turns(
     free_answers: list[int] = []
     first_open = 0
     places: list[tuple[int, int, int]] = []
-    shortest = int(lengths.min()) if len(lengths) else 0
+    shortest = int(lengths[order].min()) if len(order) else 0
     for turn in order.tolist():
         length, answer = int(lengths[turn]), int(answers[turn])
         for row in range(first_open, len(free)):

@@ -1,4 +1,4 @@
-"""The doctor finds what is broken and says what mends it, even where JAX is what is broken."""
+"""The doctor finds what is broken and says what fixes it, even where JAX is what is broken."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_a_broken_jax_and_missing_data_are_told_apart(tmp_path):
     assert any("alfworld" in line and "holds none of the folders train" in line for line in failed)
     assert any("workers" in line and "/nowhere/python" in line for line in failed)
     assert all(" -> " in line for line in failed)
-    assert done.stdout.splitlines()[-1] == f"{len(failed)} to mend"
+    assert done.stdout.splitlines()[-1] == f"{len(failed)} to fix"
     assert "ok    python" in done.stdout
 
 
@@ -43,7 +43,7 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch):
     line = lines(Config(), "devices")["devices"]
     assert line.state == "FAIL"
     assert line.found.startswith("JAX_PLATFORMS=warp: ")
-    assert line.mend == "unset JAX_PLATFORMS"
+    assert line.fix == "unset JAX_PLATFORMS"
 
 
 def test_versions_are_compared_with_the_lock(monkeypatch, tmp_path):
@@ -54,7 +54,7 @@ def test_versions_are_compared_with_the_lock(monkeypatch, tmp_path):
     line = lines(Config(), "packages")["packages"]
     assert line.state == "FAIL"
     assert line.found == f"not as in requirements.lock: numpy {doctor.installed('numpy')}, need 0.1"
-    assert f"-c {lock}" in line.mend
+    assert f"-c {lock}" in line.fix
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["no-such-package>=1", "x; extra == 'dev'"])
     assert "missing: no-such-package" in next(doctor.packages(Config())).found
 
@@ -76,7 +76,7 @@ def test_data_disk_and_cache_are_looked_at(monkeypatch, tmp_path):
     assert "is a file" in lines(Config(), "compilation_cache")["compile cache"].found
     monkeypatch.setattr(doctor, "ROOM", 1e9)
     assert lines(Config(out=tmp_path), "disk")["disk"].state == "FAIL"
-    assert lines(Config(webshop=tmp_path), "webshop")["webshop"].mend.startswith("git clone")
+    assert lines(Config(webshop=tmp_path), "webshop")["webshop"].fix.startswith("git clone")
 
 
 def test_a_check_that_breaks_down_is_a_line(monkeypatch):

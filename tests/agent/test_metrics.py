@@ -43,12 +43,12 @@ def scalars(folder):
     }
 
 
-def report(config, first=0):
+def report(config, kept=None):
     """Report a run; what was said."""
     folder, said = config.output.dir, io.StringIO()
-    trackers = Trackers(config, first, Console(file=said, width=400, markup=False))
+    trackers = Trackers(config, kept, Console(file=said, width=400, markup=False))
     for row in ROWS:
-        if row["iteration"] > first or not first:
+        if kept is None or row["iteration"] > kept:
             trackers.write(row)
     write_episodes(folder / "episodes_after.txt", ["task"], [[("a <b>room</b> \ud83d", "go **on**")]], [True])
     trackers.episodes(folder / "episodes_after.txt", 2)
@@ -86,12 +86,13 @@ def test_tensorboard_has_the_metrics_and_media(tmp_path):
     assert (image.width, image.height) == (1200, 675)
 
 
-def test_a_resumed_run_hides_what_comes_after_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("kept", [0, 1])  # 0: stopped in the evaluation of iteration 1
+def test_a_resumed_run_hides_what_comes_after_its_checkpoint(tmp_path, kept):
     config = config_of(tmp_path, "tensorboard")
     report(config)
-    report(replace(config, resume=True), first=1)
+    report(replace(config, resume=True), kept=kept)
     starts = [event.step for event in events(config.output.dir) if event.WhichOneof("what") == "session_log"]
-    assert starts == [2]
+    assert starts == [kept + 1]
 
 
 def test_none_writes_nothing(tmp_path):
@@ -159,7 +160,7 @@ def test_wandb_has_the_same(tmp_path, wandb):
     assert "go **on**" in wandb.log[3]["episodes_after"][1][0][0]
     assert wandb.log[4]["learning_curve"].endswith("learning_curve.png")
     assert wandb.finished == 1
-    report(replace(config, resume=True), first=1)
+    report(replace(config, resume=True), kept=1)
     assert (wandb.init[1]["id"], wandb.init[1]["resume"]) == ("abc", "allow")
 
 

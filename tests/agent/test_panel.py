@@ -7,20 +7,26 @@ import shutil
 from math import comb
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from nested import plain
 from rich.console import Console
+from scripted import ScriptedPool, say, small_player
 
 from envs_bridge.household.fingerprint import content_hash, fingerprint, world_hash
 from envs_bridge.household.game import build_game
 from envs_bridge.household.generate import generate_games, make_game
 from envs_bridge.shop.generate import FILES, generate_catalogue
 from proxmo_jax import cli
-from proxmo_jax.agent import paired
+from proxmo_jax.agent import evaluate, paired
+from proxmo_jax.agent.evaluate import Config
 from proxmo_jax.agent.panel import Config as PanelConfig
 from proxmo_jax.agent.panel import panel_games, read_panel, settings_for, with_panel
+from proxmo_jax.agent.rollout import NothingPlayed
 from proxmo_jax.errors import UserError
+from proxmo_jax.policy.decoder import init_params
+from proxmo_jax.policy.sharding import replicate
 
 
 def renamed(problem: str, seed: int) -> str:
@@ -245,3 +251,53 @@ def test_two_results_are_compared_without_playing(tmp_path, capsys):
     out = plain(capsys.readouterr().out)
     assert "+50.0" in out
     assert "other (1) and one (1) are not significantly different (p 1)." in out
+
+
+def test_a_result_is_not_compared_with_itself(written, tmp_path, capsys):
+    options = ["eval", str(tmp_path), "--panel", str(written), "--against", str(tmp_path / "eval.json")]
+    assert cli.main(options) == 2
+    assert "eval.json is what this evaluation writes; name another file with --out" in plain(capsys.readouterr().err)
+
+
+class Recording(ScriptedPool):
+    """Writes down what was said in each game."""
+
+    def __init__(self, script):
+        super().__init__(script)
+        self.said: dict[str, list[str]] = {}
+
+    def reset(self, games):
+        self.games = dict(games)
+        return super().reset(games)
+
+    def send_step(self, commands):
+        for slot, command in commands:
+            self.said.setdefault(self.games[slot], []).append(command)
+        super().send_step(commands)
+
+
+def play_in_batches(folder, batch, script):
+    """Five games by a policy that has learned nothing."""
+    player, pool = small_player(folder), Recording(script)
+    with jax.set_mesh(player.mesh):
+        params = replicate(player.mesh, init_params(player.config, jax.random.key(0)))
+        config, games = Config(run=folder, batch=batch, temperature=1.0), list("abcde")
+        won, finished, _ = evaluate.play(config, (0,), player, params, pool, games, "seen", 0, Console(quiet=True))
+    return won, finished, pool.said
+
+
+def test_batches_do_not_change_what_is_played(tmp_path):
+    script = lambda slot, attempt, turn: say(f"turn {turn}")  # noqa: E731
+    _, _, one = play_in_batches(tmp_path, 1, script)
+    _, _, other = play_in_batches(tmp_path, 3, script)
+    assert one == other
+    assert len({tuple(said) for said in one.values()}) > 1
+
+
+def test_a_batch_that_cannot_be_played_does_not_end_the_evaluation(tmp_path):
+    # The third batch has one game, which is lost in every attempt.
+    script = lambda slot, attempt, turn: None if attempt > 1 else say("x", done=turn > 0, won=turn > 0)  # noqa: E731
+    won, finished, _ = play_in_batches(tmp_path, 2, script)
+    assert won.tolist() == finished.tolist() == [[True, True, True, True, False]]
+    with pytest.raises(NothingPlayed, match="lost by the script"):
+        play_in_batches(tmp_path, 2, lambda *_: None)

@@ -14,7 +14,7 @@ from scripted import ScriptedPool, say, small_player
 from tiny_model import write_tiny_model
 
 from envs_bridge.household.expert import Habits, episodes
-from envs_bridge.pool import Pool, WorkerError
+from envs_bridge.pool import Pool
 from envs_bridge.prompts import ANSWER_START, History, Notes
 from envs_bridge.shop.notes import ShopNotes
 from envs_bridge.turn import Goal
@@ -24,7 +24,7 @@ from proxmo_jax.agent.loop import rollout_row, steps_of
 from proxmo_jax.agent.make_player import make_player
 from proxmo_jax.agent.player import Limits, Player, share, width_bucket
 from proxmo_jax.agent.report import progress_bar
-from proxmo_jax.agent.rollout import TRIES, collect
+from proxmo_jax.agent.rollout import TRIES, NothingPlayed, collect
 from proxmo_jax.agent.train import Evaluation
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import graphgpo, proxmo
@@ -116,7 +116,7 @@ def test_what_stays_lost_is_nowhere(player, games):
 
 
 def test_no_episode_at_all_is_an_error(player, games, tmp_path):
-    with Pool(1) as pool, pytest.raises(WorkerError, match=r"no episode could be played: .*cannot be read"):
+    with Pool(1) as pool, pytest.raises(NothingPlayed, match=r"no episode could be played: .*cannot be read"):
         play(player, pool, [str(tmp_path / "gone"), str(tmp_path / "gone too")])
 
 

@@ -19,14 +19,18 @@ from proxmo_jax.agent.run_files import RECIPES, default, flat, of_another_run, o
 from proxmo_jax.agent.settings import (
     Config,
     EnvSettings,
+    RolloutSettings,
     check,
     check_devices,
     check_estimator,
+    for_playing,
     has_warm_start,
     micro_batches,
+    of_preset,
     small_policy,
     warm_steps,
 )
+from proxmo_jax.agent.warm_start import needs_demonstrations, refuse_missing_demonstrations
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import PRESETS
 from proxmo_jax.policy.decoder import init_params
@@ -393,6 +397,42 @@ def test_estimators_that_a_rollout_cannot_serve(preset, knobs, message):
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"empg"}))
 def test_estimators_that_a_rollout_serves(preset):
     check_estimator(PRESETS[preset](), EnvSettings())
+
+
+def test_scores_need_an_environment_that_has_them():
+    with pytest.raises(UserError, match=r"--env\.reward score needs an environment with scores"):
+        check(config_with(env__reward="score"))
+    check(config_with(env__reward="score", env__name="shop"))
+
+
+@pytest.mark.parametrize("preset", ["g2po", "graphgpo"])
+def test_a_penalty_must_not_hide_that_the_goal_was_reached(preset):
+    config = of_preset(preset, rollout=RolloutSettings(overlong="penalise", overlong_buffer=2))
+    with pytest.raises(UserError, match=r"--rollout\.overlong penalise changes the rewards by which score"):
+        check(config)
+    check(of_preset("gagpo", rollout=RolloutSettings(overlong="penalise", overlong_buffer=2)))
+
+
+def test_a_run_is_played_on_other_devices_than_it_was_trained_on():
+    trained = config_with(mesh__fsdp=4, mesh__tensor=2, optimizer__rows_per_batch=32, rollout__max_num_seqs=8)
+    for count, fsdp, rows, together in ((8, 4, 32, 8), (1, 1, 32, 8), (6, 1, 36, 12)):
+        config = for_playing(trained, count)
+        check_devices(config, count)
+        found = config.mesh.fsdp, config.optimizer.rows_per_batch, config.rollout.max_num_seqs
+        assert found == (fsdp, rows, together)
+
+
+def test_demonstrations_are_read_only_by_a_run_that_needs_them(tmp_path):
+    config = config_with(output__dir=tmp_path, warm_start__demonstrations=tmp_path / "gone.jsonl")
+    assert needs_demonstrations(config)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+    assert needs_demonstrations(config)
+    (tmp_path / "warm_start").mkdir()
+    (tmp_path / "warm_start" / "config.json").touch()
+    assert not needs_demonstrations(config)
+    refuse_missing_demonstrations(config)
+    assert not needs_demonstrations(config_with(warm_start__from_run=tmp_path))
 
 
 def test_a_warm_start_of_another_rank_is_refused(tmp_path):

@@ -37,7 +37,7 @@ from proxmo_jax.agent.report import (
     wilson,
 )
 from proxmo_jax.agent.rollout import Rollout
-from proxmo_jax.agent.train import page_at_the_end
+from proxmo_jax.agent.train import goes_on_from, page_at_the_end
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.presets import dr_grpo
 from proxmo_jax.estimator.steps_file import read_steps, steps_advantages, write_steps
@@ -530,6 +530,15 @@ def test_a_shop_run_in_an_ascii_locale_and_an_odd_folder(tmp_path):
     done = proxmo("export", str(out), str(tmp_path / "policy[1]"), environment=ASCII)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "policy[1]" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_evaluates_what_has_no_evaluation_yet():
+    rows = [{"iteration": 0}, {"iteration": 1}]
+    assert goes_on_from(0, {}, rows[:1]) == (True, None)
+    assert goes_on_from(1, {"evaluated": True}, rows) == (True, 1)
+    assert goes_on_from(2, {"evaluated": False}, rows) == (False, 1)
+    # A checkpoint that was written when the run was stopped in the evaluation, which it made after it was resumed.
+    assert goes_on_from(1, {"evaluated": False}, rows) == (True, 1)
 
 
 def test_metrics_survive_a_line_cut_off(tmp_path):

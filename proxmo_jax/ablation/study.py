@@ -16,6 +16,7 @@ from proxmo_jax.estimator.types import Settings
 
 # Of the training rollouts: success, share of groups with wins and losses, turns, log-probability of the commands drawn.
 CURVES = ("success", "mixed", "turns", "log_prob")
+FEWEST_SEEDS = 5  # with fewer, an interval of a bootstrap over seeds is hardly more than their range
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def write(
         writer.writeheader()
         writer.writerows(rows)
     figure(folder / "curves.png", study, results)
-    success, conclusion = settings_table(rows), ["## Findings", "", *(f"- {sentence}" for sentence in findings(rows))]
+    sentences = findings(rows, results.eval.shape[1])
+    success, conclusion = settings_table(rows), ["## Findings", "", *(f"- {sentence}" for sentence in sentences)]
     if study.reference:
         cases, scores = over_cases(study, results)
         compared = compare_all(scores, cases, study.reference)
@@ -279,8 +281,10 @@ def settings_table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
-def findings(rows: list[dict[str, str]]) -> list[str]:
-    """One sentence for each comparison: which differences are significant."""
+def findings(rows: list[dict[str, str]], seeds: int) -> list[str]:
+    """One sentence for each comparison: which differences are significant, if there are seeds enough to say."""
+    if seeds < FEWEST_SEEDS:
+        return [f"{seeds} of at least {FEWEST_SEEDS} seeds: too few for the intervals to mean something."]
     sentences = []
     for row in rows:
         other = row["compared with"]

@@ -162,12 +162,12 @@ class Checkpoints:
         """The saved iterations, in order."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, like: Any, iteration: int | None = None) -> tuple[Any, dict]:
+    def restore(self, like: Any, iteration: int) -> tuple[Any, dict]:
         """Restore a checkpoint, onto whatever devices there are now.
 
         Args:
             like: pytree with the structure, shapes and shardings of the state.
-            iteration: default: the newest.
+            iteration: of the checkpoint.
 
         Returns:
             (state, progress).
@@ -177,7 +177,6 @@ class Checkpoints:
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         arguments = {STATE: ocp.args.StandardRestore(target), PROGRESS: ocp.args.JsonRestore()}
-        iteration = iteration or self.latest()
         named = self._folder / str(iteration)
         with _reading(named):
             restored = self._manager.restore(iteration, args=ocp.args.Composite(**arguments))

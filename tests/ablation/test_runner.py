@@ -214,6 +214,12 @@ def test_pages_say_what_the_numbers_say(tmp_path):
     write(tmp_path, study, results(0.5, 0.2, 0.9), houses=(240, 128), quick=False, seconds=1.0)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "cell 1 against cell 0: significantly worse over the whole run (-30.0%" in text
+    few = results(0.5, 0.7, 0.5)
+    few.eval, few.by_kind, few.curves = few.eval[:, :4], few.by_kind[:, :4], {"turns": few.curves["turns"][:, :4]}
+    write(tmp_path, study, few, houses=(240, 128), quick=False, seconds=1.0)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "significantly" not in text
+    assert "4 of at least 5 seeds: too few" in text
     found = measures(results(0.5, 0.9))
     assert (found["to_80"] == [[30] * 5, [0] * 5]).all()
 

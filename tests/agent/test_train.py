@@ -318,7 +318,7 @@ def test_checkpoints_live_in_folders_of_any_name(tmp_path):
         checkpoints.save(number + 1, state, {"iteration": number + 1})
         checkpoints.close()
         checkpoints = Checkpoints(run / "checkpoints")
-        restored, progress = checkpoints.restore(like)
+        restored, progress = checkpoints.restore(like, number + 1)
         checkpoints.close()
         assert progress == {"iteration": number + 1}
         build_word_tokenizer(["go to desk 1"], run / "tokenizer")

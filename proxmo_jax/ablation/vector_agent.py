@@ -39,7 +39,6 @@ class Spec:
     iterations: int = 160
     eval_every: int = 10
     hidden: int = 32
-    epochs: int = 1
     reward_scale: float = 10.0
     paraphrases: bool = False
     states: bool = False
@@ -394,11 +393,9 @@ def make_update(net: Scores, texts: Texts, spec: Spec, optimizer: optax.Gradient
     def update(params, opt_state, at: Houses, rollout: Rollout, knobs: Knobs, kind: jax.Array):
         branches = [partial(advantage_by, choices) for choices in kinds]
         advantage = jax.lax.switch(kind, branches, rollout, knobs.estimator)
-        for _ in range(spec.epochs):
-            gradient = jax.grad(loss)(params, at, rollout, advantage, knobs.entropy)
-            updates, opt_state = optimizer.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
-        return params, opt_state
+        gradient = jax.grad(loss)(params, at, rollout, advantage, knobs.entropy)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
     return update
 

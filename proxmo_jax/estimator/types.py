@@ -122,7 +122,7 @@ class Group:
         seen = _observations(packing, texts, anchor, similarity_threshold)
         words = None
         if count_words and seen.anchored_by == "equal texts":
-            words = _words(packing, texts, seen, vocabulary or Vocabulary(), max_features)
+            words = _words(texts, seen, vocabulary or Vocabulary(), max_features)
         edge = None if next_texts is None else _edges(packing, texts, next_texts, node_similarity)
         batch = cls(
             reward=packing.pack(finite(reward, "reward"), "reward"),
@@ -170,9 +170,7 @@ def _observations(packing: Packing, texts: Sequence[str] | None, anchor: Any, th
     return _Seen(number, row, table, anchored_by)
 
 
-def _words(
-    packing: Packing, texts: Sequence[str], seen: _Seen, vocabulary: Vocabulary, max_features: int | None
-) -> WordCounts:
+def _words(texts: Sequence[str], seen: _Seen, vocabulary: Vocabulary, max_features: int | None) -> WordCounts:
     """Word counts [G, U, K] of the distinct observations."""
     assert seen.number is not None
     assert seen.table is not None

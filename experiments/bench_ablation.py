@@ -53,7 +53,7 @@ from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.steps_file import needed
 from proxmo_jax.estimator.types import Group
 
-GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 omega=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
+GRID = "temperature=0.05:0.8:32 alpha=1,2,4,8 step_weight=0.25,0.5,1 modulation=on,off aggregation=none,hard,soft"
 OFFICIAL_SECONDS = 0.77  # of the official code on 4,897 steps (BENCHMARKS.md, Estimator); used without a checkout
 
 

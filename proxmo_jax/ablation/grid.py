@@ -1,7 +1,7 @@
 """Estimate one recorded batch under thousands of settings of the estimator.
 
-    proxmo ablate estimator ROLLOUT.npz --grid "temperature=0.05:0.8:12 alpha=1,2,4,8 omega=0,0.5,1 modulation=on,off
-        aggregation=none,hard,soft"
+    proxmo ablate estimator ROLLOUT.npz --grid "temperature=0.05:0.8:12 alpha=1,2,4,8 step_weight=0,0.5,1
+        modulation=on,off aggregation=none,hard,soft"
 
 ROLLOUT: steps as for `proxmo advantages`; `proxmo train` writes those of its last iteration to rollout.npz. Settings
 that differ only in floats share a compiled function under `vmap`, `chunk` of them at a time; the similarity of the
@@ -34,19 +34,19 @@ from proxmo_jax.estimator.presets import proxmo
 from proxmo_jax.estimator.steps_file import needed, read_steps
 from proxmo_jax.estimator.types import LARGEST, Group, Settings
 
-# Axis: the field of `Settings`, and the range of its values.
+# Axes that are fields of `Settings`, and the range of their values.
 AXES = {
-    "temperature": ("temperature", 1e-6, LARGEST),
-    "alpha": ("alpha", 1e-6, LARGEST),
-    "omega": ("step_weight", 0.0, LARGEST),
-    "range": ("modulation_range", 0.0, 1.0),
-    "discount": ("discount", 0.0, 1.0),
-    "penalty": ("invalid_penalty", 0.0, LARGEST),
+    "temperature": (1e-6, LARGEST),
+    "alpha": (1e-6, LARGEST),
+    "step_weight": (0.0, LARGEST),
+    "modulation_range": (0.0, 1.0),
+    "discount": (0.0, 1.0),
+    "invalid_penalty": (0.0, LARGEST),
 }
 CHOICES = {"modulation": ("on", "off"), "aggregation": ("none", "hard", "soft")}
 # Axes without effect under a choice; they are not varied there.
-IDLE = {"aggregation=none": ("temperature", "omega"), "aggregation=hard": ("temperature",),
-        "modulation=off": ("alpha", "range")}  # fmt: skip
+IDLE = {"aggregation=none": ("temperature", "step_weight"), "aggregation=hard": ("temperature",),
+        "modulation=off": ("alpha", "modulation_range")}  # fmt: skip
 MEASURES = (
     "rank_correlation", "sign_flips", "baseline_variance", "neighbours", "step_share", "size", "mass_on_wins",
     "mass_in_hard_groups", "mass_in_mixed_groups", "mass_in_easy_groups", "mass_late",
@@ -59,9 +59,9 @@ class Config:
 
     rollout: tyro.conf.Positional[Path]
     """.npz or .jsonl with group, trajectory, step, reward, success, action_valid and texts."""
-    grid: str = "temperature=0.05:0.8:12 alpha=1,2,4,8 omega=0,0.5,1 modulation=on,off aggregation=none,hard,soft"
-    """Axes: temperature, alpha, omega, range, discount, penalty (numbers `a,b,c`, or `from:to:count`), modulation (on,
-    off), aggregation (none, hard, soft)."""
+    grid: str = "temperature=0.05:0.8:12 alpha=1,2,4,8 step_weight=0,0.5,1 modulation=on,off aggregation=none,hard,soft"
+    """Axes: temperature, alpha, step_weight, modulation_range, discount, invalid_penalty (numbers `a,b,c`, or
+    `from:to:count`), modulation (on, off), aggregation (none, hard, soft)."""
     out: Path = Path("runs/ablate_estimator")
     """Folder for table.csv, table.npz and figures.png."""
     chunk: int = 64
@@ -140,7 +140,7 @@ def numbers(name: str, values: str) -> list[float]:
             found = [float(value) for value in values.split(",")]
     except ValueError:
         raise UserError(f"--grid: {name}={values} is neither a,b,c nor from:to:count with numbers") from None
-    _, least, most = AXES[name]
+    least, most = AXES[name]
     for value in found:
         if not least <= value <= most:
             limits = f"at least {least:g}" if most == LARGEST else f"between {least:g} and {most:g}"
@@ -165,7 +165,7 @@ def settings_of(axes: dict[str, list]) -> list[tuple[Settings, list[dict]]]:
             points.setdefault(tuple(sorted(point.items(), key=str)), point)
         fields: list[dict[str, float]] = []
         for point in points.values():
-            known = {AXES[name][0]: value for name, value in point.items() if name in AXES}
+            known = {name: value for name, value in point.items() if name in AXES}
             fields.append(known | ({"modulation_range": 0.0} if point["modulation"] == "off" else {}))
         floats = [f.name for f in dataclasses.fields(Settings) if not f.metadata.get("static")]
         base = proxmo(aggregation=aggregation)

@@ -31,7 +31,7 @@ def steps(groups=3, members=4, turns=5, seed=0) -> dict:
     }  # fmt: skip
 
 
-GRID = "temperature=0.05:0.8:3 alpha=1,4 omega=0,1 modulation=on,off aggregation=none,hard,soft"
+GRID = "temperature=0.05:0.8:3 alpha=1,4 step_weight=0,1 modulation=on,off aggregation=none,hard,soft"
 
 
 def batch():
@@ -46,8 +46,10 @@ def test_every_row_is_what_the_estimator_says_alone(chunk):
     one = jax.jit(batch_advantages)
     reference = packing.unpack(one(group, proxmo()).joint)
     for i, aggregation in enumerate(table["aggregation"]):
-        point = {name: table[name][i] for name in ("temperature", "alpha", "omega") if not np.isnan(table[name][i])}
-        knobs = {grid.AXES[name][0]: float(value) for name, value in point.items()}
+        point = {
+            name: table[name][i] for name in ("temperature", "alpha", "step_weight") if not np.isnan(table[name][i])
+        }
+        knobs = {name: float(value) for name, value in point.items()}
         if table["modulation"][i] == "off":
             knobs["modulation_range"] = 0.0
         found = one(group, proxmo(aggregation=str(aggregation), **knobs))
@@ -101,14 +103,14 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys):
     ("text", "message"),
     [
         ("", "--grid: is empty"),
-        ("colour=1", "--grid: unknown axis 'colour'; need some of temperature, alpha, omega"),
+        ("colour=1", "--grid: unknown axis 'colour'; need some of temperature, alpha, step_weight"),
         ("alpha", "--grid: alpha has no values"),
         ("alpha=", "--grid: alpha has no values"),
         ("alpha=one", "--grid: alpha=one is neither a,b,c nor from:to:count"),
         ("alpha=1:2", "--grid: alpha=1:2 is neither"),
         ("alpha=1:2:0", "--grid: alpha=1:2:0 is neither"),
         ("temperature=0,0.1", "--grid: temperature must be at least 1e-06, got 0"),
-        ("range=0.5,1.5", "--grid: range must be between 0 and 1, got 1.5"),
+        ("modulation_range=0.5,1.5", "--grid: modulation_range must be between 0 and 1, got 1.5"),
         ("discount=nan", "--grid: discount must be between 0 and 1, got nan"),
         ("aggregation=soft,mushy", "--grid: aggregation may be none, hard, soft; got 'mushy'"),
         ("alpha=1 alpha=2", "--grid: alpha is given twice"),
@@ -139,6 +141,6 @@ def test_files_without_texts_are_refused(tmp_path, capsys):
 
 
 def test_settings_keep_their_own_defaults():
-    ((settings, points),) = grid.settings_of({"omega": [0.5], "aggregation": ["hard"]})
-    assert points == [{"aggregation": "hard", "modulation": "on", "omega": 0.5}]
+    ((settings, points),) = grid.settings_of({"step_weight": [0.5], "aggregation": ["hard"]})
+    assert points == [{"aggregation": "hard", "modulation": "on", "step_weight": 0.5}]
     assert dataclasses.replace(settings, step_weight=1.0).alpha == proxmo().alpha

@@ -111,16 +111,18 @@ class Worker:
         return self._worlds[slot].step(command)
 
     def _fields(self, seen: Observation, task: str) -> list:
-        said = seen.text, seen.admissible
+        # Environments of others give NumPy's numbers and lists, too.
+        said = str(seen.text), tuple(seen.admissible)
+        rest = [float(seen.reward), bool(seen.done), bool(seen.won), str(task)]
         number = self._said.get(said)
         if number is None:
             # A command of two lines could not be told from two, nor be listed in a prompt.
-            lines = "\n".join(command for command in seen.admissible if "\n" not in command)
+            lines = "\n".join(command for command in said[1] if "\n" not in command)
             if len(self._said) >= SAID_AT_MOST:  # only where the pool will do so, too
                 self._said.clear()
             self._said[said] = len(self._said)
-            return [[seen.text, lines, word_counts(seen.text)], seen.reward, seen.done, seen.won, task]
-        return [number, seen.reward, seen.done, seen.won, task]
+            return [[said[0], lines, word_counts(said[0])], *rest]
+        return [number, *rest]
 
 
 @functools.lru_cache(maxsize=10_000)

@@ -5,7 +5,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from proxmo_jax.errors import UserError
+
 LINK = "folder"
+
+
+def free_target(target: Path) -> None:
+    """Raise UserError if a folder to be written holds something already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is in use; name a new folder")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ COMMON = {"proxmo_jax.errors", "proxmo_jax.paths"}
 # A room may import these rooms, and itself.
 ALLOWED = {
     "proxmo_jax.errors": set(),
-    "proxmo_jax.paths": set(),
+    "proxmo_jax.paths": {"proxmo_jax.errors"},
     "proxmo_jax.estimator": {"proxmo_jax.errors"},
     "proxmo_jax.policy": COMMON,
     "proxmo_jax.integrations": {"proxmo_jax.errors", "proxmo_jax.estimator"},

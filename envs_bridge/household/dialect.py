@@ -5,6 +5,8 @@ ALFWorld's releases up to 0.4.2 and of our generator. It recognises them by hash
 since files that look alike may play differently.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json

@@ -5,6 +5,8 @@ verified in lockstep; none of its code is used. A command that is not admissible
 turn.
 """
 
+from __future__ import annotations
+
 from envs_bridge.household.game import Game, load_game
 from envs_bridge.turn import Observation
 
@@ -31,7 +33,7 @@ class Household:
         self.reset()
 
     @classmethod
-    def load(cls, path: str) -> "Household":
+    def load(cls, path: str) -> Household:
         return cls(load_game(path))
 
     def reset(self) -> Observation:

@@ -30,9 +30,14 @@ def next_command(world: Household) -> str:
     if goal.lamp_type:
         if held < 0:
             return _fetch(world, _nearest(world, targets))
-        lamp = next(
-            o for o, kind in enumerate(game.object_type) if kind == goal.lamp_type and "toggleable" in world.flags[o]
-        )
+        lamps = [
+            o
+            for o, kind in enumerate(game.object_type)
+            if kind == goal.lamp_type and "toggleable" in world.flags[o] and world.inside[o]
+        ]
+        if not lamps:
+            raise ValueError(f"{game.path}: no lamp of the goal's type")
+        lamp = lamps[0]
         return _go(world, world.inside[lamp][0]) or f"use {game.objects[lamp]}"
     return _place(world, targets)
 
@@ -53,7 +58,10 @@ def _place(world: Household, targets: list[int]) -> str:
         if state not in world.flags[held]:
             if state not in APPLIANCES:
                 raise ValueError(f"{game.path}: the expert does not know how to make things {state}")
-            r = next(r for r, kind in enumerate(game.receptacle_type) if kind == APPLIANCES[state])
+            kinds = world.dialect.sinks if state == "clean" else (APPLIANCES[state],)
+            r = next((r for r, kind in enumerate(game.receptacle_type) if kind in kinds), None)
+            if r is None:
+                raise ValueError(f"{game.path}: nothing there makes things {state}")
             return _go(world, r) or f"{VERBS[state]} {game.objects[held]} with {game.receptacles[r]}"
     return _go(world, place) or _open(world, place) or _put(world, held, place)
 

@@ -5,6 +5,8 @@ parsed, never evaluated. Names and their order follow ALFWorld: an entity `Mug_b
 counted from the end of the sorted ids.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 from dataclasses import dataclass
@@ -240,6 +242,12 @@ def _build(path: str, dialect: Dialect, sections: dict[str, list], walkthrough: 
     for r in receptacle_ids:
         if r not in receptacle_kind:
             raise GameFileError(f"receptacle {names.get(r, r)!r} has no (receptacleType ...) fact")
+    held = [o for _, o in table("holds", 2)]
+    if len(held) > 1:
+        raise GameFileError(f"the agent holds {len(held)} things, need at most one (holds ...) fact")
+    for thing in [*receptacle_ids, *(inner for inner, _ in table("inreceptacleobject", 2)), *held]:
+        if thing not in names:
+            raise GameFileError(f"the id {thing!r} names no thing, need one like 'Mug_bar_1'")
     openable = {r for (r,) in table("openable", 1)}
     opened = {r for (r,) in table("opened", 1)}
     inside: dict[str, list[int]] = {}
@@ -255,9 +263,6 @@ def _build(path: str, dialect: Dialect, sections: dict[str, list], walkthrough: 
     starts = table("atlocation", 2)
     if len(starts) != 1:
         raise GameFileError(f"the agent stands at {len(starts)} locations, need exactly one (atLocation ...) fact")
-    held = [o for _, o in table("holds", 2)]
-    if len(held) > 1:
-        raise GameFileError(f"the agent holds {len(held)} things, need at most one (holds ...) fact")
     location_names = {x: names.get(x, x) for x in location_ids}
 
     return Game(

@@ -6,6 +6,8 @@ symbol it expands. `install` replaces these functions in this process by memoise
 nothing unless the source of the replaced code is exactly that of textworld 1.7.0.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import inspect

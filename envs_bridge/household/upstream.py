@@ -4,6 +4,8 @@ It runs in a worker process (`Pool(engine="textworld")`) under an interpreter th
 dependencies are GPL, and one of them changes the process it runs in.
 """
 
+from __future__ import annotations
+
 import sys
 from typing import Any
 
@@ -42,12 +44,12 @@ class UpstreamHousehold:
         self.task = ""
 
     @classmethod
-    def load(cls, path: str) -> "UpstreamHousehold":
+    def load(cls, path: str) -> UpstreamHousehold:
         """The game of a file, with memoisation."""
         return cls(read_game_file(path))
 
     @classmethod
-    def load_stock(cls, path: str) -> "UpstreamHousehold":
+    def load_stock(cls, path: str) -> UpstreamHousehold:
         """The game of a file in unmodified TextWorld, for comparison. Do not mix with `load` in one process."""
         return cls(read_game_file(path), stock=True)
 

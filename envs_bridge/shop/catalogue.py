@@ -279,6 +279,8 @@ def splits(count: int) -> dict[str, range]:
     """
     small = count < 2 * (TEST + VALID)
     test, valid = (max(count // 10, 1), max(count // 10, 1)) if small else (TEST, VALID)
+    test = min(test, count)
+    valid = min(valid, count - test)
     return {"train": range(test + valid, count), "valid": range(test, test + valid), "test": range(test)}
 
 

@@ -75,7 +75,7 @@ def demonstrate(world: Shopping, rng: random.Random, mistake_rate: float, *, max
         command = next_command(world, notes)
         thought = why(command, notes)
         if rng.random() < mistake_rate:
-            command = careless(command, world, notes, rng)
+            command = careless(command, notes, rng)
             thought = f"Let me {command}."
         turns.append(Demonstrated(seen, command, thought))
         seen = world.step(command)
@@ -85,7 +85,7 @@ def demonstrate(world: Shopping, rng: random.Random, mistake_rate: float, *, max
     return turns
 
 
-def careless(command: str, world: Shopping, notes: ShopNotes, rng: random.Random) -> str:
+def careless(command: str, notes: ShopNotes, rng: random.Random) -> str:
     """A careless command: a search of two words, a random result, a premature purchase or a needless click."""
     if command.startswith("search["):
         words = command[7:-1].split()

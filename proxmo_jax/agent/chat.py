@@ -114,10 +114,10 @@ def _check_begun(tokenizer, user: str, asked: str, arguments: Mapping[str, Any])
 
 
 def _with_answer(tokenizer, user: str, arguments: Mapping[str, Any]) -> str | None:
-    """A user's turn and an assistant's, which says `ANSWER`; None for a template without turns of an assistant."""
+    """A user's turn and an assistant's, which says `ANSWER`; None for a template that cannot render one of these."""
     try:
         return _render(tokenizer, [("user", user), ("assistant", ANSWER)], arguments, ask=False)
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, TypeError, ValueError):
         return None
 
 

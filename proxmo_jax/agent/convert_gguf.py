@@ -13,7 +13,7 @@ from rich.console import Console
 
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
-from proxmo_jax.paths import plain_path
+from proxmo_jax.paths import free_target, plain_path
 from proxmo_jax.policy.gguf_file import GgufFile, gguf_config, gguf_tensors, open_gguf
 from proxmo_jax.policy.gguf_tokenizer import gguf_tokenizer, stop_tokens
 from proxmo_jax.policy.tokenizer import token_count
@@ -37,12 +37,6 @@ def main(config: Config, console: Console | None = None) -> Path:
     console = console or terminal()
     free_target(config.target)
     return convert(open_gguf(config.file), config.target, config.dtype, console)
-
-
-def free_target(target: Path) -> None:
-    """Raise UserError if a folder to be written holds something already."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is in use; name a new folder")
 
 
 def convert(file: GgufFile, target: Path, dtype: str, console: Console) -> Path:

@@ -14,8 +14,7 @@ from rich.console import Console
 from proxmo_jax.agent import evaluate
 from proxmo_jax.agent.make_player import make_player
 from proxmo_jax.agent.report import terminal
-from proxmo_jax.errors import UserError
-from proxmo_jax.paths import plain_path
+from proxmo_jax.paths import free_target, plain_path
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.model_config import read_config
 from proxmo_jax.policy.sharding import make_mesh, parameter_shardings
@@ -38,8 +37,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> Path:
     """Export; returns the folder. Raises UserError for a run or checkpoint that is not there, or a target in use."""
     console = console or terminal()
-    if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
-        raise UserError(f"{config.target} is in use; name a new folder")
+    free_target(config.target)
     asked = evaluate.Config(run=config.run, checkpoint=config.checkpoint)
     stored = evaluate.run_settings(asked)
     player = make_player(stored, make_mesh(0, stored.mesh.fsdp, stored.mesh.tensor))

@@ -15,9 +15,10 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from proxmo_jax.agent.convert_gguf import convert, free_target
+from proxmo_jax.agent.convert_gguf import convert
 from proxmo_jax.agent.report import terminal
 from proxmo_jax.errors import UserError
+from proxmo_jax.paths import free_target
 from proxmo_jax.policy.gguf_file import gguf_package, open_gguf
 
 # SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), quantised to Q4_1, with its embedding in Q8_0.

@@ -28,14 +28,15 @@ def make_tasks(config: Config, console: Console) -> tuple[list[Game], list[Game]
     """
     names = environment(config).held_out
     share = config.env.eval_games // len(names)
-    wanted = {"train": config.env.train_games, **dict.fromkeys(names, share)}
+    training = environment(config).splits[0]
+    wanted = {training: config.env.train_games, **dict.fromkeys(names, share)}
     wanted[names[-1]] = config.env.eval_games - share * (len(names) - 1)
     chosen = tasks_of(config, wanted, console, generate=True)
     held_out = [task for split in names for task in chosen.get(split, [])]
-    if not chosen.get("train") or not held_out:
+    if not chosen.get(training) or not held_out:
         found = ", ".join(f"{split} {len(tasks)}" for split, tasks in chosen.items()) or "none"
-        raise UserError(f"--data: need games in train, and in {' or '.join(names)}; found {found}")
-    return chosen["train"], held_out
+        raise UserError(f"--data: need games in {training}, and in {' or '.join(names)}; found {found}")
+    return chosen[training], held_out
 
 
 def tasks_of(

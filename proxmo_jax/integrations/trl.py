@@ -129,6 +129,8 @@ def steps_of_completions(
 
 def _turns(prompt: Any, completion: Any, number: int) -> list[Turn]:
     """The turns of a completion: one, or one for each message of the assistant."""
+    if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
+        raise UserError(f"prompt: row {number} has {prompt!r:.60}, need a string or a list of messages")
     seen = _said(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
     if isinstance(completion, str):
         return [Turn(seen)]
@@ -164,4 +166,10 @@ def _is_failure(message: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+    return True

@@ -153,7 +153,7 @@ def _masked(batch: Mapping[str, Any], decode: Decode, success_threshold: float) 
                 before = []
             else:
                 before = [token for token, _ in tokens]
-        following = [*texts[1:], decode(before)]
+        following = [*texts[1:], decode(before)] if texts else []  # a response without tokens has no turn
         score = float(np.asarray(scores[row], np.float32).sum())
         own = [Turn(text, after) for text, after in zip(texts, following, strict=True)]
         yield Episode(str(uid), score >= success_threshold, with_total(own, score))

@@ -82,7 +82,7 @@ def estimate(steps: Mapping[str, Any], methods: Mapping[str, Settings], vocabula
     chunk = None if groups * members * turns <= 1 << 14 else max(1, (1 << 14) // (members * turns))
     every, near = _compute(batch, similar, usable, near_by=near_by, chunk=chunk)
     results = {name: _unpacked(own, packing, usable[name]) for name, own in jax.device_get(every).items()}
-    _refuse_infinite(results, steps)
+    _refuse_infinite(results)
     return Estimates(
         packing.index, _success_rate(batch)[:groups], results, left_out, *_neighbours(near, packing), near_by=near_by
     )
@@ -190,7 +190,7 @@ def _neighbours(near: Any, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
     return step, weight
 
 
-def _refuse_infinite(results: Mapping[str, Mapping[str, np.ndarray]], steps: Mapping[str, Any]) -> None:
+def _refuse_infinite(results: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Raise UserError for rewards so large that a joint advantage is not finite."""
     for name, own in results.items():
         odd = ~np.isfinite(own["joint"])

@@ -107,7 +107,7 @@ function nearOf(found, at, group) {
   const items = near.map(([other, weight]) => {
     const i = group.start + other, bar = el("i");
     bar.style.width = `${(100 * weight) / most}%`;
-    const said = textOf(found, "command", other) ?? textOf(found, "texts", other) ?? textOf(found, "observation", other) ?? "";
+    const said = textOf(found, "command", other) ?? textOf(found, "observation", other) ?? "";
     return el("li", {}, el("button", { type: "button", onclick: () => select(i) },
       el("span", {}, nameOf(i).replace(/^g\d+/, "")), el("span", { className: "weight", "aria-hidden": "true" }, bar),
       el("span", { className: "value" }, `${(100 * weight).toFixed(1)}%`), el("code", {}, said.split("\n")[0])));

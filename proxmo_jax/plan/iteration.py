@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from proxmo_jax.agent.batches import response_room
-from proxmo_jax.agent.settings import Config, check_devices, check_hosts, micro_batches
+from proxmo_jax.agent.settings import Config, check_devices, check_hosts, micro_batches, need
 from proxmo_jax.agent.throughput import Work
 from proxmo_jax.plan.chips import GIB, Topology, devices_of_a_host
 from proxmo_jax.plan.costs import Analysis, Cost
@@ -180,7 +180,10 @@ def make_plan(
     case = Case(config, policy, mesh, tuple(devices_of_a_host(list(devices), where)))
     check_hosts(config, case.hosts)
     held = {name: bytes_on_a_chip(tree) for name, tree in case.held.items()}
-    wanted = {name: make() for name, make in programs(case).items() if not only or name in only}
+    makers = programs(case)
+    for name in only:
+        need(name in makers, f"--only: this run has the programs {', '.join(makers)}; got {name!r}")
+    wanted = {name: make() for name, make in makers.items() if not only or name in only}
     calls = calls_of(case, lengths)
 
     def run(program: Program) -> ProgramPlan:

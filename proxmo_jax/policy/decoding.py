@@ -279,7 +279,8 @@ def _refill(job: _Job, s: _State) -> _State:
     """The next prompts, each read into a row that has stopped, and the first token of each response."""
     together, texts = job.refilled_together, len(job.texts)
     prompt = s.waiting + jnp.arange(together)
-    there = prompt < job.count
+    # Padding takes no row: there may be fewer prompts left than rows are given out, and the others are at work.
+    there = prompt < (job.count if job.row_for_each else job.end)
     text = prompt if job.text_of is None else job.text_of[jnp.minimum(prompt, job.count - 1)]
     text, cache = jnp.where(there, text, texts), s.cache
     if not job.row_for_each:

@@ -114,6 +114,10 @@ def _byte_level(file: GgufFile, split: str, vocabulary: dict[str, int], merges: 
 
 
 def stop_tokens(file: GgufFile) -> list[int]:
-    """The ids that end a text or a turn, the end of a text first; none if the file names none."""
-    ids = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(token for token in ids if isinstance(token, int)))
+    """The ids that end a text or a turn, the end of a text first; none if the file names none.
+
+    Raises UserError for an id that is none.
+    """
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    named = [key for key in ("eos", "eot", "eom") if _named(file, key, tokens) is not None]
+    return list(dict.fromkeys(file.metadata[f"tokenizer.ggml.{key}_token_id"] for key in named))

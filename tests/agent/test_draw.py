@@ -3,10 +3,15 @@
 from types import SimpleNamespace
 
 import numpy as np
+from nested import config_with
+from rich.console import Console
 
+from envs_bridge.environments import Spec
+from envs_bridge.turn import Goal
 from proxmo_jax.agent.loop import Loop
 from proxmo_jax.agent.run_files import RECIPES, default
 from proxmo_jax.agent.settings import Config, RolloutSettings
+from proxmo_jax.agent.tasks import make_tasks
 
 
 def drawn(task_sampling, solved, kinds, times=400):
@@ -28,3 +33,14 @@ def test_tasks_of_middling_success_are_drawn_more_often():
 def test_published_recipes_draw_all_tasks_alike():
     for recipe in sorted(RECIPES.glob("*qwen2.5*.toml")):
         assert default(["--config", recipe.stem]).rollout.task_sampling == "uniform"
+
+
+def test_the_training_split_is_the_first_one_whatever_it_is_called(tmp_path, monkeypatch):
+    def tasks(request):
+        return {split: [Goal("", i, "") for i in range(most)] for split, most in request.wanted.items()}
+
+    spec = Spec("two splits", ("practice", "exam"), ("exam",), tasks, lambda task: "", lambda env: ("fast", 0.0))
+    monkeypatch.setattr("proxmo_jax.agent.tasks.find", lambda name: spec)
+    config = config_with(env__train_games=3, env__eval_games=2, output__dir=tmp_path)
+    training, held_out = make_tasks(config, Console(quiet=True))
+    assert (len(training), len(held_out)) == (3, 2)

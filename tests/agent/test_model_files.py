@@ -355,6 +355,10 @@ USER_ALONE = (
     "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
 )
 NEVER_ASKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_ASSISTANT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + none }}{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} -> {% endif %}"
+)
 PLAIN_TURNS = NEVER_ASKED + "{% if add_generation_prompt %}assistant: {% endif %}"
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
@@ -374,7 +378,11 @@ def test_an_answer_ends_where_the_template_ends_a_turn(model):
     spoil("tokenizer_config.json", {"eos_token": "<|endoftext|>"})(model)
     (model / "generation_config.json").unlink()
     assert player_of(model).decoding.stop_ids == (256, 258)
-    for text in (USER_ALONE, PLAIN_TURNS):  # no turn of an assistant, or one that no token of its own ends
+    for text in (
+        USER_ALONE,
+        PLAIN_TURNS,
+        NO_ASSISTANT,
+    ):  # no turn of an assistant, or one that no token of its own ends
         (model / "chat_template.jinja").write_text(text)
         assert player_of(model).decoding.stop_ids == (256,)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from interpreters import other_pythons
 
@@ -267,6 +268,26 @@ def test_a_command_of_two_lines_is_left_out_and_the_episode_goes_on(monkeypatch)
     assert all(seen.admissible == ("look",) for ((seen, _),) in heard)
     again = worker.answer({"reset": [[1, ""]]})
     assert _parse(again, 1, said)[0][0].text == "start"
+
+
+class Numeric:
+    """An environment that says what Gymnasium's say."""
+
+    task = "count"
+
+    def reset(self):
+        return Observation("start", ["look", "go"], reward=np.float32(0), done=np.bool_(False))
+
+    def step(self, command):
+        return Observation("end", ["look"], reward=np.float64(1.5), done=np.bool_(True), won=np.bool_(True))
+
+
+def test_numbers_of_numpy_and_lists_of_commands_go_over_the_pipe():
+    worker, said = Worker(lambda path: Numeric()), []
+    asked = ({"reset": [[0, ""]]}, {"step": [[0, "look"]]})
+    start, end = (_parse(json.loads(json.dumps(worker.answer(one))), 1, said)[0][0] for one in asked)
+    assert (start.admissible, start.reward, start.done) == (("look", "go"), 0.0, False)
+    assert (end.text, end.reward, end.done, end.won) == ("end", 1.5, True, True)
 
 
 def strange_actions(count):

@@ -1,5 +1,7 @@
 import json
 import random
+import re
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs_bridge.household.engine import NOTHING, Household
-from envs_bridge.household.expert import Habits, demonstrate, next_command
+from envs_bridge.household.expert import Habits, demonstrate, episodes, next_command
 from envs_bridge.household.game import TASK_TYPES, GameFileError, build_game, load_game
 from envs_bridge.household.generate import LEVELS, generate_games, make_game
 
@@ -111,6 +113,28 @@ def test_the_expert_wins_upstream_games(upstream_games):
         assert world.done
 
 
+@pytest.mark.parametrize("kind", ["pick_clean_then_place_in_recep", "look_at_obj_in_light"])
+def test_a_house_without_what_the_goal_needs_is_played_by_its_walkthrough(tmp_path, kind):
+    """Nothing in it cleans, or the lamp stands nowhere."""
+    game = make_game("train", 1, 0, "easy", kind)[1]
+    kinds = re.findall(r"\(receptacletype \S+ (\S+)\)", game["pddl_problem"], re.IGNORECASE)
+    other = next(kind for kind in kinds if kind.lower() != "sinkbasintype")
+    fact, instead = {
+        "look_at_obj_in_light": (r"\(inreceptacle \S*lamp\S* \S+\)", ""),
+        "pick_clean_then_place_in_recep": (r"\(receptacletype (\S+) sinkbasintype\)", rf"(receptacletype \1 {other})"),
+    }[kind]
+    problem, count = re.subn(fact, instead, game["pddl_problem"], flags=re.IGNORECASE)
+    assert count
+    path = tmp_path / "game.tw-pddl"
+    path.write_text(json.dumps({**game, "pddl_problem": problem}))
+    world = Household.load(str(path))
+    with pytest.raises(ValueError, match=r"game\.tw-pddl: no"):
+        deque((world.step(next_command(world)) for _ in range(20)), maxlen=0)
+    ((task, turns),) = episodes([str(path)], seed=0, habits=Habits(0.0, 0.0), max_turns=20)
+    assert task
+    assert turns
+
+
 @given(st.text(max_size=200))
 def test_no_answer_crashes_the_engine(games, text):
     world = Household.load(games[0])
@@ -129,6 +153,7 @@ BROKEN = {
     "no (:goal ...) section": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("(:goal", "(:gaol")},
     "none of the six task types": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("(holds", "(sings")},
     ":objects does not declare": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("agent1 - agent", "")},
+    "names no thing": lambda d: {**d, "pddl_problem": d["pddl_problem"].replace("_bar_", "_x_")},
     "'walkthrough' must be a list": lambda d: {**d, "walkthrough": "go"},
 }
 

@@ -382,6 +382,9 @@ def test_one_order_of_goals_and_disjoint_splits(invented, tmp_path):
     assert [invented.goal(i) for i in range(400)] == [again.goal(i) for i in range(400)]
     assert again.splits == {"train": range(80, 400), "valid": range(40, 80), "test": range(40)}
     assert shop.splits(12_087) == {"train": range(1500, 12_087), "valid": range(500, 1500), "test": range(500)}
+    for count in range(4):  # a catalogue may have hardly a goal
+        found = shop.splits(count)
+        assert sorted(i for part in found.values() for i in part) == list(range(count))
     # Prepared once: the same folder, untouched, the second time.
     folder = prepare(tmp_path / "d", cache=tmp_path)
     when = (folder / "goals.jsonl").stat().st_mtime_ns

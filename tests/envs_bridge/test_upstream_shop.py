@@ -114,7 +114,15 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(webshop, tmp
         count_goals(str(tmp_path / "no-python"), webshop, "human")
 
 
-@pytest.mark.parametrize("name", ["envs_bridge/worker.py", "envs_bridge/turn.py", "envs_bridge/shop/upstream.py"])
+OLD = [
+    "worker",
+    "turn",
+    "shop/upstream",
+    *(f"household/{name}" for name in ("upstream", "textworld_patch", "game", "dialect", "engine")),
+]
+
+
+@pytest.mark.parametrize("name", [f"envs_bridge/{name}.py" for name in OLD])
 def test_what_runs_in_old_interpreters_is_written_in_their_language(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     ast.parse(text, feature_version=(3, 8))

@@ -120,6 +120,8 @@ def test_verl_batch_has_a_turn_for_each_run_of_its_response_mask():
     assert turns(steps, 1) == [("find the lamp", "you see nothing", 0.0, True)]
     assert turns(steps, 2) == [("find the lamp", "", 0.0, True)]
     assert steps["success"] == [True, True, False, False]
+    silent = {**batch, "response_mask": rows[1] * (np.arange(3) < 2)[:, None]}  # nothing of the third is its own
+    assert len(verl.steps_of_batch(silent, decode)["texts"]) == 3
     with pytest.raises(UserError, match="attention_mask is missing"):
         verl.steps_of_batch({name: x for name, x in batch.items() if name != "attention_mask"}, decode)
 
@@ -147,6 +149,12 @@ def test_verl_agent_batch_has_a_row_for_each_turn():
         ("trl", ['{"step": 1, "prompt": "a", "completion": "b"}'], "rewards: no column of numbers"),
         ("trl", ['{"prompt": "a", "reward": 1}'], "step: row 0 has no such column"),
         ("trl", ['{"step": 1, "prompt": "a", "completion": 3, "r": 1}'], "completion: row 0 has 3, need a string or"),
+        (
+            "trl",
+            ['{"step": 1, "prompt": ["a"], "completion": "b", "r": 1}'],
+            "prompt: row 0 has ['a'], need a string or",
+        ),
+        ("trl", ['{"step": 1, "prompt": "a", "completion": "b", "r": 1%s}' % ("0" * 400)], "no column of numbers"),
         ("trl", ['{"step": 1, "prompt": "a", "completion": "b", "r": NaN}'], "r: no row has a reward"),
     ],
 )

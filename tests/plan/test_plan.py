@@ -117,6 +117,8 @@ def test_meshes_that_cannot_be_are_refused_before_anything_compiles():
     ):
         with pytest.raises(UserError, match=message):
             make_plan(settings(**changes), POLICY, where, jax.devices(), LENGTHS)
+    with pytest.raises(UserError, match=r"--only: this run has the programs .*update.*; got 'updates'"):
+        make_plan(settings(), POLICY, where, jax.devices(), LENGTHS, only=("updates",))
 
 
 def test_rows_that_do_not_divide_are_refused_by_the_update():

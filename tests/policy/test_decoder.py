@@ -175,6 +175,18 @@ def test_rows_given_out_again_answer_as_rows_of_their_own(slots, temperature):
     same_answers(told[1], told[0], key=key, vocab_size=40, atol=TIE)
 
 
+@pytest.mark.parametrize(("slots", "real"), [(16, 29), (24, 29)])
+def test_padding_takes_no_row_of_a_response_under_way(slots, real):
+    """Several rows are given out at once, and fewer prompts wait."""
+    lengths = np.where(np.arange(40) < real, 8, 0).astype(np.int32)
+    prompts = np.random.default_rng(0).integers(4, 40, (40, 8)).astype(np.int32) * (lengths > 0)[:, None]
+    arguments = (fresh(CONFIG), prompts, lengths, jax.random.key(3), jnp.float32(1.0))
+    decoding = Decoding(12, (4, 8, 12, 16))
+    whole, some = (sample(*arguments, config=CONFIG, decoding=decoding, slots=n) for n in (0, slots))
+    assert set(np.asarray(whole.lengths)[:real].tolist()) >= {1, 12}
+    same_answers(some, whole, key=jax.random.key(3), vocab_size=40, atol=TIE)
+
+
 def long_logits(tokens: np.ndarray) -> np.ndarray:
     """Logits of sequences [B, L] of one length through the decoder without a cache."""
     length = tokens.shape[1]

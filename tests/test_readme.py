@@ -71,3 +71,13 @@ def test_make_runs_what_is_shown():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "proxmo train $(ARGS)" in text
     assert "pytest $(ARGS)" in text
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_of_the_repository(page):
+    """A fresh clone has them: continuous integration sees no file that git ignores."""
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert re.match(r"https?:|mailto:", link) or (page.parent / link).exists(), f"{page.name}: {link}"

@@ -53,7 +53,7 @@ class Cost:
         self.unknown_loops += other.unknown_loops
 
     def seconds(self, chip: Chip) -> float:
-        """The lower bound of the time."""
+        """The roofline estimate of the time."""
         return max(self.busy, self.sent / chip.axis_bandwidth)
 
     def compiler_seconds(self, chip: Chip) -> float:

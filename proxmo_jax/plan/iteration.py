@@ -60,7 +60,7 @@ class ProgramPlan:
         flops: of a chip and call.
         bytes: read from and written to HBM.
         received: bytes from other chips.
-        seconds: lower bound of a call (roofline).
+        seconds: roofline estimate of a call.
         collective_seconds: of a call, if nothing else ran.
         compiler_seconds: of a call, by the compiler's estimate of its operations.
         compile_seconds: how long it took to compile here.
@@ -103,7 +103,7 @@ class Plan:
         programs: in the order in which they run.
         fits: whether all do.
         advice: what to change if it does not fit, or where chips idle.
-        seconds: lower bound of an iteration, without the environments.
+        seconds: roofline estimate of an iteration, without the environments.
         compiler_seconds: the same by the compiler's estimate.
         shares: of the rollout, the estimator and the update in `seconds`.
         tokens_per_second: tokens trained on, per second and chip.

@@ -21,7 +21,7 @@ from proxmo_jax.agent.settings import Config, small_policy
 from proxmo_jax.agent.tasks import environment, memory_of
 from proxmo_jax.errors import UserError
 from proxmo_jax.policy import adapters
-from proxmo_jax.policy.attention import BLOCK
+from proxmo_jax.policy.attention import attention_kind
 from proxmo_jax.policy.decoder import init_params
 from proxmo_jax.policy.model_config import read_config, read_json
 from proxmo_jax.policy.sampling import Decoding, stop_table
@@ -94,9 +94,7 @@ def language_player(config: Config, mesh: Mesh) -> Player:
     """A Llama, Qwen2, Qwen2.5 or Qwen3 with its own tokenizer and chat template."""
     folder = find_model(config.model.path)
     names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "splash" if jax.default_backend() == "tpu" and config.optimizer.row_length % BLOCK == 0 else "dense"
+    attention = attention_kind(config.model.attention, config.optimizer.row_length, tpu=jax.default_backend() == "tpu")
     policy = read_config(folder, attention=attention, **{name: getattr(config.model, name) for name in names})
     weight_files(folder)  # what is not there, or does not fit, is refused before anything is read
     parameter_shardings(mesh, policy)

@@ -23,10 +23,11 @@ from proxmo_jax.agent.settings import Config as TrainConfig
 from proxmo_jax.agent.settings import need
 from proxmo_jax.paths import write_whole
 from proxmo_jax.plan.chips import devices, prepare_compiler, topology
-from proxmo_jax.plan.iteration import Lengths, Plan, chosen_attention, make_plan
+from proxmo_jax.plan.iteration import Lengths, Plan, make_plan
 from proxmo_jax.plan.report import text
 from proxmo_jax.plan.search import candidates, with_mesh
 from proxmo_jax.plan.shapes import shape
+from proxmo_jax.policy.attention import attention_kind
 
 RECIPE = "alfworld_qwen2.5_1.5b"  # whose settings are taken if none is named
 
@@ -92,7 +93,8 @@ def main(config: Config, console: Console | None = None) -> bool:
     run = with_mesh(config.run, config.mesh, where) if config.mesh else config.run
     names = ("dtype", "param_dtype", "remat", "lora_rank", "lora_alpha")
     choices = {name: getattr(run.model, name) for name in names}
-    policy = shape(run.model.path, attention=chosen_attention(run), **choices)
+    attention = attention_kind(run.model.attention, run.optimizer.row_length, tpu=True)
+    policy = shape(run.model.path, attention=attention, **choices)
     found, lengths = devices(where), lengths_of(config)
     recipe = config.recipe or str(run.config or RECIPE)
     runs = [run]

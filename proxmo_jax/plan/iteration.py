@@ -140,13 +140,6 @@ class Plan:
 PARTS = {"estimator": "estimator", "packing": "update", "log-probs": "update", "update": "update"}  # others: rollout
 
 
-def chosen_attention(config: Config) -> str:
-    """The attention that a run on TPUs takes."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    return "splash" if config.optimizer.row_length % BLOCK == 0 else "dense"
-
-
 def make_plan(
     config: Config,
     policy: PolicyConfig,

@@ -17,6 +17,16 @@ BLOCK = 128  # lengths must be a multiple
 PROMPT_BLOCK = 256  # queries and keys of a block of `blockwise`
 
 
+def attention_kind(named: str, row_length: int, tpu: bool) -> str:
+    """The attention over packed rows of `row_length` tokens that `named`, a setting of the model, stands for.
+
+    `auto` is `splash` on a TPU where the rows fit its blocks, else `dense`.
+    """
+    if named != "auto":
+        return named
+    return "splash" if tpu and row_length % BLOCK == 0 else "dense"
+
+
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
     """Causal attention within segments, equal to `jax.nn.dot_product_attention` with the corresponding mask.
 

@@ -182,3 +182,14 @@ for head_dim in (64, 128):
 print("compiled")
 """
     compile_for_tpu(program)
+
+
+@pytest.mark.parametrize(
+    ("named", "row_length", "tpu", "kind"),
+    [
+        ("auto", 4096, True, "splash"), ("auto", 4000, True, "dense"), ("auto", 4096, False, "dense"),
+        ("splash", 4096, False, "splash"), ("dense", 4096, True, "dense"),
+    ],
+)  # fmt: skip
+def test_auto_is_splash_on_tpus_for_rows_that_fit_its_blocks(named, row_length, tpu, kind):
+    assert attention.attention_kind(named, row_length, tpu) == kind

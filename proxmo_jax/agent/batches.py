@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from proxmo_jax.agent.rollout import Rollout
 from proxmo_jax.agent.settings import Config
 from proxmo_jax.policy.sharding import split, split_by_host
+from proxmo_jax.training.buffers import Buffer
 from proxmo_jax.training.rows import Rows, gather_rows, pack_turns
 
 
@@ -64,7 +66,8 @@ def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array) -> np.
 
     Args:
         config: the run's settings; with `rollout.overlong="mask"` turns whose response was cut off are left out, with
-            `optimizer.skip_zero_advantages` those without an advantage.
+            `optimizer.skip_zero_advantages` those without an advantage, with `optimizer.skip_gradient_share` those with
+            the smallest gradients.
         rollout: of all hosts.
         advantage: float32 [E, T].
 
@@ -76,7 +79,47 @@ def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array) -> np.
         trained &= ~rollout.overlong
     if config.optimizer.skip_zero_advantages:
         trained &= process_allgather(advantage, tiled=True) != 0
+    if config.optimizer.skip_gradient_share:
+        assert rollout.buffer is not None
+        sizes = process_allgather(gradient_sizes(rollout.buffer, rollout.response_lengths, advantage), tiled=True)
+        trained &= ~smallest(np.where(trained, sizes, 0), config.optimizer.skip_gradient_share)
     return trained
+
+
+@jax.jit
+def gradient_sizes(buffer: Buffer, response_lengths: jax.Array, advantage: jax.Array) -> jax.Array:
+    """How much a turn can move the policy in the first step after the rollout.
+
+    The gradient of a token's log-prob with respect to the logits is `onehot - p` (over the temperature), and the sum of
+    its absolute values `2 (1 - p[token])`: a token that was all but certain has none, whatever its advantage.
+
+    Args:
+        buffer: the rollout [E, T]; its log-probs are read.
+        response_lengths: int32 [E, T].
+        advantage: float32 [E, T].
+
+    Returns:
+        float32 [E, T], the sum of `|advantage| (1 - p[token])` over the response.
+    """
+    inside = jnp.arange(buffer.log_probs.shape[-1]) < response_lengths[..., None]
+    return jnp.abs(advantage) * jnp.where(inside, -jnp.expm1(buffer.log_probs), 0.0).sum(-1)
+
+
+def smallest(sizes: np.ndarray, share: float) -> np.ndarray:
+    """The smallest entries whose sum is at most `share` of the sum of all; as many as possible, earlier ones first.
+
+    Args:
+        sizes: float [...], at least 0.
+        share: in [0, 1).
+
+    Returns:
+        bool [...].
+    """
+    order = np.argsort(sizes, axis=None, kind="stable")
+    sums = np.cumsum(sizes.reshape(-1)[order], dtype=np.float64)
+    found = np.zeros(sizes.size, bool)
+    found[order] = sums <= share * sums[-1]
+    return found.reshape(sizes.shape)
 
 
 def response_room(config: Config) -> int:

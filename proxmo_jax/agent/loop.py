@@ -268,6 +268,7 @@ class Loop:
             **batch,
             **draws.row(batch),
             "train/advantage_size": float(jnp.abs(advantage).sum() / (rollout.prompt_lengths > 0).sum()),
+            "train/trained_turns": float(trained.sum() / (rollout.prompt_lengths > 0).sum()),
             **{f"train/success_rate/{kind}": float(p) for kind, p in zip(self.kind_names, self.solved, strict=True)},
             **losses,
             **{f"time/{name}": value for name, value in seconds.items()},

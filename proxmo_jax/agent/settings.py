@@ -240,6 +240,10 @@ class OptimizerSettings:
     skip_zero_advantages: bool = False
     """Leave turns whose advantage is exactly 0 out of the update, such as those of a group that won nothing. Without KL
     and entropy terms they have no gradient, but they take time, and count in token means."""
+    skip_gradient_share: float = 0.0
+    """Leave the turns with the smallest gradients out of the update, as many as have together at most this share of all
+    turns' (estimated: |advantage| times the probability that was not on the sampled tokens). 0.01 spares a policy that
+    is sure of most of its commands most of the time of an update; needs no KL and entropy terms, as above."""
     micro_batch_tokens: int = 1280
     """Tokens a device computes at once, at least one row. Gradients are accumulated over the micro-batches of a
     mini-batch: the result is the same, memory and speed are not."""
@@ -259,6 +263,10 @@ class OptimizerSettings:
         at_least(0, "optimizer", self, "weight_decay", "decay_iterations")
         at_least(1, "optimizer", self, "num_iterations", "rows_per_batch", "micro_batch_tokens", "row_length")
         shares("optimizer", self, "final_rate", "response_share")
+        need(
+            0 <= self.skip_gradient_share < 1,
+            f"--optimizer.skip-gradient-share must be from 0 to below 1, got {self.skip_gradient_share:g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -567,10 +575,11 @@ def check_skipped(config: Config) -> None:
     """Refuse to leave out turns that have a gradient."""
     terms = [f"--loss.{name}-coef {getattr(config.loss, name + '_coef'):g}" for name in ("kl", "entropy")
              if getattr(config.loss, name + "_coef")]  # fmt: skip
-    need(
-        not (config.optimizer.skip_zero_advantages and terms),
-        f"--optimizer.skip-zero-advantages needs 0 instead of {' and '.join(terms)}, which train all turns",
-    )
+    for name in ("skip_zero_advantages", "skip_gradient_share"):
+        need(
+            not (getattr(config.optimizer, name) and terms),
+            f"--optimizer.{name.replace('_', '-')} needs 0 instead of {' and '.join(terms)}, which train all turns",
+        )
 
 
 def warm_steps(config: Config) -> int:

@@ -208,6 +208,7 @@ def test_turns_without_an_advantage_can_be_left_out(tmp_path):
     assert row["perf/total_num_tokens"] == (played.prompt_lengths + played.response_lengths)[some].sum()
 
 
-def test_turns_that_have_a_gradient_are_not_left_out():
+@pytest.mark.parametrize("skip", [{"optimizer__skip_zero_advantages": True}, {"optimizer__skip_gradient_share": 0.01}])
+def test_turns_that_have_a_gradient_are_not_left_out(skip):
     with pytest.raises(UserError, match=r"needs 0 instead of --loss.kl-coef 0.01, which train all turns"):
-        check(config_with(**{**NO_TERMS, "loss__kl_coef": 0.01}, optimizer__skip_zero_advantages=True))
+        check(config_with(**{**NO_TERMS, "loss__kl_coef": 0.01}, **skip))

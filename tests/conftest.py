@@ -48,17 +48,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-# Files that compare two ways to compute the same, each compiled by XLA with few optimisations (as JAX compiles its own
-# tests): a third less time. Runs, recorded outputs and everything else are compiled as users compile.
-COMPARED = "sharding update decoder adapters importance batch methods dynamic_sampling rollout overlong grid".split()
+# Files that compare two ways to compute the same, or whole runs with each other: XLA compiles their programs with few
+# optimisations (as JAX's own tests have it), also in the processes that they start: a third less time. Recorded outputs,
+# the run of the installed package, the one that is killed and everything else are compiled as users compile.
+COMPARED = (
+    "sharding update decoder adapters importance batch methods dynamic_sampling rollout overlong grid language_model"
+    " train hosts throughput skipped_turns vector_agent estimator proximity weights attention panel steps_file losses"
+).split()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request):
     """Compile the programs of these files with few optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", request.path.stem.removeprefix("test_") in COMPARED)
-    yield
+    before, quickly = jax.config.read("jax_disable_most_optimizations"), request.path.stem[len("test_") :] in COMPARED
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -21,17 +21,17 @@ from proxmo_jax.policy.sharding import make_mesh
 from proxmo_jax.policy.weights import load_weights
 
 RUN = (
-    "--rollout.prompt history --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"
-    " --rollout.max-turns 2 --rollout.max-prompt-length 1500 --rollout.max-response-length 12"
-    " --optimizer.row-length 1536 --optimizer.rows-per-batch 2 --optimizer.micro-batch-tokens 3072"
+    "--rollout.prompt notes --env.train-games 6 --env.eval-games 2 --rollout.num-groups 2 --rollout.group-size 2"
+    " --rollout.max-turns 2 --rollout.max-prompt-length 500 --rollout.max-response-length 12"
+    " --optimizer.row-length 512 --optimizer.rows-per-batch 2 --optimizer.micro-batch-tokens 1024"
     " --rollout.max-num-seqs 2 --env.workers 1 --output.eval-every 2 --output.save-every 1 --output.no-page"
     " --rollout.stop </action> --rollout.top-k 50"
 ).split()
 SMALLER = "--model.dtype bfloat16 --model.remat full --optimizer.moments-dtype bfloat16".split()
 ADAPTERS = (
     "--model.lora-rank 4 --optimizer.learning-rate 0.01 --loss.old-log-probs trainer --loss.kl-coef 0"
-    " --model.attention splash --warm-start.steps 2 --rollout.max-response-length 48 --optimizer.row-length 1664"
-    " --optimizer.micro-batch-tokens 3328"
+    " --model.attention splash --warm-start.steps 2 --rollout.max-response-length 48 --optimizer.row-length 640"
+    " --optimizer.micro-batch-tokens 1280"
 ).split()
 
 

@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(items):
 
 
 # Files that compare two ways to compute the same, or whole runs with each other: XLA compiles their programs with few
-# optimisations (as JAX's own tests have it), also in the processes that they start: a third less time. Recorded outputs,
-# the run of the installed package, the one that is killed and everything else are compiled as users compile.
+# optimisations (as JAX's own tests have it), also in the processes that they start: a third less time. Recorded
+# outputs, the run of the installed package, the one that is killed and everything else are compiled as users compile.
 COMPARED = (
     "sharding update decoder adapters importance batch methods dynamic_sampling rollout overlong grid language_model"
     " train hosts throughput skipped_turns vector_agent estimator proximity weights attention panel steps_file losses"

@@ -60,7 +60,8 @@ COMPARED = (
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled(request):
     """Compile the programs of these files with few optimisations."""
-    before, quickly = jax.config.read("jax_disable_most_optimizations"), request.path.stem[len("test_") :] in COMPARED
+    quickly = request.path.stem.removeprefix("test_") in COMPARED
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", quickly)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))

@@ -242,8 +242,8 @@ class OptimizerSettings:
     and entropy terms they have no gradient, but they take time, and count in token means."""
     skip_gradient_share: float = 0.0
     """Leave the turns with the smallest gradients out of the update, as many as have together at most this share of all
-    turns' (estimated: |advantage| times the probability that was not on the sampled tokens). 0.01 spares a policy that
-    is sure of most of its commands most of the time of an update; needs no KL and entropy terms, as above."""
+    turns' (estimated: |advantage| times the probability that was not on the sampled tokens). Saves time where the
+    policy is sure of most of its commands. Needs an update without KL and entropy terms, as those train all turns."""
     micro_batch_tokens: int = 1280
     """Tokens a device computes at once, at least one row. Gradients are accumulated over the micro-batches of a
     mini-batch: the result is the same, memory and speed are not."""
@@ -572,7 +572,7 @@ def check_hosts(config: Config, count: int) -> None:
 
 
 def check_skipped(config: Config) -> None:
-    """Refuse to leave out turns that have a gradient."""
+    """Refuse to leave turns out where KL or entropy terms train all of them."""
     terms = [f"--loss.{name}-coef {getattr(config.loss, name + '_coef'):g}" for name in ("kl", "entropy")
              if getattr(config.loss, name + "_coef")]  # fmt: skip
     for name in ("skip_zero_advantages", "skip_gradient_share"):

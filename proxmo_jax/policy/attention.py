@@ -18,9 +18,15 @@ PROMPT_BLOCK = 256  # queries and keys of a block of `blockwise`
 
 
 def attention_kind(named: str, row_length: int, tpu: bool) -> str:
-    """The attention over packed rows of `row_length` tokens that `named`, a setting of the model, stands for.
+    """The attention over packed rows: `auto` is `splash` on a TPU where the rows fit its blocks, else `dense`.
 
-    `auto` is `splash` on a TPU where the rows fit its blocks, else `dense`.
+    Args:
+        named: `auto`, `dense` or `splash`.
+        row_length: tokens of a packed row.
+        tpu: whether it runs on TPUs.
+
+    Returns:
+        `dense` or `splash`.
     """
     if named != "auto":
         return named

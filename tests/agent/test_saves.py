@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path), ",".join(events), "0", *SMALL, *options]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", timeout=3000, check=False,
-        env={**ONE_DEVICE, "PYTHONPATH": str(SCRIPT.parents[1])},
+        env={**os.environ, **ONE_DEVICE, "PYTHONPATH": str(SCRIPT.parents[1])},
     )  # fmt: skip
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert done.returncode == 0, done.stderr + log

@@ -1,4 +1,4 @@
-"""Turns with the smallest gradients can be left out of an update: which, and how little they would have changed."""
+"""Turns with the smallest gradients can be left out of an update: which ones those are."""
 
 import dataclasses
 

@@ -55,11 +55,11 @@ SMALL = (
 ).split()
 
 
-ONE_DEVICE = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}  # whatever the user's XLA_FLAGS say
+ONE_DEVICE = {"JAX_NUM_CPU_DEVICES": "1"}  # whatever the user's XLA_FLAGS say
 
 
 def proxmo(*arguments: str, environment: dict[str, str] | None = None, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**ONE_DEVICE, **(environment or {})}
+    environment = {**os.environ, **ONE_DEVICE, **(environment or {})}
     command = [sys.executable, "-m", "proxmo_jax", *arguments]
     return subprocess.run(
         command,

@@ -13,7 +13,7 @@ from envs_bridge.pool import Pool
 from envs_bridge.prompts import Memory
 from envs_bridge.turn import Game, Observation
 from proxmo_jax.agent.overlong import unended
-from proxmo_jax.agent.player import Player, batch_bucket
+from proxmo_jax.agent.player import Player, batch_bucket, reading_order
 from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
@@ -221,14 +221,14 @@ class _Play:
 
     def turn(self, turn: int, key: jax.Array) -> None:
         """One turn of every active episode: prompts, answers, the worlds' answers, all written down."""
-        player, rollout, active = self.player, self.rollout, self.active
-        batch = batch_bucket(len(active), player.local_mesh)
-        prompts, lengths = player.pad(player.encode([self.memories[e] for e in active]), batch)
-        # The members of a group begin with the same prompt.
+        player, rollout = self.player, self.rollout
+        batch = batch_bucket(len(self.active), player.local_mesh)
+        rows = player.encode([self.memories[e] for e in self.active])
+        order = reading_order(rows, batch, player.local_mesh)
+        active = self.active[order]
+        prompts, lengths = player.pad([rows[i] for i in order], batch)
         episode = np.pad(self.first + active, (0, batch - len(active))).astype(np.int32)
-        samples = player.sample(
-            self.params, self.policy, prompts, lengths, key, episode, self.temperature, shared=turn == 0
-        )
+        samples = player.sample(self.params, self.policy, prompts, lengths, key, episode, self.temperature)
         overlong = unended(samples.tokens, samples.lengths, player.stop_table, decoding=player.decoding)
         tokens, answer_lengths, overlong = jax.device_get((samples.tokens, samples.lengths, overlong))
         answers = player.tokenizer.backend_tokenizer.decode_batch(
@@ -285,7 +285,7 @@ class _Play:
             **observed,
         }
         self.unwritten = episodes, jnp.int32(turn), fields
-        self.active = active[[now is not None and not now.done for now in seen]]
+        self.active = np.sort(active[[now is not None and not now.done for now in seen]])
 
     def flush(self) -> None:
         """Send the turn that is complete to the buffer, which grows as it must; does not wait for the device."""

@@ -60,7 +60,7 @@ class Config:
     longest_response: int = 0
     """Tokens of the longest response of a turn, which the others wait for; 0: the limit."""
     only: tuple[str, ...] = ()
-    """Programs to compile: 'gather weights', 'first turn', turn, estimator, packing, log-probs, update; none: all."""
+    """Programs to compile: 'gather weights', turn, estimator, packing, log-probs, update; none: all."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write the plan to, as JSON."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)

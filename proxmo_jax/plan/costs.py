@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from proxmo_jax.plan.chips import Chip
 from proxmo_jax.plan.hlo import Computation, Instruction, Module
+from proxmo_jax.policy.decoding import PROMPT_PART
 
 NOTHING = set(
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id iota domain opt-barrier"
@@ -107,6 +108,8 @@ class Analysis:
             names = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
             every = re.findall(r"%([\w.\-]+)", names[1]) if names else []
             every = every or [n for n in (i.attribute("true_computation"), i.attribute("false_computation")) if n]
+            if PROMPT_PART in i.rest:
+                every = every[-1:]  # all prompts are as long as they may be
             for name in every:
                 cost.add(self.of(name, depth), 1 / len(every))
         elif i.kind == "call" or i.kind == "async-start":

@@ -239,12 +239,10 @@ def calls_of(case: Case, lengths: Lengths) -> dict[str, float]:
     """How often an iteration calls each program."""
     rows = math.ceil(case.episodes * lengths.turns / turns_in_a_row(case, lengths))
     batches = math.ceil(rows / case.config.optimizer.rows_per_batch)
-    first = 0 if case.texts is None else 1
     return {
         "merge adapters": 1,
         "gather weights": 1,
-        "first turn": 1,
-        "turn": lengths.turns - first,
+        "turn": lengths.turns,
         "estimator": 1,
         "packing": batches,
         "log-probs": batches,
@@ -272,7 +270,7 @@ def plan_program(
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     found.peak = others + own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     found.fits = found.peak <= chip.hbm
-    samples = program.name in ("turn", "first turn")
+    samples = program.name == "turn"
     module = parse(text)
     cost = Analysis(module, chip, case.loops(lengths.longest) if samples else ()).total()
     found.flops, found.bytes, found.received = cost.flops, cost.bytes, cost.sent

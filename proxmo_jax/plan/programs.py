@@ -15,7 +15,6 @@ from proxmo_jax.agent.batches import response_room
 from proxmo_jax.agent.make_player import run_optimizer
 from proxmo_jax.agent.player import Limits, batch_bucket, width_bucket
 from proxmo_jax.agent.settings import Config, loss_settings, micro_batches
-from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig, parameter_shapes
 from proxmo_jax.policy.decoding import converted, sample
@@ -110,13 +109,6 @@ class Case:
         return min(limit, width_bucket(limit))
 
     @property
-    def texts(self) -> int | None:
-        """A host's prompts of the first turn, which the members of a group share; None: each is read by itself."""
-        devices = self.local.shape["data"] * self.local.shape["fsdp"]
-        size = devices * bucket(-(-self.groups // devices), 1)
-        return None if 2 * size > self.rows else size
-
-    @property
     def sampler(self) -> PolicyConfig:
         """The shape of the policy that samples: adapters are merged."""
         return dataclasses.replace(self.policy, lora_rank=0)
@@ -204,7 +196,6 @@ def programs(case: Case) -> dict[str, Callable[[], Program]]:
     found = {
         "merge adapters": _merge,
         "gather weights": _gather,
-        "first turn": _first_turn,
         "turn": _turn,
         "estimator": _estimator,
         "packing": _packing,
@@ -213,8 +204,6 @@ def programs(case: Case) -> dict[str, Callable[[], Program]]:
     }
     if not case.policy.lora_rank:
         del found["merge adapters"]
-    if case.texts is None:
-        del found["first turn"]
     if not _policies(case):
         del found["log-probs"]
     return {name: partial(make, case) for name, make in found.items()}
@@ -235,7 +224,7 @@ def _gather(case: Case) -> Program:
     return Program("gather weights", converted, (params,), options, ("trained parameters",))
 
 
-def _sample(case: Case, name: str, prompts: int, prompt_of: jax.ShapeDtypeStruct | None) -> Program:
+def _turn(case: Case) -> Program:
     rollout, table = case.config.rollout, None
     key = whole(case.local, jax.eval_shape(lambda: jax.random.key(0)))
     if rollout.stop:
@@ -243,20 +232,11 @@ def _sample(case: Case, name: str, prompts: int, prompt_of: jax.ShapeDtypeStruct
         table = whole(case.local, jax.ShapeDtypeStruct((states, case.policy.vocab_size), jnp.int16))
     decoding = Decoding(rollout.max_response_length, STOP_IDS, 0, rollout.top_k, rollout.top_p)
     arguments = (
-        case.decoding_shapes, case.prompts_of(prompts, case.width), case.prompts_of(prompts), key, number(case.local),
-        table, prompt_of, case.prompts_of(case.rows),
+        case.decoding_shapes, case.prompts_of(case.rows, case.width), case.prompts_of(case.rows), key,
+        number(case.local), table, case.prompts_of(case.rows),
     )  # fmt: skip
     options = {"config": case.sampler, "decoding": decoding, "slots": rollout.max_num_seqs, "mesh": case.local}
-    return Program(name, sample, arguments, options, ())
-
-
-def _first_turn(case: Case) -> Program:
-    assert case.texts is not None
-    return _sample(case, "first turn", case.texts, case.prompts_of(case.rows))
-
-
-def _turn(case: Case) -> Program:
-    return _sample(case, "turn", case.rows, None)
+    return Program("turn", sample, arguments, options, ())
 
 
 def _estimator(case: Case) -> Program:

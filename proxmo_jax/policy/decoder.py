@@ -301,15 +301,30 @@ def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: ja
         return jax.lax.switch(branch, reads, keys, values)
 
     def as_a_whole(keys: jax.Array, values: jax.Array) -> jax.Array:
-        # XLA for TPUs gives branches a slice in memory of its own, three times the traffic; and without these layouts,
-        # which are those of prefill, it copies the cache of all layers before the first token. They pad no axis to
-        # the 128 lanes of a TPU.
-        by_row, by_column = Layout((0, 1, 2, 3, 4)), Layout((0, 1, 2, 4, 3))
-        keys = with_layout_constraint(keys, by_row)
-        values = with_layout_constraint(values, by_column if head_dim % 128 else by_row)
+        # XLA for TPUs gives branches a slice in memory of its own, three times the traffic.
+        keys, values = on_tpu(keys, values)
         return read(size, of_layer(keys), of_layer(values))
 
     return jax.lax.platform_dependent(cache.keys, cache.values, tpu=as_a_whole, default=as_written)
+
+
+def on_tpu(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The KV cache in layouts that pad no axis to the 128 lanes of a TPU.
+
+    Where they are not prescribed, XLA takes other ones for a prefill than for the loop over tokens, and copies the
+    cache of all layers in between.
+
+    Args:
+        keys: [..., head_dim, S].
+        values: [..., S, head_dim].
+
+    Returns:
+        The same.
+    """
+    *axes, places, dim = range(values.ndim)
+    by_row, by_column = Layout((*axes, places, dim)), Layout((*axes, dim, places))
+    keys = with_layout_constraint(keys, by_row)
+    return keys, with_layout_constraint(values, by_column if values.shape[-1] % 128 else by_row)
 
 
 class Kernel(nn.Module):

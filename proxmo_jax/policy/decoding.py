@@ -1,9 +1,11 @@
 """Decoding with a KV cache: prefill of left-padded prompts, a token at a time, continuous batching.
 
-`sample` is the one program: `prefill` reads prompts into rows of the cache, `decode` appends a token to every row, and
-`refill` gives rows that have stopped to prompts that wait.
+`sample` is the one program: `_read` reads prompts into rows of the cache, `_decode` appends a token to every row, and
+`_refill` gives rows that have stopped to prompts that wait.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,11 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.policy.attention import prompt_attention
-from proxmo_jax.policy.decoder import FEW_LAYERS, Cache, Policy, PolicyConfig, apart
+from proxmo_jax.policy.decoder import FEW_LAYERS, Cache, Policy, PolicyConfig, apart, on_tpu
 from proxmo_jax.policy.sampling import Decoding, draw, stops
 from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings, to_host
 
-PREFILL_TOKENS = 8192  # of prompts that a device reads at once
+# Tokens of prompts that a device reads at once, at most, and at least unless there are fewer. Between them an eighth of
+# all, so that little is read of what is padding or a prompt that was read already.
+PREFILL_TOKENS, FEWEST_TOKENS = 8192, 1024
+PARTS = 8
+PROMPT_PART = "prompt_part"  # scope of reading a part, by which `plan.costs` finds it
 
 
 class Samples(NamedTuple):
@@ -67,13 +73,12 @@ def converted(params: Any, config: PolicyConfig, mesh: Mesh | None, gather: bool
 
 @dataclass(frozen=True)
 class _Job:
-    """Constants while responses to `N` prompts, `U` texts, are sampled on `B` rows of the KV cache."""
+    """Constants while responses to `N` prompts are sampled on `B` rows of the KV cache."""
 
     params: Any
-    layers_apart: Any  # the parameters as `_decode` reads them where there are few layers; None: as they are
-    texts: jax.Array  # int32 [U, P], left-padded
-    text_lengths: jax.Array  # int32 [U]
-    text_of: jax.Array | None  # int32 [N]; None: a text for each prompt
+    decoder: Any  # the parameters as `_decode` reads them
+    prompts: jax.Array  # int32 [N, P], left-padded
+    prompt_lengths: jax.Array  # int32 [N]; 0: batch padding
     keys: jax.Array  # [N]
     temperature: jax.Array
     stop_table: jax.Array | None
@@ -84,16 +89,11 @@ class _Job:
 
     @property
     def count(self) -> int:
-        return (self.text_lengths if self.text_of is None else self.text_of).shape[0]
+        return self.prompt_lengths.shape[0]
 
     @property
     def width(self) -> int:
-        return self.texts.shape[1]
-
-    @property
-    def prompt_lengths(self) -> jax.Array:
-        """int32 [N]; 0: batch padding."""
-        return self.text_lengths if self.text_of is None else pick(self.text_lengths, self.text_of)
+        return self.prompts.shape[1]
 
     @property
     def row_length(self) -> int:
@@ -119,6 +119,17 @@ class _Job:
         """Over which rows are split."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    @property
+    def decoder_config(self) -> PolicyConfig:
+        """The policy's shape as `_decode` computes: for the few rows of a token CPUs have no fast bfloat16 product."""
+        on_cpu = jax.default_backend() == "cpu" if self.mesh is None else self.mesh.devices.flat[0].platform == "cpu"
+        return dataclasses.replace(self.config, dtype="float32") if on_cpu else self.config
+
+    def split(self, x: jax.Array, axis: int = 0) -> jax.Array:
+        """An axis of rows as two: devices, and the rows of each; one device where they cannot be split."""
+        devices = self.devices if x.shape[axis] % self.devices == 0 else 1
+        return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+
     def place(self, cache: Any) -> Any:
         """The cache with its sharding."""
         if self.mesh is None or jax.tree.leaves(cache)[0].shape[1] % self.devices:
@@ -127,7 +138,8 @@ class _Job:
 
     def for_decoding(self, cache: Cache) -> Cache | list[Cache]:
         """The cache as `_decode` reads it."""
-        return self.place(cache if self.layers_apart is None else cache.apart())
+        cache = jax.tree.map(lambda x: x.astype(self.decoder_config.dtype), cache)
+        return self.place(cache.apart() if self.config.num_hidden_layers <= FEW_LAYERS else cache)
 
     def draw(self, logits: jax.Array, prompt: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(token, log-prob) [B]; the random number belongs to the prompt and the token's place in its response."""
@@ -162,7 +174,6 @@ def sample(
     key: jax.Array,
     temperature: jax.Array,
     stop_table: jax.Array | None = None,
-    prompt_of: jax.Array | None = None,
     numbers: jax.Array | None = None,
     *,
     config: PolicyConfig,
@@ -170,21 +181,22 @@ def sample(
     slots: int = 0,
     mesh: Mesh | None = None,
 ) -> Samples:
-    """Sample a response to each prompt. Compiled once per (N, P), and per (N, U, P) where prompts are shared.
+    """Sample a response to each prompt. Compiled once per (N, P).
 
+    A prompt that equals the one before it is not read again if each has a row of its own, and prompts are read in
+    parts, without most of the padding that those of a part have in common. So order a device's prompts by length,
+    equal ones side by side.
     With fewer rows than prompts (continuous batching), rows are refilled when an eighth of them have stopped, so that
     a long response delays no other. Random numbers belong to `numbers` and tokens: a response depends neither on
     `slots` nor on the other prompts of the batch.
 
     Args:
         params: the policy's parameters; fastest from `decoding_params`.
-        prompts: int32 [N, P], left-padded; with `prompt_of` [U, P].
-        prompt_lengths: int32 [N] or [U]; 0 for batch padding, which gets no response.
+        prompts: int32 [N, P], left-padded.
+        prompt_lengths: int32 [N]; 0 for batch padding, which gets no response.
         key: random key.
         temperature: float32 []; 0 takes the likeliest token.
         stop_table: int16 [states, V], `sampling.stop_table` of the stop strings, or None.
-        prompt_of: int32 [N], the prompt of each response, `U` for batch padding. Each prompt is then read once, if
-            `slots` gives each response a row.
         numbers: int32 [N], what the random numbers of each response are drawn for, such as its episode (default: its
             place in the batch).
         config: the policy's shape.
@@ -196,13 +208,14 @@ def sample(
         The responses; their log-probs are those of `draw`, so that they can be the old log-probs of a policy update
         at the same temperature.
     """
-    count = len(prompts if prompt_of is None else prompt_of)
+    count = len(prompts)
     rows = count if not 0 < slots < count else slots
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count) if numbers is None else numbers)
-    few = apart(params) if config.num_hidden_layers <= FEW_LAYERS else None
     job = _Job(
-        params, few, prompts, prompt_lengths, prompt_of, keys, temperature, stop_table, config, decoding, rows, mesh
-    )
+        params, None, prompts, prompt_lengths, keys, temperature, stop_table, config, decoding, rows, mesh
+    )  # fmt: skip
+    decoder = jax.tree.map(lambda x: x.astype(job.decoder_config.dtype), params)
+    job = dataclasses.replace(job, decoder=apart(decoder) if config.num_hidden_layers <= FEW_LAYERS else decoder)
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)
     if job.row_for_each:
@@ -232,74 +245,128 @@ def _empty(job: _Job) -> _State:
     )
 
 
-def _read(job: _Job, text: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Read texts [K] into the first places of a cache of `K` rows, so many at once that temporaries stay small.
+def _read(job: _Job, prompts: jax.Array, lengths: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Read prompts [K, P] into the first places of a cache of `K` rows, in parts, so that temporaries stay small.
+
+    A part without prompts (length 0) is left out; the others are read to one of a few static widths.
 
     Returns:
         Logits float32 [K, V] of the first response token, and the cache.
     """
-    devices = job.devices if len(text) % job.devices == 0 else 1
-    own = len(text) // devices  # rows of a device
-    parts = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * job.width <= PREFILL_TOKENS or n == own))
-    rows = len(text) // parts
+    prompts, lengths = job.split(prompts), job.split(lengths)
+    devices, own, width = prompts.shape
+    rows = part_rows(own, width)  # of a device
+    widths = part_widths(width) if rows < own else [width]
 
-    def split(x, axis):
-        """Rows -> (devices, parts, rows of both)."""
-        return x.reshape(*x.shape[:axis], devices, parts, -1, *x.shape[axis + 1 :])
+    def at_width(w: int, prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        logits, new = _read_part(job, prompts[:, width - w :], lengths)
+        before = width - w
+        return logits, Cache(
+            jnp.pad(new.keys, ((0, 0), (0, 0), (0, 0), (0, 0), (before, 0))),
+            jnp.pad(new.values, ((0, 0), (0, 0), (0, 0), (before, 0), (0, 0))),
+        )
 
-    def read(carry, part):
-        cache, i = carry
-        logits, new = _read_part(job, part.reshape(rows))
-        new = jax.tree.map(lambda x: x.reshape(x.shape[0], devices, 1, -1, *x.shape[2:]), new)
-        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, i, 0, 0, 0, 0)), cache, new)
-        return (cache, i + 1), logits.reshape(devices, -1, logits.shape[-1])
+    def nothing(prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+        shapes = jax.eval_shape(partial(at_width, width), prompts, lengths)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    cache = jax.tree.map(partial(split, axis=1), cache)
-    (cache, _), logits = jax.lax.scan(read, (cache, 0), split(text, 0).swapaxes(0, 1))
-    cache = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[4:]), cache)
-    return logits.swapaxes(0, 1).reshape(len(text), -1), job.place(cache)
+    branches: list[Callable] = [nothing, *(partial(at_width, w) for w in widths)]
+
+    def read(cache: Cache, part: tuple) -> tuple[Cache, jax.Array]:
+        i, prompts, lengths = part
+        prompts, lengths = prompts.reshape(-1, width), lengths.reshape(-1)
+        longest = lengths.max()
+        branch = jnp.where(longest > 0, 1 + jnp.searchsorted(jnp.array(widths), longest), 0)
+        with jax.named_scope(PROMPT_PART):
+            logits, new = jax.lax.switch(branch, branches, prompts, lengths)
+        new = jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), new)
+        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, i * rows, 0, 0, 0)), cache, new)
+        return _laid_out(cache), logits.reshape(devices, rows, -1)
+
+    def parts(x: jax.Array) -> jax.Array:
+        """[devices, own, ...] -> [own / rows, devices, rows, ...]."""
+        return x.reshape(devices, -1, rows, *x.shape[2:]).swapaxes(0, 1)
+
+    cache = jax.tree.map(partial(job.split, axis=1), cache)
+    cache, logits = jax.lax.scan(read, cache, (jnp.arange(own // rows), parts(prompts), parts(lengths)))
+    cache = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), cache)
+    return logits.swapaxes(0, 1).reshape(devices * own, -1), job.place(cache)
 
 
-def _read_part(job: _Job, text: jax.Array) -> tuple[jax.Array, Cache]:
-    """`_read` all texts at once into a cache of their own."""
-    rows, mesh = len(text), job.mesh
-    start = job.width - pick(job.text_lengths, text)
-    positions = jnp.maximum(jnp.arange(job.width) - start[:, None], 0)
-    tokens, last = pick(job.texts, text), jnp.full((rows, 1), job.width - 1)
+def _laid_out(cache: Cache) -> Cache:
+    """The cache as a loop carries it, in the layouts in which decoding reads it."""
+    return Cache(*jax.lax.platform_dependent(cache.keys, cache.values, tpu=on_tpu, default=lambda *x: x))
+
+
+def part_rows(own: int, width: int) -> int:
+    """Prompts of so many, with a width, that a device reads at once."""
+    most = max(min(own * width // PARTS, PREFILL_TOKENS), FEWEST_TOKENS)
+    return max(n for n in range(1, own + 1) if own % n == 0 and (n * width <= most or n == 1))
+
+
+def part_widths(width: int) -> list[int]:
+    """The widths to which a part of prompts may be read: all, and two narrower ones."""
+    return sorted({-(-width * n // 64) * 16 for n in (2, 3)} - {width} | {width})
+
+
+def _read_part(job: _Job, prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
+    """`_read` all prompts at once into a cache of their own."""
+    (rows, width), mesh = prompts.shape, job.mesh
+    start = width - lengths
+    positions = jnp.maximum(jnp.arange(width) - start[:, None], 0)
+    last = jnp.full((rows, 1), width - 1)
     if mesh is not None and rows % job.devices == 0:
-        tokens = jax.lax.with_sharding_constraint(tokens, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
-    cache: Any = job.place(Cache.empty(job.config, rows, job.width))
+        prompts = jax.lax.with_sharding_constraint(prompts, NamedSharding(mesh, PartitionSpec(RULES["batch"])))
+    cache: Any = job.place(Cache.empty(job.config, rows, width))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if mesh else jax.sharding.get_abstract_mesh()):
         model = Policy(job.config, prompt_attention)
-        logits, cache = model.apply({"params": job.params}, tokens, positions, start, cache, 0, last)
+        logits, cache = model.apply({"params": job.params}, prompts, positions, start, cache, 0, last)
     return logits[:, -1], job.place(cache)
+
+
+def _read_each_once(job: _Job) -> tuple[jax.Array, Cache]:
+    """`_read` all prompts into rows of their own. Those equal to the one before get a copy of what was read for it.
+
+    Returns:
+        Logits float32 [N, V] of the first response token, and the cache.
+    """
+    prompts, lengths = job.split(job.prompts), job.split(job.prompt_lengths)
+    own = prompts.shape[1]
+    again = (prompts[:, 1:] == prompts[:, :-1]).all(-1) & (lengths[:, 1:] == lengths[:, :-1])
+    # The place of each row's prompt among the device's different ones, which is its own or one before it.
+    of = jnp.cumsum(jnp.pad(~again, ((0, 0), (1, 0)), constant_values=True), axis=1) - 1
+    row = jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(own)))(of)  # of each different prompt
+    prompts, lengths = (jax.vmap(pick)(x, row).reshape(job.count, *x.shape[2:]) for x in (prompts, lengths))
+    logits, cache = _read(job, prompts, lengths, job.place(Cache.empty(job.config, job.rows, job.row_length)))
+
+    def copied(i: jax.Array, cache: Cache) -> Cache:
+        to = own - 1 - i  # from the last row, so that none is overwritten before it is copied
+        find = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=1), in_axes=(1, 0), out_axes=1)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=to, axis=2)
+        return _laid_out(jax.tree.map(lambda x: put(x, find(x, of[:, to])), cache))
+
+    cache = jax.lax.fori_loop(0, own, copied, jax.tree.map(partial(job.split, axis=1), cache))
+    cache = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), cache)
+    return jax.vmap(pick)(job.split(logits), of).reshape(job.count, -1), job.place(cache)
 
 
 def _refill(job: _Job, s: _State) -> _State:
     """The next prompts, each read into a row that has stopped, and the first token of each response."""
-    together, texts = job.refilled_together, len(job.texts)
+    together = job.refilled_together
     prompt = s.waiting + jnp.arange(together)
     # Padding takes no row: there may be fewer prompts left than rows are given out, and the others are at work.
     there = prompt < (job.count if job.row_for_each else job.end)
-    text = prompt if job.text_of is None else job.text_of[jnp.minimum(prompt, job.count - 1)]
-    text, cache = jnp.where(there, text, texts), s.cache
-    if not job.row_for_each:
-        row = jnp.where(there, jnp.argsort(s.running, stable=True)[:together], job.rows)
-        logits, own = _read(job, text, Cache.empty(job.config, together, job.width))
-        into = partial(_put, rows=row, width=job.width)
-        cache = jax.tree.map(into, cache, job.for_decoding(own), is_leaf=lambda x: isinstance(x, Cache))
-    elif job.text_of is None:
+    length, cache = jnp.where(there, pick(job.prompt_lengths, prompt), 0), s.cache
+    if job.row_for_each:
         row = prompt
-        logits, own = _read(job, text, job.place(Cache.empty(job.config, job.rows, job.row_length)))
+        logits, own = _read_each_once(job)
         cache = job.for_decoding(own)
     else:
-        row = prompt
-        logits, own = _read(job, jnp.arange(texts), job.place(Cache.empty(job.config, texts, job.width)))
-        of = jnp.minimum(text, texts - 1)
-        logits, spread = logits[of], job.for_decoding(jax.tree.map(lambda x: x[:, of], own))
-        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * 5), cache, spread)
+        row = jnp.where(there, jnp.argsort(s.running, stable=True)[:together], job.rows)
+        logits, own = _read(job, pick(job.prompts, prompt), length, Cache.empty(job.config, together, job.width))
+        into = partial(_put, rows=row, width=job.width)
+        cache = jax.tree.map(into, cache, job.for_decoding(own), is_leaf=lambda x: isinstance(x, Cache))
     step = jnp.zeros(together, jnp.int32)
-    length = pick(job.text_lengths, text)
     token, log_prob = job.draw(logits, prompt, step)
     samples, running, matched = _said(job, s.samples, length > 0, prompt, step, step, token, log_prob)
     new = {"prompt": prompt, "start": job.width - length, "step": step, "token": token}
@@ -349,9 +416,8 @@ def _decode(job: _Job, s: _State) -> _State:
     at = job.width + s.step
     write_at = at[0] if job.row_for_each else at  # rows that began together are at the same place
     cache: Any
-    params = job.params if job.layers_apart is None else job.layers_apart
-    logits, cache = Policy(job.config).apply(
-        {"params": params}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
+    logits, cache = Policy(job.decoder_config).apply(
+        {"params": job.decoder}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
     )
     step = s.step + 1
     token, log_prob = job.draw(logits[:, 0], s.prompt, step)

@@ -22,7 +22,7 @@ from envs_bridge.worker import WORD
 from proxmo_jax.agent.demonstrations import Example, demonstration_buffer, demonstrations
 from proxmo_jax.agent.loop import rollout_row, steps_of
 from proxmo_jax.agent.make_player import make_player
-from proxmo_jax.agent.player import Limits, Player, share, width_bucket
+from proxmo_jax.agent.player import Limits, Player, reading_order, width_bucket
 from proxmo_jax.agent.report import progress_bar
 from proxmo_jax.agent.rollout import TRIES, NothingPlayed, collect
 from proxmo_jax.agent.train import Evaluation
@@ -355,16 +355,8 @@ def test_widths_of_prompts_fall_into_few_buckets():
     assert len(set(widths)) == 14
 
 
-def test_equal_prompts_are_read_once():
-    prompts = np.zeros((16, 4), np.int32)
-    lengths = np.array([4] * 4 + [3] * 4 + [4] * 3 + [0] * 5, np.int32)
-    prompts[:4], prompts[4:8, 1:], prompts[8:11] = 7, 7, 8
-    mesh = make_mesh(devices=jax.devices()[:1])
-    texts, text_lengths, of = share(prompts, lengths, mesh)
-    assert len(texts) == 4
-    assert of.tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [4] * 5
-    np.testing.assert_array_equal(texts[of[:11]], prompts[:11])
-    np.testing.assert_array_equal(text_lengths[of[:11]], lengths[:11])
-    assert len(share(prompts, lengths, make_mesh(devices=jax.devices()[:8]))[0]) == 8  # one for each device
-    prompts[np.arange(11), 3] = np.arange(11)
-    assert share(prompts, lengths, mesh)[2] is None
+def test_equal_prompts_stand_side_by_side_and_short_ones_first():
+    rows = [[7, 7], [8], [7, 7], [9, 9, 9], [7, 6], [8], [7, 7], [1]]
+    one, two = (make_mesh(devices=jax.devices()[:n]) for n in (1, 2))
+    assert reading_order(rows, 16, one).tolist() == [7, 1, 5, 4, 0, 2, 6, 3]
+    assert reading_order(rows, 8, two).tolist() == [1, 0, 2, 3, 7, 5, 4, 6]  # each device orders its own

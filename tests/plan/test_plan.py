@@ -146,7 +146,7 @@ def test_programs_take_what_a_run_gives_them():
     """Shapes of one program are those that the others make; nothing is compiled."""
     here = case(mesh={"fsdp": 2, "tensor": 2})
     made = {name: make() for name, make in programs(here).items()}
-    assert list(made) == ["gather weights", "first turn", "turn", "estimator", "packing", "log-probs", "update"]
+    assert list(made) == ["gather weights", "turn", "estimator", "packing", "log-probs", "update"]
     with jax.set_mesh(here.mesh):
         results = {name: p.function.eval_shape(*p.arguments, **p.options) for name, p in made.items()}
 
@@ -177,7 +177,7 @@ def test_calls_of_an_iteration():
     # 128 turns, two in a row, which has room for 32 response tokens: 4 mini-batches of 16.
     calls = calls_of(here, LENGTHS)
     assert calls["update"] == calls["log-probs"] == 4
-    assert calls["turn"] + calls["first turn"] == 4
+    assert calls["turn"] == 4
     waiting = case(rollout={"max_num_seqs": 16})
     refills, steps = waiting.loops(32)
     assert refills * steps == 2 * 31

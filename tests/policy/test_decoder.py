@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxmo_jax.policy.attention import PROMPT_BLOCK
 from proxmo_jax.policy.decoder import FEW_LAYERS, READ_STEP, Policy, PolicyConfig, init_params
-from proxmo_jax.policy.decoding import PREFILL_TOKENS, decoding_params, sample
+from proxmo_jax.policy.decoding import PREFILL_TOKENS, decoding_params, part_rows, part_widths, sample
 from proxmo_jax.policy.sampling import Decoding, stop_table
 from proxmo_jax.policy.sampling import draw as draw_token
 
@@ -228,18 +228,24 @@ def test_a_response_reads_a_filled_part_of_the_cache():
 
 @pytest.mark.parametrize("slots", [0, 4])
 def test_prompts_that_are_read_once_answer_as_if_read_for_each(slots):
-    rng = np.random.default_rng(0)
-    lengths = np.array([8, 3, 5, 0], np.int32)
-    texts = np.where(np.arange(8) >= 8 - lengths[:, None], rng.integers(4, 40, (4, 8)), 0).astype(np.int32)
-    prompt_of = np.array([0, 0, 1, 2, 1, 0, 2, 4, 2, 4], np.int32)
+    """Equal prompts side by side, whose lengths call for parts of every width and for none."""
+    rng, width = np.random.default_rng(0), 160
+    different = np.array([3, 60, 80, 81, 120, 121, 160, 160], np.int32)
+    texts = np.where(np.arange(width) >= width - different[:, None], rng.integers(4, 40, (8, width)), 0)
+    each = np.array([0, 1, 1, 1, 2, 2, 3, 4, 5, 5, 5, 5, 6, 6, 6, 7] + [0] * 16)
+    prompts, lengths = texts[each].astype(np.int32), different[each]
+    prompts[16:], lengths[16:] = 0, 0
+    assert part_rows(32, width) == 4
+    assert part_widths(width) == [80, 128, 160]
     arguments = (jax.random.key(3), jnp.float32(1.0), None)
     options = {"config": CONFIG, "decoding": Decoding(12, tuple(range(0, 40, 4)))}
-    shared = sample(fresh(CONFIG), texts, lengths, *arguments, prompt_of, **options, slots=slots)
-    each = np.minimum(prompt_of, 3)
-    alone = sample(fresh(CONFIG), texts[each], lengths[each], *arguments, **options)
-    assert np.asarray(shared.lengths)[[7, 9]].tolist() == [0, 0]
-    assert len({tuple(row) for row in np.asarray(shared.tokens)[:7].tolist()}) == 7  # each has its own random numbers
-    same_answers(shared, alone, key=jax.random.key(3), vocab_size=40, atol=TIE)
+    together = sample(fresh(CONFIG), prompts, lengths, *arguments, **options, slots=slots)
+    assert np.asarray(together.lengths)[16:].tolist() == [0] * 16
+    assert len({tuple(row) for row in np.asarray(together.tokens)[8:12].tolist()}) == 4  # random numbers of their own
+    order = rng.permutation(32)
+    mixed = sample(fresh(CONFIG), prompts[order], lengths[order], *arguments, order, **options)
+    mixed = jax.tree.map(lambda x: np.asarray(x)[np.argsort(order)], mixed)
+    same_answers(together, mixed, key=jax.random.key(3), vocab_size=40, atol=TIE)
 
 
 def test_parameters_are_cast_once_for_many_calls():

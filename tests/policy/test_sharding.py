@@ -132,26 +132,25 @@ def test_every_mesh_samples_the_same(greedy_alone, shape):
 
 @pytest.fixture(scope="module")
 def long_prompts():
-    """16 padded prompts, which of them each of 32 rows has, and the rows' answers."""
+    """32 padded prompts, of which 16 are different, their lengths, and their answers."""
     rng = np.random.default_rng(0)
-    texts = rng.integers(4, 64, (16, 4128)).astype(np.int32)
-    lengths = rng.integers(1, 40, 16).astype(np.int32)
-    prompt_of = rng.integers(0, 16, 32).astype(np.int32)
-    each = texts[prompt_of, -40:], lengths[prompt_of]
-    answers = sample(fresh(CONFIG), *each, jax.random.key(0), jnp.float32(0.0), **LONG)
-    return texts, lengths, prompt_of, jax.device_get(answers)
+    which = np.sort(rng.integers(0, 16, 32))
+    prompts = rng.integers(4, 64, (16, 4128)).astype(np.int32)[which]
+    lengths = rng.integers(1, 40, 16).astype(np.int32)[which]
+    answers = sample(fresh(CONFIG), prompts[:, -40:], lengths, jax.random.key(0), jnp.float32(0.0), **LONG)
+    return prompts, lengths, jax.device_get(answers)
 
 
 @pytest.mark.parametrize("shape", MESHES[1:])
 def test_long_shared_prompts_and_gathered_weights_on_every_mesh(long_prompts, shape):
-    """Two parts of a prefill for each device; a device has all it needs of the weights."""
-    mesh, (texts, lengths, prompt_of, expected) = make_mesh(*shape), long_prompts
+    """A part of a prefill for each row of a device, some of them left out; a device has all it needs of the weights."""
+    mesh, (prompts, lengths, expected) = make_mesh(*shape), long_prompts
     params = jax.device_put(fresh(CONFIG), parameter_shardings(mesh, CONFIG))
     params = decoding_params(params, config=CONFIG, mesh=mesh)
     gate = params["layers"]["gate"]["kernel"]
     assert gate.sharding.shard_shape(gate.shape) == (3, 32, 64 // mesh.shape["tensor"])
     greedy = jnp.float32(0.0)
-    arguments = *split(mesh, (texts, lengths)), jax.random.key(0), greedy, None, split(mesh, prompt_of)
+    arguments = *split(mesh, (prompts, lengths)), jax.random.key(0), greedy
     found = jax.device_get(sample(params, *arguments, **LONG, mesh=mesh))
     same_answers(found, expected, atol=2 * roundings(CONFIG, 44) * EPS)
 

@@ -61,7 +61,7 @@ def batches(
         yield split(mesh, rows) if by_host else rows
 
 
-def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array) -> np.ndarray:
+def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array | np.ndarray) -> np.ndarray:
     """Turns in the update.
 
     Args:
@@ -86,8 +86,61 @@ def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array) -> np.
     return trained
 
 
+def summed(rollout: Rollout, advantage: jax.Array) -> np.ndarray:
+    """Advantages with those of equal turns, of one prompt and response, summed at one of them and 0 at the others.
+
+    Equal turns have the same log-probs, hence the same ratio to the old ones, so that the sum has their gradient as
+    long as none of them is clipped. Where advantages of both signs cancel, nothing is left to train.
+
+    Args:
+        rollout: of all hosts.
+        advantage: float32 [E, T].
+
+    Returns:
+        float32 [E, T].
+    """
+    assert rollout.buffer is not None
+    lengths = rollout.prompt_lengths, rollout.response_lengths
+    marks = process_allgather(fingerprints(rollout.buffer, *lengths), tiled=True)
+    turns = np.flatnonzero(rollout.prompt_lengths)
+    keys = np.stack([*(x.reshape(-1)[turns] for x in lengths), *marks.reshape(-1, 2)[turns].T.astype(np.int64)], axis=1)
+    _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    sums = np.zeros(len(first))
+    np.add.at(sums, number.reshape(-1), process_allgather(advantage, tiled=True).reshape(-1)[turns])
+    found = np.zeros(rollout.prompt_lengths.size, np.float32)
+    found[turns[first]] = sums
+    return found.reshape(rollout.prompt_lengths.shape)
+
+
 @jax.jit
-def gradient_sizes(buffer: Buffer, response_lengths: jax.Array, advantage: jax.Array) -> jax.Array:
+def fingerprints(buffer: Buffer, prompt_lengths: jax.Array, response_lengths: jax.Array) -> jax.Array:
+    """Two numbers of each turn's tokens, equal for equal ones; those of others agree by chance, once in 2^64 pairs.
+
+    Args:
+        buffer: the rollout [E, T].
+        prompt_lengths: int32 [E, T].
+        response_lengths: int32 [E, T].
+
+    Returns:
+        uint32 [E, T, 2].
+    """
+    width, room = buffer.prompts.shape[-1], buffer.responses.shape[-1]
+    inside = jnp.arange(width) >= width - prompt_lengths[..., None], jnp.arange(room) < response_lengths[..., None]
+    tokens = jnp.where(
+        jnp.concatenate(inside, -1), 1 + jnp.concatenate([buffer.prompts, buffer.responses], -1), 0
+    ).astype(jnp.uint32)  # fmt: skip
+    marks = []
+    for seed in (0, 1):
+        factors = np.random.default_rng(seed).integers(0, 2**31, width + room, np.uint32) * np.uint32(2) + np.uint32(1)
+        mixed = tokens * jnp.asarray(factors)
+        for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # MurmurHash3's last step (Appleby)
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(odd)
+        marks.append(mixed.sum(-1, dtype=jnp.uint32))
+    return jnp.stack(marks, -1)
+
+
+@jax.jit
+def gradient_sizes(buffer: Buffer, response_lengths: jax.Array, advantage: jax.Array | np.ndarray) -> jax.Array:
     """How much a turn can move the policy in the first step after the rollout.
 
     The gradient of a token's log-prob with respect to the logits is `onehot - p` (over the temperature), and the sum of

@@ -16,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 from envs_bridge.pool import Pool
 from envs_bridge.turn import Game
 from proxmo_jax.agent import hosts
-from proxmo_jax.agent.batches import batches, trained_turns
+from proxmo_jax.agent.batches import batches, summed, trained_turns
 from proxmo_jax.agent.dynamic_sampling import Draws
 from proxmo_jax.agent.join import SharedWords, join_buffers, join_episodes
 from proxmo_jax.agent.nonfinite import check_losses, check_rollout
@@ -130,8 +130,9 @@ class Loop:
         check_rollout(self.config.output.dir, iteration, rollout, advantage)
         times.append(time.time())
         with jax.profiler.TraceAnnotation("update"):
-            trained = trained_turns(self.config, rollout, advantage)
-            state, losses = self.update(state, params, rollout, trained, advantage, iteration, rng)
+            learned_from = summed(rollout, advantage) if self.config.optimizer.sum_equal_turns else advantage
+            trained = trained_turns(self.config, rollout, learned_from)
+            state, losses = self.update(state, params, rollout, trained, learned_from, iteration, rng)
         times.append(time.time())
         self.played = rollout
         return state, self.report(rollout, draws, trained, advantage, losses, times)
@@ -204,7 +205,7 @@ class Loop:
         params: Any,
         rollout: Rollout,
         trained: np.ndarray,
-        advantage: jax.Array,
+        advantage: jax.Array | np.ndarray,
         iteration: int,
         rng: np.random.Generator,
     ) -> tuple[TrainState, dict[str, float]]:

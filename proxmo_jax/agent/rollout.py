@@ -18,7 +18,7 @@ from proxmo_jax.errors import UserError
 from proxmo_jax.estimator.words import bucket
 from proxmo_jax.policy import adapters
 from proxmo_jax.policy.decoder import PolicyConfig
-from proxmo_jax.policy.decoding import decoding_params
+from proxmo_jax.policy.decoding import decoding_config, decoding_params
 from proxmo_jax.training.buffers import Buffer, clear, forget, grow, write
 
 TRIES = 3
@@ -129,6 +129,7 @@ def collect(
         np.zeros(count, np.float32), [[] for _ in games], [""] * count, finished=np.zeros(count, bool),
     )  # fmt: skip
     params, policy = adapters.without(params, player.config)
+    policy = decoding_config(policy, player.mesh)
     params = decoding_params(params, config=policy, mesh=player.mesh, gather=player.gather_weights)
     play = _Play(
         player, params, policy, pool, list(games), rollout, temperature, reward_scale, reward_score,

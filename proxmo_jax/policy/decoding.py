@@ -40,6 +40,20 @@ class Samples(NamedTuple):
     lengths: jax.Array
 
 
+def decoding_config(config: PolicyConfig, mesh: Mesh) -> PolicyConfig:
+    """The shape of the policy that samples: in float32 on CPUs, whose bfloat16 products are slow for few rows.
+
+    Args:
+        config: the policy's shape.
+        mesh: the devices.
+
+    Returns:
+        The shape with the dtype of computation that is fastest.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return dataclasses.replace(config, dtype="float32") if on_cpu else config
+
+
 def decoding_params(params: Any, *, config: PolicyConfig, mesh: Mesh | None = None, gather: bool = True) -> Any:
     """Parameters as decoding reads them, made once for many calls of `sample`: in the dtype of computation.
 
@@ -76,7 +90,7 @@ class _Job:
     """Constants while responses to `N` prompts are sampled on `B` rows of the KV cache."""
 
     params: Any
-    decoder: Any  # the parameters as `_decode` reads them
+    layers_apart: Any  # the parameters as `_decode` reads them where there are few layers; None: as they are
     prompts: jax.Array  # int32 [N, P], left-padded
     prompt_lengths: jax.Array  # int32 [N]; 0: batch padding
     keys: jax.Array  # [N]
@@ -119,12 +133,6 @@ class _Job:
         """Over which rows are split."""
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    @property
-    def decoder_config(self) -> PolicyConfig:
-        """The policy's shape as `_decode` computes: for the few rows of a token CPUs have no fast bfloat16 product."""
-        on_cpu = jax.default_backend() == "cpu" if self.mesh is None else self.mesh.devices.flat[0].platform == "cpu"
-        return dataclasses.replace(self.config, dtype="float32") if on_cpu else self.config
-
     def split(self, x: jax.Array, axis: int = 0) -> jax.Array:
         """An axis of rows as two: devices, and the rows of each; one device where they cannot be split."""
         devices = self.devices if x.shape[axis] % self.devices == 0 else 1
@@ -138,8 +146,7 @@ class _Job:
 
     def for_decoding(self, cache: Cache) -> Cache | list[Cache]:
         """The cache as `_decode` reads it."""
-        cache = jax.tree.map(lambda x: x.astype(self.decoder_config.dtype), cache)
-        return self.place(cache.apart() if self.config.num_hidden_layers <= FEW_LAYERS else cache)
+        return self.place(cache if self.layers_apart is None else cache.apart())
 
     def draw(self, logits: jax.Array, prompt: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(token, log-prob) [B]; the random number belongs to the prompt and the token's place in its response."""
@@ -211,11 +218,8 @@ def sample(
     count = len(prompts)
     rows = count if not 0 < slots < count else slots
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count) if numbers is None else numbers)
-    job = _Job(
-        params, None, prompts, prompt_lengths, keys, temperature, stop_table, config, decoding, rows, mesh
-    )  # fmt: skip
-    decoder = jax.tree.map(lambda x: x.astype(job.decoder_config.dtype), params)
-    job = dataclasses.replace(job, decoder=apart(decoder) if config.num_hidden_layers <= FEW_LAYERS else decoder)
+    few = apart(params) if config.num_hidden_layers <= FEW_LAYERS else None
+    job = _Job(params, few, prompts, prompt_lengths, keys, temperature, stop_table, config, decoding, rows, mesh)
     until_refill = partial(jax.lax.while_loop, partial(_goes_on, job), partial(_decode, job))
     state = _empty(job)
     if job.row_for_each:
@@ -416,8 +420,9 @@ def _decode(job: _Job, s: _State) -> _State:
     at = job.width + s.step
     write_at = at[0] if job.row_for_each else at  # rows that began together are at the same place
     cache: Any
-    logits, cache = Policy(job.decoder_config).apply(
-        {"params": job.decoder}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
+    params = job.params if job.layers_apart is None else job.layers_apart
+    logits, cache = Policy(job.config).apply(
+        {"params": params}, s.token[:, None], (at - s.start)[:, None], s.start, job.place(s.cache), write_at
     )
     step = s.step + 1
     token, log_prob = job.draw(logits[:, 0], s.prompt, step)

@@ -78,7 +78,7 @@ def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array | np.nd
     if config.rollout.overlong == "mask":
         trained &= ~rollout.overlong
     if config.optimizer.skip_zero_advantages:
-        trained &= process_allgather(advantage, tiled=True) != 0
+        trained &= whole(advantage) != 0
     if config.optimizer.skip_gradient_share:
         assert rollout.buffer is not None
         sizes = process_allgather(gradient_sizes(rollout.buffer, rollout.response_lengths, advantage), tiled=True)
@@ -86,11 +86,18 @@ def trained_turns(config: Config, rollout: Rollout, advantage: jax.Array | np.nd
     return trained
 
 
+def whole(advantage: jax.Array | np.ndarray) -> np.ndarray:
+    """Advantages on this host; those that are there already are all hosts' own."""
+    return advantage if isinstance(advantage, np.ndarray) else process_allgather(advantage, tiled=True)
+
+
 def summed(rollout: Rollout, advantage: jax.Array) -> np.ndarray:
     """Advantages with those of equal turns, of one prompt and response, summed at one of them and 0 at the others.
 
     Equal turns have the same log-probs, hence the same ratio to the old ones, so that the sum has their gradient as
-    long as none of them is clipped. Where advantages of both signs cancel, nothing is left to train.
+    long as none of them is clipped, up to the number of turns and tokens by which a loss is averaged
+    (`losses.token_weights`): those left out are not counted. Where advantages of both signs cancel, nothing is left to
+    train.
 
     Args:
         rollout: of all hosts.
@@ -101,33 +108,36 @@ def summed(rollout: Rollout, advantage: jax.Array) -> np.ndarray:
     """
     assert rollout.buffer is not None
     lengths = rollout.prompt_lengths, rollout.response_lengths
-    marks = process_allgather(fingerprints(rollout.buffer, *lengths), tiled=True)
+    marks = process_allgather(fingerprints(rollout.buffer.prompts, rollout.buffer.responses, *lengths), tiled=True)
     turns = np.flatnonzero(rollout.prompt_lengths)
     keys = np.stack([*(x.reshape(-1)[turns] for x in lengths), *marks.reshape(-1, 2)[turns].T.astype(np.int64)], axis=1)
     _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     sums = np.zeros(len(first))
-    np.add.at(sums, number.reshape(-1), process_allgather(advantage, tiled=True).reshape(-1)[turns])
+    np.add.at(sums, number.reshape(-1), whole(advantage).reshape(-1)[turns])
     found = np.zeros(rollout.prompt_lengths.size, np.float32)
     found[turns[first]] = sums
     return found.reshape(rollout.prompt_lengths.shape)
 
 
 @jax.jit
-def fingerprints(buffer: Buffer, prompt_lengths: jax.Array, response_lengths: jax.Array) -> jax.Array:
+def fingerprints(
+    prompts: jax.Array, responses: jax.Array, prompt_lengths: jax.Array, response_lengths: jax.Array
+) -> jax.Array:
     """Two numbers of each turn's tokens, equal for equal ones; those of others agree by chance, once in 2^64 pairs.
 
     Args:
-        buffer: the rollout [E, T].
+        prompts: int32 [E, T, P], left-padded.
+        responses: int32 [E, T, R].
         prompt_lengths: int32 [E, T].
         response_lengths: int32 [E, T].
 
     Returns:
         uint32 [E, T, 2].
     """
-    width, room = buffer.prompts.shape[-1], buffer.responses.shape[-1]
+    width, room = prompts.shape[-1], responses.shape[-1]
     inside = jnp.arange(width) >= width - prompt_lengths[..., None], jnp.arange(room) < response_lengths[..., None]
     tokens = jnp.where(
-        jnp.concatenate(inside, -1), 1 + jnp.concatenate([buffer.prompts, buffer.responses], -1), 0
+        jnp.concatenate(inside, -1), 1 + jnp.concatenate([prompts, responses], -1), 0
     ).astype(jnp.uint32)  # fmt: skip
     marks = []
     for seed in (0, 1):

@@ -245,8 +245,9 @@ class OptimizerSettings:
     turns' (estimated: |advantage| times the probability that was not on the sampled tokens). Saves time where the
     policy is sure of most of its commands. Needs an update without KL and entropy terms, as those train all turns."""
     sum_equal_turns: bool = False
-    """Train turns of one prompt and response once, with the sum of their advantages. That is their gradient as long as
-    none is clipped, and takes less time where the policy repeats itself. With one of the two options above."""
+    """Train turns of one prompt and response once, with the sum of their advantages: less time where the policy repeats
+    itself, and the same gradient as long as none is clipped, but means over fewer turns and fewer mini-batches. With
+    one of the two options above."""
     micro_batch_tokens: int = 1280
     """Tokens a device computes at once, at least one row. Gradients are accumulated over the micro-batches of a
     mini-batch: the result is the same, memory and speed are not."""

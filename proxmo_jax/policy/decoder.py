@@ -302,13 +302,13 @@ def cached_attention(query: jax.Array, cache: Cache, layer: jax.Array, start: ja
 
     def as_a_whole(keys: jax.Array, values: jax.Array) -> jax.Array:
         # XLA for TPUs gives branches a slice in memory of its own, three times the traffic.
-        keys, values = on_tpu(keys, values)
+        keys, values = tpu_layouts(keys, values)
         return read(size, of_layer(keys), of_layer(values))
 
     return jax.lax.platform_dependent(cache.keys, cache.values, tpu=as_a_whole, default=as_written)
 
 
-def on_tpu(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tpu_layouts(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The KV cache in layouts that pad no axis to the 128 lanes of a TPU.
 
     Where they are not prescribed, XLA takes other ones for a prefill than for the loop over tokens, and copies the

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proxmo_jax.policy.attention import prompt_attention
-from proxmo_jax.policy.decoder import FEW_LAYERS, Cache, Policy, PolicyConfig, apart, on_tpu
+from proxmo_jax.policy.decoder import FEW_LAYERS, Cache, Policy, PolicyConfig, apart, tpu_layouts
 from proxmo_jax.policy.sampling import Decoding, draw, stops
 from proxmo_jax.policy.sharding import RULES, cache_sharding, parameter_shardings, to_host
 
 # Tokens of prompts that a device reads at once, at most, and at least unless there are fewer. Between them an eighth of
 # all, so that little is read of what is padding or a prompt that was read already.
 PREFILL_TOKENS, FEWEST_TOKENS = 8192, 1024
-PARTS = 8
+PREFILL_PARTS = 8
 PROMPT_PART = "prompt_part"  # scope of reading a part, by which `plan.costs` finds it
 
 
@@ -260,7 +260,7 @@ def _read(job: _Job, prompts: jax.Array, lengths: jax.Array, cache: Cache) -> tu
     prompts, lengths = job.split(prompts), job.split(lengths)
     devices, own, width = prompts.shape
     rows = part_rows(own, width)  # of a device
-    widths = part_widths(width) if rows < own else [width]
+    widths = part_widths(width)
 
     def at_width(w: int, prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:
         logits, new = _read_part(job, prompts[:, width - w :], lengths)
@@ -280,9 +280,12 @@ def _read(job: _Job, prompts: jax.Array, lengths: jax.Array, cache: Cache) -> tu
         i, prompts, lengths = part
         prompts, lengths = prompts.reshape(-1, width), lengths.reshape(-1)
         longest = lengths.max()
-        branch = jnp.where(longest > 0, 1 + jnp.searchsorted(jnp.array(widths), longest), 0)
-        with jax.named_scope(PROMPT_PART):
-            logits, new = jax.lax.switch(branch, branches, prompts, lengths)
+        if rows == own:
+            logits, new = at_width(width, prompts, lengths)
+        else:
+            branch = jnp.where(longest > 0, 1 + jnp.searchsorted(jnp.array(widths), longest), 0)
+            with jax.named_scope(PROMPT_PART):
+                logits, new = jax.lax.switch(branch, branches, prompts, lengths)
         new = jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), new)
         cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, 0, i * rows, 0, 0, 0)), cache, new)
         return _laid_out(cache), logits.reshape(devices, rows, -1)
@@ -299,18 +302,34 @@ def _read(job: _Job, prompts: jax.Array, lengths: jax.Array, cache: Cache) -> tu
 
 def _laid_out(cache: Cache) -> Cache:
     """The cache as a loop carries it, in the layouts in which decoding reads it."""
-    return Cache(*jax.lax.platform_dependent(cache.keys, cache.values, tpu=on_tpu, default=lambda *x: x))
+    return Cache(*jax.lax.platform_dependent(cache.keys, cache.values, tpu=tpu_layouts, default=lambda *x: x))
 
 
 def part_rows(own: int, width: int) -> int:
-    """Prompts of so many, with a width, that a device reads at once."""
-    most = max(min(own * width // PARTS, PREFILL_TOKENS), FEWEST_TOKENS)
+    """How many prompts a device reads at once.
+
+    Args:
+        own: the device's prompts.
+        width: their places.
+
+    Returns:
+        A divisor of `own`.
+    """
+    most = max(min(own * width // PREFILL_PARTS, PREFILL_TOKENS), FEWEST_TOKENS)
     return max(n for n in range(1, own + 1) if own % n == 0 and (n * width <= most or n == 1))
 
 
 def part_widths(width: int) -> list[int]:
-    """The widths to which a part of prompts may be read: all, and two narrower ones."""
-    return sorted({-(-width * n // 64) * 16 for n in (2, 3)} - {width} | {width})
+    """The widths to which a part of prompts may be read.
+
+    Args:
+        width: places of the prompts.
+
+    Returns:
+        About a half and three quarters of it, where those are narrower, and `width`.
+    """
+    narrower = {-(-width * quarters // 64) * 16 for quarters in (2, 3)}
+    return [*sorted(w for w in narrower if w < width), width]
 
 
 def _read_part(job: _Job, prompts: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Cache]:

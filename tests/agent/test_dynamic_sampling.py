@@ -208,6 +208,24 @@ def test_turns_without_an_advantage_can_be_left_out(tmp_path):
     assert row["perf/total_num_tokens"] == (played.prompt_lengths + played.response_lengths)[some].sum()
 
 
+def test_an_iteration_trains_equal_turns_once(tmp_path):
+    (tmp_path / "each").mkdir()
+    rows = []
+    for folder, options in ((tmp_path / "each", {}), (tmp_path, {"optimizer__sum_equal_turns": True})):
+        loop, state = make(folder, 0, **NO_TERMS, optimizer__skip_zero_advantages=True, **options)
+        rows.append(loop.iteration(state, 1, jax.random.key(1))[1])
+    played = loop.played
+    width, turns = played.buffer.prompts.shape[-1], set()
+    some = played.won.reshape(-1, MEMBERS).any(1).repeat(MEMBERS)
+    for e, t in zip(*np.nonzero(played.prompt_lengths * some[:, None]), strict=True):
+        prompt = np.asarray(played.buffer.prompts[e, t, width - played.prompt_lengths[e, t] :])
+        answer = np.asarray(played.buffer.responses[e, t, : played.response_lengths[e, t]])
+        turns.add((*prompt.tolist(), -1, *answer.tolist()))
+    each, once = (row["train/trained_turns"] * (played.prompt_lengths > 0).sum() for row in rows)
+    assert 0 < once <= len(turns) <= each
+    assert rows[1]["train/advantage_size"] == rows[0]["train/advantage_size"]
+
+
 @pytest.mark.parametrize("skip", [{"optimizer__skip_zero_advantages": True}, {"optimizer__skip_gradient_share": 0.01}])
 def test_turns_that_have_a_gradient_are_not_left_out(skip):
     with pytest.raises(UserError, match=r"needs 0 instead of --loss.kl-coef 0.01, which train all turns"):

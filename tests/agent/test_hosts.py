@@ -76,7 +76,8 @@ def test_two_hosts_compute_what_one_does(tmp_path):
 
 # Which turns are left out is decided on every host, from what all have played.
 LEAVING_OUT = (
-    "--optimizer.skip-gradient-share 0.1 --optimizer.sum-equal-turns --loss.kl-coef 0 --loss.entropy-coef 0"
+    "--optimizer.skip-zero-advantages --optimizer.skip-gradient-share 0.1 --optimizer.sum-equal-turns"
+    " --loss.kl-coef 0 --loss.entropy-coef 0"
 ).split()
 
 

@@ -1,5 +1,6 @@
 """Rollouts whose worker dies in the middle, and whose texts are long: nothing broken is learned from, nothing stops."""
 
+import dataclasses
 import os
 import signal
 from collections import Counter
@@ -140,6 +141,32 @@ def check_words(player, rollout, members):
             row = e // members, buffer.anchor[e, t]
             found = zip(buffer.word_ids[row], buffer.word_counts[row], strict=True)
             assert {names[i]: n for i, n in found if n} == Counter(WORD.findall(text.lower()))
+
+
+def test_what_is_read_in_another_order_is_written_to_its_own_episode(tmp_path):
+    """The later an episode, the shorter its prompts, and each drops out at a time of its own."""
+    player = small_player(tmp_path, turns=4)
+    lasts = [3, 1, 4, 2, 4, 1]
+
+    def script(slot, attempt, turn):
+        return say(" ".join(["look"] * (6 - slot) + ["hand"] * turn), done=turn == lasts[slot])
+
+    rollout = play_script(player, script, groups=3, members=2)
+    buffer = jax.device_get(rollout.buffer)
+    assert (np.diff(rollout.prompt_lengths[:, 0]) < 0).all()
+    assert buffer.mask.sum(1).tolist() == lasts
+    for e, turns in enumerate(lasts):
+        for t in range(turns):
+            prompt = buffer.prompts[e, t, -rollout.prompt_lengths[e, t] :].tolist()
+            assert prompt == player.encode([memory_at(player, script, e, t, rollout.transcripts[e])])[0]
+
+
+def memory_at(player, script, slot, turn, transcript):
+    """The memory of an episode before a turn."""
+    memory = player.start("task", script(slot, 0, 0))
+    for done in range(turn):
+        memory.remember(transcript[done][1], script(slot, 0, done + 1))
+    return memory
 
 
 def test_room_for_words_grows_with_what_is_seen(tmp_path):
@@ -360,3 +387,18 @@ def test_equal_prompts_stand_side_by_side_and_short_ones_first():
     one, two = (make_mesh(devices=jax.devices()[:n]) for n in (1, 2))
     assert reading_order(rows, 16, one).tolist() == [7, 1, 5, 4, 0, 2, 6, 3]
     assert reading_order(rows, 8, two).tolist() == [1, 0, 2, 3, 7, 5, 4, 6]  # each device orders its own
+
+
+def test_cpus_sample_in_float32(tmp_path, monkeypatch):
+    player, found, whole = small_player(tmp_path), [], Player.sample
+    player.config = dataclasses.replace(player.config, dtype="bfloat16", lora_rank=2)
+
+    def noted(self, params, policy, *rest):
+        found.append((params, policy))
+        return whole(self, params, policy, *rest)
+
+    monkeypatch.setattr(Player, "sample", noted)
+    play_script(player, lambda slot, attempt, turn: say("look", done=turn == 1), groups=1, members=2)
+    ((params, policy),) = found
+    assert (policy.dtype, policy.lora_rank) == ("float32", 0)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}

@@ -109,7 +109,9 @@ def repeated():
 def test_equal_turns_are_found_by_their_tokens_alone():
     """What is past a response or before a prompt does not count."""
     played, which = repeated()
-    marks = np.asarray(fingerprints(played.buffer, played.prompt_lengths, played.response_lengths))
+    marks = np.asarray(
+        fingerprints(played.buffer.prompts, played.buffer.responses, played.prompt_lengths, played.response_lengths)
+    )
     numbers = {}
     for turn, mark in zip(which.reshape(-1), marks.reshape(-1, 2).tolist(), strict=True):
         numbers.setdefault(int(turn), set()).add(tuple(mark))

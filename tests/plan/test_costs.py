@@ -121,9 +121,11 @@ def test_branches_are_as_likely_as_one_another():
         + "%two (s: f32[4,4]) -> f32[4,4] {\n  %s = f32[4,4]{1,0} parameter(0)\n" + none
         + "ENTRY %main (t: f32[4,4], u: s32[]) -> f32[4,4] {\n"
         "  %t = f32[4,4]{1,0} parameter(0)\n  %u = s32[] parameter(1)\n"
-        "  ROOT %v = f32[4,4]{1,0} conditional(%u, %t, %t), branch_computations={%one, %two}\n}\n"
+        "  ROOT %v = f32[4,4]{1,0} conditional(%u, %t, %t), branch_computations={%two, %one}\n}\n"
     )  # fmt: skip
     assert Analysis(parse(program), CHIP).total().flops == 64
+    prompts = program.replace("%one}", '%one}, metadata={op_name="jit(sample)/while/body/prompt_part/cond"}')
+    assert Analysis(parse(prompts), CHIP).total().flops == 128  # the last one: all prompts are as long as they may be
 
 
 @pytest.mark.parametrize(

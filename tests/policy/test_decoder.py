@@ -195,19 +195,19 @@ def long_logits(tokens: np.ndarray) -> np.ndarray:
 
 
 def test_long_prompts_are_read_in_parts_and_a_long_cache_as_far_as_it_is_filled():
-    """Parts of `PREFILL_TOKENS`, blocks of `PROMPT_BLOCK` and reads of `READ_STEP` places."""
-    rng, width, count = np.random.default_rng(0), 1000, 12
+    """Parts of two prompts, blocks of `PROMPT_BLOCK` and reads of `READ_STEP` places."""
+    rng, width, count = np.random.default_rng(0), 1000, 16
     lengths = rng.integers(1, width + 1, count).astype(np.int32)
-    lengths[:2], lengths[-1] = width, 0
+    lengths[:2], lengths[-5:] = width, 0
     prompts = np.where(np.arange(width) >= width - lengths[:, None], rng.integers(4, 40, (count, width)), 0)
-    assert count * width > PREFILL_TOKENS
+    assert part_rows(count, width) == 2
     assert width > 3 * PROMPT_BLOCK
     assert width // READ_STEP < 1040 // READ_STEP
     drawn = sample(
         fresh(CONFIG), prompts.astype(np.int32), lengths, jax.random.key(0), jnp.float32(1.0), config=CONFIG,
         decoding=Decoding(40, ()),
     )  # fmt: skip
-    assert np.asarray(drawn.lengths).tolist() == [40] * 11 + [0]
+    assert np.asarray(drawn.lengths).tolist() == [40] * 11 + [0] * 5
     for row in (0, 1, 5, 10):
         whole = np.concatenate([prompts[row, width - lengths[row] :], drawn.tokens[row]])
         log_probs = jax.nn.log_softmax(long_logits(whole[None])[0, -41:-1])[np.arange(40), drawn.tokens[row]]
@@ -230,22 +230,45 @@ def test_a_response_reads_a_filled_part_of_the_cache():
 def test_prompts_that_are_read_once_answer_as_if_read_for_each(slots):
     """Equal prompts side by side, whose lengths call for parts of every width and for none."""
     rng, width = np.random.default_rng(0), 160
-    different = np.array([3, 60, 80, 81, 120, 121, 160, 160], np.int32)
-    texts = np.where(np.arange(width) >= width - different[:, None], rng.integers(4, 40, (8, width)), 0)
-    each = np.array([0, 1, 1, 1, 2, 2, 3, 4, 5, 5, 5, 5, 6, 6, 6, 7] + [0] * 16)
+    different = np.array([3, 60, 79, 80, 81, 120, 127, 128, 160, 160], np.int32)
+    texts = np.where(np.arange(width) >= width - different[:, None], rng.integers(4, 40, (10, width)), 0)
+    each = np.array([0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 8, 8, 9] + [0] * 16)
     prompts, lengths = texts[each].astype(np.int32), different[each]
     prompts[16:], lengths[16:] = 0, 0
-    assert part_rows(32, width) == 4
+    assert part_rows(32, width) == 4  # ten prompts: one part of each width
     assert part_widths(width) == [80, 128, 160]
     arguments = (jax.random.key(3), jnp.float32(1.0), None)
     options = {"config": CONFIG, "decoding": Decoding(12, tuple(range(0, 40, 4)))}
     together = sample(fresh(CONFIG), prompts, lengths, *arguments, **options, slots=slots)
     assert np.asarray(together.lengths)[16:].tolist() == [0] * 16
-    assert len({tuple(row) for row in np.asarray(together.tokens)[8:12].tolist()}) == 4  # random numbers of their own
+    assert len({tuple(row) for row in np.asarray(together.tokens)[9:13].tolist()}) == 4  # random numbers of their own
     order = rng.permutation(32)
     mixed = sample(fresh(CONFIG), prompts[order], lengths[order], *arguments, order, **options)
     mixed = jax.tree.map(lambda x: np.asarray(x)[np.argsort(order)], mixed)
     same_answers(together, mixed, key=jax.random.key(3), vocab_size=40, atol=TIE)
+
+
+@given(st.integers(1, 300), st.integers(1, 4096))
+def test_parts_of_prompts(own, width):
+    """They are equal, above the limit only where one prompt is, and no wider than the prompts."""
+    rows, widths = part_rows(own, width), part_widths(width)
+    assert own % rows == 0
+    assert rows == 1 or rows * width <= PREFILL_TOKENS
+    assert rows * width <= max(own * width / 8, 1024, width)
+    assert widths == sorted(set(widths))
+    assert widths[0] > 0
+    assert widths[-1] == width
+
+
+def test_parts_of_narrow_prompts():
+    """More than a part, of a width that is no multiple of 16."""
+    prompts, lengths = np.full((64, 30), 7, np.int32), np.full(64, 30, np.int32)
+    prompts[:, -1] = np.arange(64) % 30 + 4
+    options = {"config": CONFIG, "decoding": Decoding(2, (), greedy=True)}
+    answers = [
+        sample(fresh(CONFIG), prompts[:n], lengths[:n], jax.random.key(0), jnp.float32(0), **options) for n in (64, 30)
+    ]
+    np.testing.assert_allclose(answers[0].log_probs[:30, 0], answers[1].log_probs[:, 0], rtol=0, atol=TIE)
 
 
 def test_parameters_are_cast_once_for_many_calls():

@@ -145,7 +145,8 @@ def check_words(player, rollout, members):
 
 def test_what_is_read_in_another_order_is_written_to_its_own_episode(tmp_path):
     """The later an episode, the shorter its prompts, and each drops out at a time of its own."""
-    player = small_player(tmp_path, turns=4)
+    player = small_player(tmp_path, turns=4, prompt=256)
+    player.start = History.start
     lasts = [3, 1, 4, 2, 4, 1]
 
     def script(slot, attempt, turn):

@@ -186,7 +186,7 @@ def make_plan(
         return found
 
     # The longest to compile come first.
-    order = sorted(wanted.values(), key=lambda p: "update turn first log-probs".find(p.name.split()[0]) % 99)
+    order = sorted(wanted.values(), key=lambda p: "update turn log-probs".find(p.name.split()[0]) % 99)
     with ThreadPoolExecutor(COMPILERS) as pool:
         done = {found.name: found for found in pool.map(run, order)}
     plan = Plan(

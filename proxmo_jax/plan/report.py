@@ -84,6 +84,7 @@ def markdown(plans: list[Plan]) -> str:
     for plan in plans:
         peaks = {
             part: max((p.peak for p in plan.programs if p.name in names), default=0.0)
+            # kept plans may have a "first turn", which was a program of its own until November 2026
             for part, names in {"update": ("update", "log-probs"), "rollout": ("turn", "first turn")}.items()
         }
         cells = [plan.model, plan.topology, mesh(plan).replace(",", ", "), size(sum(plan.held.values()))]

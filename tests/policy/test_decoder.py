@@ -245,7 +245,7 @@ def test_prompts_that_are_read_once_answer_as_if_read_for_each(slots):
     order = rng.permutation(32)
     mixed = sample(fresh(CONFIG), prompts[order], lengths[order], *arguments, order, **options)
     mixed = jax.tree.map(lambda x: np.asarray(x)[np.argsort(order)], mixed)
-    same_answers(together, mixed, key=jax.random.key(3), vocab_size=40, atol=TIE)
+    same_answers(together, mixed, key=jax.random.key(3), vocab_size=40, atol=2 * roundings(CONFIG, width + 12) * EPS)
 
 
 @given(st.integers(1, 300), st.integers(1, 4096))
@@ -268,7 +268,9 @@ def test_parts_of_narrow_prompts():
     answers = [
         sample(fresh(CONFIG), prompts[:n], lengths[:n], jax.random.key(0), jnp.float32(0), **options) for n in (64, 30)
     ]
-    np.testing.assert_allclose(answers[0].log_probs[:30, 0], answers[1].log_probs[:, 0], rtol=0, atol=TIE)
+    np.testing.assert_allclose(
+        answers[0].log_probs[:30, 0], answers[1].log_probs[:, 0], rtol=0, atol=2 * roundings(CONFIG, 32) * EPS
+    )
 
 
 def test_parameters_are_cast_once_for_many_calls():
